@@ -1,0 +1,1 @@
+"""Quantization-aware training for Ascend hardware in PyTorch Lightning."""

@@ -1,0 +1,110 @@
+"""Atomic file writing: a reader sees the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FILE_MODE = 0o640
+FOLDER_MODE = 0o750
+
+
+def make_parent(path: Path) -> None:
+    """Create the missing folders above ``path`` with mode 0750.
+
+    Args:
+        path: The file that is to be written.
+
+    Raises:
+        OSError: If a folder cannot be created.
+    """
+    missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; move it to ``path`` when the block ends without an error.
+
+    The temporary file is flushed to disk before the rename and the folder after it, so that neither a kill nor
+    a power cut leaves a truncated file under the final name. On an error the temporary file is removed and the
+    old file stays.
+
+    Args:
+        path: The final file. Missing folders are created.
+
+    Yields:
+        A path in the same folder, to be written by the caller.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> target = pathlib.Path(tempfile.mkdtemp()) / "record.txt"
+        >>> with atomic_path(target) as temporary:
+        ...     _ = temporary.write_text("done")
+        >>> target.read_text()
+        'done'
+    """
+    final = Path(path)
+    make_parent(final)
+    descriptor, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.chmod(FILE_MODE)
+        temporary.replace(final)
+        _sync(final.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write ``text`` (UTF-8) to ``path`` atomically; new files get mode 0640, new folders 0750.
+
+    Args:
+        path: The file to create or replace.
+        text: The complete content.
+
+    Raises:
+        OSError: If the folder cannot be created or written; the old file is then unchanged.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode())
+
+
+def check_writable(path: str | Path, what: str) -> None:
+    """Make sure, before any work, that ``path`` can be written, without touching an existing file.
+
+    Args:
+        path: The file that will be written later.
+        what: What the file is, for the message, for example ``"record file"``.
+
+    Raises:
+        IsADirectoryError: If ``path`` is a folder.
+        OSError: If the folder cannot be created or a file cannot be made in it.
+    """
+    final = Path(path)
+    if final.is_dir():
+        raise IsADirectoryError(f"The {what} '{final}' is a folder; give the path of a file, e.g. '{final / 'record.txt'}'.")
+    try:
+        make_parent(final)
+        with tempfile.TemporaryFile(dir=final.parent):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"The {what} '{final}' cannot be written: {error.strerror or error}. "
+            f"Choose a path in a folder that you may write to."
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
