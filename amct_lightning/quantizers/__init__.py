@@ -1,0 +1,7 @@
+"""How a tensor is quantized: formulas, quantizer modules and calibration. Imports torch only."""
+
+from amct_lightning.quantizers.activation import ActivationQuantizer
+from amct_lightning.quantizers.functional import ChannelLayout
+from amct_lightning.quantizers.weight import WeightQuantizer
+
+__all__ = ["ActivationQuantizer", "ChannelLayout", "WeightQuantizer"]

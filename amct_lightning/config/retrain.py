@@ -1,0 +1,245 @@
+"""The configuration of a whole model: an ordered mapping from layer names to their settings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from amct_lightning.config.checks import closest, found, raise_first, run_faults
+from amct_lightning.config.json_format import (
+    RUN_KEYS,
+    dump_text,
+    layer_to_dict,
+    parse_config,
+    read_json,
+)
+from amct_lightning.config.layer import LayerConfig
+from amct_lightning.config.layer_types import with_channel_wise_default
+from amct_lightning.config.resolve import resolve_layers
+from amct_lightning.files import write_text
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RetrainConfig(MutableMapping[str, LayerConfig]):
+    """What is quantized in a model and how, with dict-like access to the layers by name.
+
+    Args:
+        version: The version of the file format, always 1.
+        batch_num: The number of training batches that calibrate the clip values, at least 1.
+        fakequant_precision_mode: ``"DEFAULT"`` or ``"FORCE_FP16_QUANT"``.
+        layers: The settings of each layer by its name in ``model.named_modules()``.
+
+    Raises:
+        TypeError: If a value has the wrong type, also when it is assigned later.
+        ValueError: If a value is not allowed, also when it is assigned later.
+
+    Example:
+        >>> config = RetrainConfig(batch_num=2, layers={"conv1": LayerConfig(), "fc": LayerConfig()})
+        >>> config["fc"] = LayerConfig(retrain_enable=False)
+        >>> [name for name, layer in config.items() if layer.retrain_enable]
+        ['conv1']
+    """
+
+    version: int = 1
+    batch_num: int = 1
+    fakequant_precision_mode: str = "DEFAULT"
+    layers: dict[str, LayerConfig] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> RetrainConfig:
+        """Read a configuration file.
+
+        Args:
+            path: The JSON file.
+
+        Returns:
+            The configuration; ``resolve`` fits it to a model.
+
+        Raises:
+            OSError: If the file is missing (``FileNotFoundError``) or cannot be read.
+            TypeError: If a value in the file has the wrong type.
+            ValueError: If the file is not valid JSON or breaks a rule; the message names file, layer and key.
+
+        Example:
+            >>> import pathlib, tempfile
+            >>> file = pathlib.Path(tempfile.mkdtemp()) / "config.json"
+            >>> RetrainConfig(layers={"fc": LayerConfig()}).to_json(file)
+            >>> list(RetrainConfig.from_json(file))
+            ['fc']
+        """
+        return cls.from_dict(read_json(path), str(path))
+
+    @classmethod
+    def from_dict(cls, raw: object, source: str = "config") -> RetrainConfig:
+        """Make a configuration from the plain content of a JSON file.
+
+        Args:
+            raw: A mapping with the keys of the JSON file.
+            source: What the content is called in messages, for example the file name.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            TypeError: If a value has the wrong type.
+            ValueError: If a key is missing, unknown or has a forbidden value, or no layer is enabled.
+
+        Example:
+            >>> raw = {"version": 1, "batch_num": 1, "fc": {"retrain_enable": True}}
+            >>> RetrainConfig.from_dict(raw)["fc"].retrain_data_config.dst_type
+            'INT8'
+        """
+        return cls(**parse_config(raw, source))
+
+    @classmethod
+    def default(cls, model: nn.Module, input_data: object) -> RetrainConfig:
+        """Make a configuration that quantizes every layer that can be quantized, with AMCT's defaults.
+
+        Args:
+            model: The float model.
+            input_data: One input (or a tuple of inputs) the model can be called with.
+
+        Returns:
+            The configuration, its layers in the order of ``model.named_modules()``.
+
+        Raises:
+            ValueError: If no layer of the model can be quantized.
+
+        Example:
+            >>> import torch
+            >>> RetrainConfig.default(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.ones(1, 4)).batch_num
+            1
+        """
+        from amct_lightning.graph.eligibility import eligible_layers  # noqa: PLC0415  (graph imports config)
+
+        eligible = eligible_layers(model, input_data)
+        if not eligible:
+            raise ValueError(
+                f"No supported layers in {type(model).__name__}. It needs a Conv1d/2d/3d, "
+                "ConvTranspose1d/2d, Linear, LSTM or GRU that runs exactly once on input_data and shares its "
+                "weight with no other layer; check that input_data reaches such a layer."
+            )
+        return cls(
+            layers={
+                name: with_channel_wise_default(LayerConfig(), module) for name, module in eligible.items()
+            }
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """Give the plain content of the JSON file, in its key order.
+
+        Example:
+            >>> RetrainConfig(fakequant_precision_mode="FORCE_FP16_QUANT").to_dict()
+            {'version': 1, 'fakequant_precision_mode': 'FORCE_FP16_QUANT', 'batch_num': 1}
+        """
+        mode = self.fakequant_precision_mode
+        return {
+            "version": self.version,
+            **({} if mode == "DEFAULT" else {"fakequant_precision_mode": mode}),
+            "batch_num": self.batch_num,
+            **{name: layer_to_dict(layer) for name, layer in self.layers.items()},
+        }
+
+    def to_text(self) -> str:
+        """Give the text of the JSON file, equal to AMCT's to the byte.
+
+        Example:
+            >>> RetrainConfig().to_text().splitlines()[1]
+            '    "version":1,'
+        """
+        return dump_text(self.to_dict())
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the JSON file atomically; replacing an existing file is logged as a warning.
+
+        Args:
+            path: The file to create or replace. Missing folders are created.
+
+        Raises:
+            OSError: If the file cannot be written; an existing file is then unchanged.
+
+        Example:
+            >>> import pathlib, tempfile
+            >>> file = pathlib.Path(tempfile.mkdtemp()) / "config.json"
+            >>> RetrainConfig(layers={"fc": LayerConfig()}).to_json(file)
+        """
+        if Path(path).is_file():
+            _logger.warning("Overwriting the existing quantization config '%s'.", path)
+        write_text(path, self.to_text())
+
+    def resolve(self, eligible: Mapping[str, nn.Module], source: str = "config") -> RetrainConfig:
+        """Fit the configuration to a model: fill in the defaults of its layer types, check what they allow.
+
+        Layers that are not mentioned are disabled. INT4 weights that cannot be packed in pairs become INT8,
+        with a warning that names the layers; INT4 activations of such a layer become INT8, too.
+
+        Args:
+            eligible: The layers of the model that can be quantized, by name.
+            source: What this configuration is called in messages, for example the file name.
+
+        Returns:
+            A new configuration that lists exactly the eligible layers, in their order.
+
+        Raises:
+            ValueError: If a layer is unknown or cannot be ``channel_wise``, or if no layer is enabled.
+
+        Example:
+            >>> from torch import nn
+            >>> layers = {"0": nn.Conv2d(3, 8, 3), "3": nn.Linear(8, 2)}
+            >>> resolved = RetrainConfig(layers={"3": LayerConfig()}).resolve(layers)
+            >>> [(name, layer.retrain_enable) for name, layer in resolved.items()]
+            [('0', False), ('3', True)]
+        """
+        return replace(self, layers=resolve_layers(self.layers, eligible, source))
+
+    def __getitem__(self, name: str) -> LayerConfig:
+        return self.layers[name]
+
+    def __setitem__(self, name: str, layer: LayerConfig) -> None:
+        _check_layer(name, layer)
+        self.layers[name] = layer
+
+    def __delitem__(self, name: str) -> None:
+        del self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in self.__dataclass_fields__:
+            known = list(self.__dataclass_fields__)
+            raise AttributeError(f"RetrainConfig has no setting '{name}'.{closest(name, known)}")
+        if name == "layers":
+            value = _checked_layers(value)
+        raise_first(run_faults({name: value}), lambda key: f"RetrainConfig.{key}")
+        object.__setattr__(self, name, value)
+
+
+def _checked_layers(layers: object) -> dict[str, LayerConfig]:
+    if not isinstance(layers, Mapping):
+        raise TypeError(f"RetrainConfig.layers must map layer names to LayerConfig, found {found(layers)}.")
+    for name, layer in layers.items():
+        _check_layer(name, layer)
+    return dict(layers)
+
+
+def _check_layer(name: object, layer: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"A layer name must be a string, found {found(name)}.")
+    if name in RUN_KEYS:
+        raise ValueError(
+            f"A layer cannot be called '{name}': the config file uses that key; rename the module."
+        )
+    if not isinstance(layer, LayerConfig):
+        raise TypeError(f"The settings of layer '{name}' must be a LayerConfig, found {found(layer)}.")

@@ -1,0 +1,192 @@
+"""One observed forward: which module produced each tensor, and who read it.
+
+The model runs once, as it is, on one input. A dispatch mode sees every operator and module hooks see every call,
+so Python control flow, keyword arguments and functional code need no special treatment. Tensors are identified by
+object and version, so an in-place operation makes a new value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode  # the documented way to write a dispatch mode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from amct_lightning.graph.preserve import preserved
+
+InputData = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass
+class Value:
+    """One tensor value of the observed forward.
+
+    Attributes:
+        producer: Operator that made it; ``None`` for a model input or parameter.
+        from_layer: Name of the watched layer whose output it is, if any.
+        readers: Who read it: the name of a BatchNorm module, or a running number of the reading operator.
+    """
+
+    producer: Any = None
+    from_layer: str | None = None
+    readers: set[str | int] = field(default_factory=set)
+
+
+@dataclass
+class Call:
+    """One call of a watched layer: the value it read and the rank of its input."""
+
+    name: str
+    input: Value
+    input_dims: int
+    output: Value | None = None
+
+
+@dataclass
+class Trace:
+    """What the observed forward saw.
+
+    Attributes:
+        calls: Calls of the watched layers in order of execution.
+        batch_norm_calls: How often each BatchNorm module was called, by name.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    batch_norm_calls: dict[str, int] = field(default_factory=dict)
+
+
+def observe(
+    model: nn.Module, watched: Mapping[str, nn.Module], run: nn.Module, input_data: InputData
+) -> Trace:
+    """Run ``run`` once and note the data flow around the watched layers; leave no trace in the model.
+
+    Args:
+        model: The model whose module names are used.
+        watched: The layers of interest, by name.
+        run: The module to call: ``model`` itself or one that contains it.
+        input_data: A tensor, a tuple of positional arguments or a mapping of keyword arguments. Tensors are
+            moved to the device of the model.
+
+    Returns:
+        The observed calls.
+
+    Raises:
+        RuntimeError: If the model fails on the input; the model's own error is the cause.
+    """
+    args, kwargs = _arguments(run, input_data)
+    observer = _Observer()
+    handles = [
+        handle for name, layer in watched.items() for handle in observer.watch_layer(name, layer)
+    ] + [
+        handle
+        for name, module in model.named_modules()
+        if isinstance(module, _BATCH_NORM)
+        for handle in observer.watch_batch_norm(name, module)
+    ]
+    try:
+        with preserved(run), observer:
+            output = run(*args, **kwargs)
+        observer.read_by_user(output)
+    except Exception as error:
+        raise RuntimeError(
+            f"{type(run).__name__} failed on the given input_data while its data flow was observed "
+            f"({_describe(input_data)}): {type(error).__name__}: {error}. Give input_data with which the model's "
+            "forward runs: a tensor, a tuple of positional arguments or a dict of keyword arguments."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return observer.trace
+
+
+class _Observer(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self._values: dict[tuple[int, int], Value] = {}
+        self._alive: list[Tensor] = []  # an id is unique only as long as its tensor lives
+        self._inside_batch_norm: list[str] = []
+        self._open_calls: dict[str, list[Call]] = {}
+        self._operators = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._operators += 1
+        reader = self._inside_batch_norm[-1] if self._inside_batch_norm else self._operators
+        for tensor in _tensors((args, kwargs)):
+            self._value(tensor).readers.add(reader)
+        output = func(*args, **kwargs)
+        for tensor in _tensors(output):
+            self._bind(tensor, Value(producer=func))
+        return output
+
+    def watch_layer(self, name: str, layer: nn.Module) -> list[Any]:
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            tensors = _tensors((args, kwargs))
+            call = Call(name, self._value(tensors[0]), tensors[0].dim())
+            self.trace.calls.append(call)
+            self._open_calls.setdefault(name, []).append(call)
+
+        def leave(_: nn.Module, _args: Any, output: Any) -> None:
+            call = self._open_calls[name].pop()
+            tensors = _tensors(output)
+            if tensors:
+                call.output = self._value(tensors[0])
+                call.output.from_layer = name
+
+        return [
+            layer.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
+            layer.register_forward_hook(leave),
+        ]
+
+    def watch_batch_norm(self, name: str, module: nn.Module) -> list[Any]:
+        def enter(_: nn.Module, _args: Any) -> None:
+            calls = self.trace.batch_norm_calls
+            calls[name] = calls.get(name, 0) + 1
+            self._inside_batch_norm.append(name)
+
+        def leave(_: nn.Module, _args: Any, _output: Any) -> None:
+            self._inside_batch_norm.pop()
+
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+    def read_by_user(self, output: Any) -> None:
+        """Count the model's output as read, so that nothing folded into another layer disappears from it."""
+        for tensor in _tensors(output):
+            self._value(tensor).readers.add("output")
+
+    def _value(self, tensor: Tensor) -> Value:
+        key = (id(tensor), tensor._version if not tensor.is_inference() else 0)
+        return self._values.get(key) or self._bind(tensor, Value())
+
+    def _bind(self, tensor: Tensor, value: Value) -> Value:
+        key = (id(tensor), tensor._version if not tensor.is_inference() else 0)
+        self._values[key] = value
+        self._alive.append(tensor)
+        return value
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _arguments(run: nn.Module, input_data: InputData) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    device = next((p.device for p in run.parameters()), None)
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor if device is None or device.type == "meta" else tensor.to(device)
+
+    moved = tree_map_only(Tensor, move, input_data)
+    if isinstance(moved, Mapping):
+        return (), dict(moved)
+    return (moved if isinstance(moved, tuple) else (moved,)), {}
+
+
+def _describe(input_data: InputData) -> str:
+    shapes = [f"{tuple(t.shape)} {t.dtype}" for t in _tensors(input_data)]
+    return "tensors of shape " + ", ".join(shapes) if shapes else "no tensors"

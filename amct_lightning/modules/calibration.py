@@ -1,0 +1,99 @@
+"""Calibration outside of a training step, and its one collective when there are several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from amct_lightning.modules.convert import input_quantizers
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Calibrate the activation quantizers on given inputs, without training anything.
+
+    The model runs in eval mode without gradients. Quantizers that are calibrated already stay as they are.
+
+    Args:
+        model: A converted model.
+        batches: Inputs for the model: tensors, tuples of positional or mappings of keyword arguments. No more
+            than the configured ``batch_num`` are used.
+
+    Raises:
+        ValueError: If the batches end before every quantizer that they reach is calibrated.
+
+    Example:
+        >>> from amct_lightning import RetrainConfig, prepare_qat
+        >>> x = torch.linspace(-1, 1, 8).view(2, 4)
+        >>> model = nn.Sequential(nn.Linear(4, 2))
+        >>> model = prepare_qat(model, RetrainConfig.default(model, x), x)
+        >>> calibrate(model, [x])
+        >>> model[0].input_quantizer.calibrating
+        False
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    waiting = [quantizer for quantizer in input_quantizers(model).values() if quantizer.calibrating]
+    try:
+        model.eval()
+        for quantizer in waiting:
+            quantizer.train()
+        supply = iter(batches)
+        with torch.no_grad():
+            while any(quantizer.calibrating for quantizer in waiting):
+                batch = next(supply, None)
+                if batch is None:
+                    break
+                _call(model, batch)
+        synchronize_calibration(model)
+    finally:
+        for module, training in flags:
+            module.training = training
+    left = [name for name, quantizer in input_quantizers(model).items() if quantizer.calibrating]
+    if left:
+        raise ValueError(
+            f"The batches ended before these layers were calibrated: {', '.join(left[:8])}. Give at least `batch_num` "
+            "batches that reach every quantized layer."
+        )
+
+
+@torch.no_grad()
+def synchronize_calibration(model: nn.Module) -> bool:
+    """Give every process the mean of the freshly calibrated clips, with one collective for all layers.
+
+    A layer that only some processes have calibrated takes the mean of those. Without a process group nothing
+    is to be done.
+
+    Args:
+        model: A converted model; the same on every process.
+
+    Returns:
+        Whether every quantizer is calibrated on every process now.
+    """
+    quantizers = list(input_quantizers(model).values())
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and quantizers):
+        return not any(quantizer.calibrating for quantizer in quantizers)
+    # Observing is Python state, so building this table costs no host synchronization.
+    table = torch.stack([_row(q.clip_max, q.clip_min, not q.calibrating) for q in quantizers])
+    dist.all_reduce(table)
+    counts = table[:, 2].tolist()
+    for quantizer, row, count in zip(quantizers, table, counts, strict=True):
+        if count:
+            quantizer.finish_calibration(row[0] / count, row[1] / count)
+    return all(counts)
+
+
+def _row(clip_max: Tensor, clip_min: Tensor, calibrated: bool) -> Tensor:
+    row = torch.stack((clip_max, clip_min, torch.ones_like(clip_max)))
+    return row if calibrated else torch.zeros_like(row)
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, tuple):
+        model(*batch)
+    else:
+        model(batch)

@@ -1,0 +1,63 @@
+"""What a converted model does by itself in plain PyTorch: write its record file, agree on the calibration.
+
+In Lightning the callback does both, and these hooks are not installed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from amct_lightning.graph.plan import find_plan
+from amct_lightning.modules import input_quantizers
+from amct_lightning.modules.calibration import synchronize_calibration
+from amct_lightning.record import QuantRecord
+
+
+def install_hooks(model: nn.Module, record_file: str) -> None:
+    """Make a converted model keep its record file up to date.
+
+    Args:
+        model: The converted model.
+        record_file: The file to write after evaluation passes.
+    """
+    model.register_forward_hook(_PlainHook(record_file))
+
+
+class _PlainHook:
+    """Forward hook of the converted model; a class, so that it survives deepcopy and pickle."""
+
+    def __init__(self, record_file: str) -> None:
+        self.record_file = record_file
+        self.calibrating = True
+        self.written_state: tuple[int, ...] | None = None
+
+    def __call__(self, model: nn.Module, _args: Any, _output: Any) -> None:
+        if not model.training:
+            self._write_record(model)
+        elif self.calibrating:
+            self._finish_calibration(model)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _finish_calibration(self, model: nn.Module) -> None:
+        # Runs at the same forwards on every process, whichever layers each of them has reached.
+        self.calibrating = not synchronize_calibration(model)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _write_record(self, model: nn.Module) -> None:
+        if any(quantizer.calibrating for quantizer in input_quantizers(model).values()):
+            return
+        # In-place changes, by an optimizer or by loading, raise a tensor's version; nothing else changes factors.
+        state = tuple(
+            number
+            for tensor in (*model.parameters(), *model.buffers())
+            for number in (id(tensor), tensor._version)
+        )
+        if state == self.written_state or find_plan(model) is None:
+            return
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
+            QuantRecord.from_model(model).save(self.record_file)
+        self.written_state = state

@@ -1,0 +1,175 @@
+"""The activation quantizer: learned clips (ULQ) on top of one calibration (IFMR)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from amct_lightning.quantizers.base import Quantizer
+from amct_lightning.quantizers.functional import (
+    activation_scale_offset,
+    fake_quantize_activation,
+    repair_clips,
+)
+from amct_lightning.quantizers.ifmr import ifmr
+
+
+class ActivationQuantizer(Quantizer):
+    """Fake-quantize a tensor into a range whose two ends are learned.
+
+    Until it has seen ``batch_num`` training batches it calibrates: it quantizes with the range of the current
+    batch and, with the last one, searches the range with the smallest error. Layers that read the same tensor
+    share one quantizer; only the first of them passes ``observe=True``.
+
+    The factors stay float32 whatever :meth:`torch.nn.Module.to` asks for.
+
+    Args:
+        num_bits: 4, 8 or 16.
+        fixed_min: Fix the lower clip to 0, for inputs that are never negative.
+        clip: Upper and lower clip to start from; ``None`` calibrates them.
+        batch_num: Number of training batches to calibrate on.
+
+    Attributes:
+        clip_max: Learned upper clip, 0-d float32 parameter.
+        clip_min: Learned lower clip, 0-d float32 parameter.
+        calibrating: Whether batches are still to be observed.
+
+    Example:
+        >>> quantizer = ActivationQuantizer(num_bits=8, clip=(2.55, -1e-9), fixed_min=True)
+        >>> quantizer(torch.tensor([0.014, -1.0, 9.0])).detach()
+        tensor([0.0100, 0.0000, 2.5500])
+    """
+
+    clip_max_previous: Tensor
+    clip_min_previous: Tensor
+    calibrated_batches: Tensor
+
+    def __init__(
+        self,
+        num_bits: int = 8,
+        fixed_min: bool = False,
+        clip: tuple[float, float] | None = None,
+        batch_num: int = 1,
+    ) -> None:
+        super().__init__()
+        self.num_bits = num_bits
+        self.fixed_min = fixed_min
+        self.batch_num = batch_num
+        upper, lower = clip or (1.0, -1.0)
+        self.clip_max = nn.Parameter(torch.tensor(upper, dtype=torch.float32))
+        self.clip_min = nn.Parameter(torch.tensor(lower, dtype=torch.float32))
+        self.register_buffer("clip_max_previous", self.clip_max.detach().clone())
+        self.register_buffer("clip_min_previous", self.clip_min.detach().clone())
+        self.register_buffer("calibrated_batches", torch.tensor(batch_num if clip else 0))
+        self.calibrating = clip is None
+        self.observed: list[Tensor] = []
+        # Not a buffer: DDP would overwrite every rank's flag with that of rank zero.
+        self.nonfinite_age = torch.zeros((), dtype=torch.int32)
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale of the present clips, 0-d float32."""
+        return self._factors()[0]
+
+    @property
+    def offset(self) -> Tensor:
+        """The offset (zero point) of the present clips, an integer in a 0-d float32 tensor."""
+        return self._factors()[1]
+
+    def forward(self, x: Tensor, observe: bool = True) -> Tensor:
+        """Return the fake-quantized ``x`` in its own shape and dtype; in training mode also keep the books.
+
+        Args:
+            x: Activations of any shape and floating dtype.
+            observe: Whether a calibrating quantizer counts ``x`` as a batch.
+
+        Returns:
+            The fake-quantized activations.
+        """
+        values = x if x.dtype == torch.float32 else x.float()
+        if not self.training:
+            upper, lower = self._usable_clips()
+        elif self.calibrating:
+            upper, lower = self._observe(values, observe)
+        else:
+            upper, lower = self._usable_clips()
+            self._store(upper, lower)
+        if self.training:
+            self._flag_nonfinite(values, upper, lower)
+        y = fake_quantize_activation(values, self.clip_max, self.clip_min, upper, lower, self.num_bits)
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+    def finish_calibration(self, clip_max: Tensor, clip_min: Tensor) -> None:
+        """Take over a calibrated range and stop observing.
+
+        Args:
+            clip_max: Upper clip, 0-d.
+            clip_min: Lower clip, 0-d.
+        """
+        self._store(clip_max, clip_min)
+        self.calibrated_batches.fill_(self.batch_num)
+        self.calibrating = False
+        self.observed = []
+
+    @torch.no_grad()
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return activation_scale_offset(*self._usable_clips(), self.num_bits)
+
+    @torch.no_grad()
+    def _usable_clips(self) -> tuple[Tensor, Tensor]:
+        return repair_clips(
+            self.clip_max, self.clip_min, self.clip_max_previous, self.clip_min_previous, self.fixed_min
+        )
+
+    @torch.no_grad()
+    def _store(self, upper: Tensor, lower: Tensor) -> None:
+        self.clip_max.copy_(upper)
+        self.clip_min.copy_(lower)
+        self.clip_max_previous.copy_(upper)
+        self.clip_min_previous.copy_(lower)
+
+    @torch.no_grad()
+    def _flag_nonfinite(self, values: Tensor, upper: Tensor, lower: Tensor) -> None:
+        # Counts the training forwards since the first bad one, so that the step can be told later without
+        # reading anything now.
+        if values.numel() == 0:
+            return
+        smallest, largest = torch.aminmax(values)
+        ends = torch.stack((smallest, largest, upper, lower))
+        bad = torch.logical_not(torch.isfinite(ends).all())
+        self.nonfinite_age.add_(torch.logical_or(self.nonfinite_age > 0, bad))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _observe(self, values: Tensor, observe: bool) -> tuple[Tensor, Tensor]:
+        values = values.detach()
+        if observe and values.numel():
+            last = len(self.observed) + 1 >= self.batch_num
+            # An in-place operation of the model may rewrite its activations, so batches kept for later are copies.
+            self.observed.append(values if last else values.clone())
+            self.calibrated_batches.fill_(len(self.observed))
+            if last:
+                result = ifmr(self.observed, self.num_bits)
+                self.finish_calibration(result.clip_max, result.clip_min)
+                upper, lower = self._usable_clips()
+                self._store(upper, lower)
+                return upper, lower
+        if values.numel() == 0:
+            return self._usable_clips()
+        lower, upper = torch.aminmax(values)
+        return repair_clips(upper, lower, upper, lower, self.fixed_min)
+
+    def _move_extra(self, move: Callable[[Tensor], Tensor]) -> None:
+        self.nonfinite_age = move(self.nonfinite_age)
+        self.observed = [move(batch) for batch in self.observed]
+
+    def _after_load(self) -> None:
+        self.calibrating = int(self.calibrated_batches) < self.batch_num
+        self.observed = []
+
+    def extra_repr(self) -> str:
+        """Show the settings in ``print(model)``."""
+        state = "calibrating" if self.calibrating else "calibrated"
+        return f"num_bits={self.num_bits}, fixed_min={self.fixed_min}, {state}"

@@ -1,0 +1,147 @@
+"""The text form of a record file: between protobuf text and :class:`LayerRecord` objects.
+
+Files, comparison and the mapping that users see are in ``quant_record.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from google.protobuf import text_format
+from google.protobuf.message import Message
+
+from amct_lightning.record.layer_record import KVCacheRecord, LayerRecord
+from amct_lightning.record.schema import message_class
+
+
+def read(text: str | bytes) -> tuple[dict[str, LayerRecord], str]:
+    """Read a record text.
+
+    Args:
+        text: The content of a record file; empty is fine. Bytes must be UTF-8.
+
+    Returns:
+        The layers in the order of the text, and the text of what belongs to other features (pruning, and
+        entries that hold only a key/value cache), to be given to :func:`write` unchanged.
+
+    Raises:
+        ValueError: If the text is not a record, or a layer has no name, no factors, or comes twice.
+
+    Example:
+        >>> factors = "scale_d: 1 offset_d: 0 scale_w: 1 offset_w: 0"
+        >>> layers, extras = read('record { key: "fc" value { ' + factors + " } }")
+        >>> layers["fc"].scale_w, extras
+        ([1.0], '')
+    """
+    content = _content(_parse(_decode(text)))
+    layers: dict[str, LayerRecord] = {}
+    foreign: list[Message] = []
+    seen: set[str] = set()
+    for number, entry in enumerate(map(_content, content.get("record", ())), start=1):
+        name = _layer_name(entry, number, seen)
+        if "value" in entry:
+            layers[name] = _layer(name, entry)
+        else:
+            foreign.append(content["record"][number - 1])
+    extras = message_class("ScaleOffsetRecord")(record=foreign, prune_record=content.get("prune_record", ()))
+    return layers, text_format.MessageToString(extras)
+
+
+def write(layers: Mapping[str, LayerRecord], extras: str = "") -> str:
+    """Write a record text in AMCT's layout, floats in their shortest float32 form.
+
+    Args:
+        layers: Valid records by layer name.
+        extras: What :func:`read` gave as belonging to other features.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: If ``extras`` is not a record text.
+
+    Example:
+        >>> layer = LayerRecord(scale_d=0.1, offset_d=0, scale_w=[0.5], offset_w=[0])
+        >>> write({"fc": layer}).splitlines()[1:4]
+        ['  key: "fc"', '  value {', '    scale_d: 0.1']
+    """
+    entries = [_entry(name, layer) for name, layer in layers.items()]
+    message = message_class("ScaleOffsetRecord")(record=entries)
+    if extras:
+        message.MergeFrom(_parse(extras))
+    return text_format.MessageToString(message)
+
+
+def _decode(text: str | bytes) -> str:
+    if isinstance(text, str):
+        return text
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{text[error.start]:02x} is not UTF-8 text."
+        raise ValueError(f"line {line}: not a record in protobuf text format: {found}") from error
+
+
+def _parse(text: str) -> Message:
+    try:
+        message = text_format.Parse(text, message_class("ScaleOffsetRecord")())
+    except text_format.ParseError as error:
+        raise ValueError(_parse_problem(error)) from error
+    except UnicodeError as error:
+        raise ValueError(f"not a record in protobuf text format: {error}.") from error
+    if not message.IsInitialized():
+        raise ValueError("a node of a prune_record has no name; every producer and consumer needs one.")
+    return message
+
+
+def _parse_problem(error: text_format.ParseError) -> str:
+    line = error.GetLine()
+    where = f"line {line}: " if line is not None else ""
+    # protobuf begins its own message with "line:column : ".
+    found = str(error).partition(" : ")[2] or str(error)
+    return f"{where}not a record in protobuf text format (scale_offset_record.proto): {found}"
+
+
+# Any: protobuf's own type of a field's value; the schema fixes what it is.
+def _content(message: Message) -> dict[str, Any]:
+    """Give only the fields that the text had, so that absent and default stay apart."""
+    return {descriptor.name: value for descriptor, value in message.ListFields()}
+
+
+def _layer_name(entry: dict[str, Any], number: int, seen: set[str]) -> str:
+    name: str = entry.get("key", "")
+    if not name:
+        raise ValueError(f'record number {number} has no key; every record needs key: "<layer name>".')
+    if name in seen:
+        raise ValueError(f"layer {name!r}: two records have this key; a layer may have only one.")
+    if "value" not in entry and "kv_cache_value" not in entry:
+        raise ValueError(
+            f"layer {name!r}: value is missing; it must hold scale_d, offset_d, scale_w, offset_w."
+        )
+    seen.add(name)
+    return name
+
+
+def _layer(name: str, entry: dict[str, Any]) -> LayerRecord:
+    factors: dict[str, Any] = {"scale_w": [], "offset_w": []} | _content(entry["value"])
+    for needed in ("scale_d", "offset_d"):
+        if needed not in factors:
+            raise ValueError(f"layer {name!r}: {needed} is missing; a record needs exactly one.")
+    if "kv_cache_value" in entry:
+        cache: dict[str, Any] = {"scale": [], "offset": []} | _content(entry["kv_cache_value"])
+        factors["kv_cache"] = KVCacheRecord(**cache)
+    return LayerRecord(**factors)
+
+
+def _entry(name: str, layer: LayerRecord) -> Message:
+    # The fields carry the names of the schema; protobuf leaves out what is None or an empty list.
+    factors = {item.name: getattr(layer, item.name) for item in fields(layer) if item.name != "kv_cache"}
+    value = message_class("SingleLayerRecord")(**factors)
+    cache = layer.kv_cache
+    if cache is None:
+        return message_class("MapFiledEntry")(key=name, value=value)
+    kv_cache = message_class("SingleLayerKVCacheRecord")(scale=cache.scale, offset=cache.offset)
+    return message_class("MapFiledEntry")(key=name, value=value, kv_cache_value=kv_cache)
