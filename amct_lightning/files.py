@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +53,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     final = Path(path)
     make_parent(final)
-    descriptor, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
+    _remove_leftovers(final)
+    prefix = f".{final.name}.{_host()}-{os.getpid()}-"
+    descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=final.parent)
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -100,6 +105,29 @@ def check_writable(path: str | Path, what: str) -> None:
             f"The {what} '{final}' cannot be written: {error.strerror or error}. "
             f"Choose a path in a folder that you may write to."
         ) from error
+
+
+def _remove_leftovers(final: Path) -> None:
+    """Remove temporary files that a killed process of this machine has left for the same target."""
+    prefix = f".{final.name}.{_host()}-"
+    for leftover in final.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        pid = leftover.name.removeprefix(prefix).split("-")[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            leftover.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -24,6 +24,8 @@ from amct_lightning.files import write_text
 if TYPE_CHECKING:
     from torch import nn
 
+    from amct_lightning.graph.trace import InputData
+
 _logger = logging.getLogger(__name__)
 
 
@@ -100,7 +102,7 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
         return cls(**parse_config(raw, source))
 
     @classmethod
-    def default(cls, model: nn.Module, input_data: object) -> RetrainConfig:
+    def default(cls, model: nn.Module, input_data: InputData) -> RetrainConfig:
         """Make a configuration that quantizes every layer that can be quantized, with AMCT's defaults.
 
         Args:

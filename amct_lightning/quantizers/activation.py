@@ -101,6 +101,7 @@ class ActivationQuantizer(Quantizer):
         y = fake_quantize_activation(values, self.clip_max, self.clip_min, upper, lower, self.num_bits)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
+    @torch.no_grad()
     def finish_calibration(self, clip_max: Tensor, clip_min: Tensor) -> None:
         """Take over a calibrated range and stop observing.
 
@@ -108,7 +109,7 @@ class ActivationQuantizer(Quantizer):
             clip_max: Upper clip, 0-d.
             clip_min: Lower clip, 0-d.
         """
-        self._store(clip_max, clip_min)
+        self._store(*repair_clips(clip_max, clip_min, clip_max, clip_min, self.fixed_min))
         self.calibrated_batches.fill_(self.batch_num)
         self.calibrating = False
         self.observed = []
@@ -153,10 +154,7 @@ class ActivationQuantizer(Quantizer):
             if last:
                 result = ifmr(self.observed, self.num_bits)
                 self.finish_calibration(result.clip_max, result.clip_min)
-                upper, lower = self._usable_clips()
-                self._store(upper, lower)
-                return upper, lower
-        if values.numel() == 0:
+        if not self.calibrating or values.numel() == 0:
             return self._usable_clips()
         lower, upper = torch.aminmax(values)
         return repair_clips(upper, lower, upper, lower, self.fixed_min)

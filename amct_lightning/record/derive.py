@@ -72,10 +72,9 @@ def _derive(root: nn.Module, layer: QATLayer, layer_plan: LayerPlan, plan: Quant
 def _fold_batch_norm(scale_w: Tensor, batch_norm: nn.Module) -> Tensor:
     """Multiply the weight scales by ``|gamma / sqrt(running_var + eps)|``, the factor that folding will apply."""
     variance = cast(Tensor, batch_norm.running_var).float()
-    gamma = cast("Tensor | None", batch_norm.weight)
     factor = torch.rsqrt(variance + cast(float, batch_norm.eps))
-    if gamma is not None:
-        factor = gamma.float() / torch.sqrt(variance + cast(float, batch_norm.eps))
+    if batch_norm.weight is not None:
+        factor = cast(Tensor, batch_norm.weight).float() * factor
     folded = scale_w.to(factor.device) * factor.abs()
     return torch.where(folded < EPS, 1.0, folded)
 

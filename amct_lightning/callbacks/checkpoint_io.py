@@ -1,0 +1,115 @@
+"""Checkpoints with their record: a CheckpointIO that keeps both together, whoever saves or removes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
+from typing_extensions import override
+
+from amct_lightning.files import atomic_path, write_text
+
+CHECKPOINT_KEY = "amct_lightning"
+"""Entry of a checkpoint that holds the plan, the calibration state and the record."""
+
+
+class CheckpointOwner(Protocol):
+    """What :class:`RecordCheckpointIO` needs of the callback."""
+
+    def checkpoint_state(self) -> dict[str, Any] | None:
+        """Return the entry for :data:`CHECKPOINT_KEY`, or ``None`` if the model is not converted."""
+
+    def record_saved(self, text: str | None) -> None:
+        """Take note that a checkpoint with this record is being saved."""
+
+    def checkpoint_loaded(self, state: dict[str, Any] | None, source: str) -> None:
+        """Bring the model into the structure that the checkpoint about to be loaded has."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's default CheckpointIO, made safe against kills and power cuts for local files.
+
+    The checkpoint is written to a temporary file in its folder, flushed to disk, and renamed.
+
+    Example:
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/last.ckpt"
+        >>> AtomicCheckpointIO().save_checkpoint({"epoch": 3}, path)
+        >>> AtomicCheckpointIO().load_checkpoint(path)
+        {'epoch': 3}
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Save like :class:`TorchCheckpointIO`, atomically."""
+        if not _is_local(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with atomic_path(path) as temporary:
+            super().save_checkpoint(checkpoint, temporary, storage_options)
+
+
+class RecordCheckpointIO(CheckpointIO):
+    """Write ``<name>.record.txt`` beside each ``<name>.ckpt``, and remove both together.
+
+    Lightning calls this on rank zero only, and lets all ranks wait for it.
+
+    Args:
+        inner: The CheckpointIO that does the actual reading and writing; Lightning's default one is replaced by
+            :class:`AtomicCheckpointIO`.
+        owner: The callback.
+    """
+
+    def __init__(self, inner: CheckpointIO, owner: CheckpointOwner) -> None:
+        self.inner = AtomicCheckpointIO() if type(inner) is TorchCheckpointIO else inner
+        self.owner = owner
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write the record, then the checkpoint: a checkpoint that exists has its record."""
+        if CHECKPOINT_KEY not in checkpoint:  # weights-only checkpoints get no callback state from Lightning
+            state = self.owner.checkpoint_state()
+            if state is not None:
+                checkpoint[CHECKPOINT_KEY] = state
+        text = checkpoint.get(CHECKPOINT_KEY, {}).get("record")
+        self.owner.record_saved(text)
+        if _is_local(path) and text is not None:
+            write_text(record_path(path), text)
+        elif _is_local(path):
+            record_path(path).unlink(missing_ok=True)
+        self.inner.save_checkpoint(checkpoint, path, storage_options)
+
+    @override
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint and let the callback convert the model before the weights are loaded into it."""
+        checkpoint = self.inner.load_checkpoint(path, *args, **kwargs)
+        self.owner.checkpoint_loaded(checkpoint.get(CHECKPOINT_KEY), str(path))
+        return checkpoint
+
+    @override
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint and its record."""
+        self.inner.remove_checkpoint(path)
+        if _is_local(path):
+            record_path(path).unlink(missing_ok=True)
+
+    @override
+    def teardown(self) -> None:
+        """Let the wrapped CheckpointIO finish."""
+        self.inner.teardown()
+
+
+def record_path(checkpoint_path: str | Path) -> Path:
+    """Return where the record of a checkpoint is.
+
+    Example:
+        >>> record_path("run/epoch=3.ckpt").name
+        'epoch=3.record.txt'
+    """
+    path = Path(checkpoint_path)
+    return path.with_name(path.name.removesuffix(".ckpt") + ".record.txt")
+
+
+def _is_local(path: Any) -> bool:
+    return "://" not in str(path)

@@ -1,0 +1,75 @@
+"""Report NaN and infinite activations with layer and step, reading the device only at the logging interval."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+
+from amct_lightning.modules import input_quantizers
+
+
+class NonfiniteWatch:
+    """Reads the flags that the activation quantizers raise on their device.
+
+    Args:
+        model: The converted model.
+        interval: Number of batches between two looks.
+        reaction: ``"warn"`` once per layer, or ``"raise"``.
+    """
+
+    def __init__(self, model: nn.Module, interval: int, reaction: Literal["warn", "raise"]) -> None:
+        self.quantizers = input_quantizers(model)
+        self.interval = max(1, interval)
+        self.reaction = reaction
+        self.steps: list[int] = []
+        self.reported: set[str] = set()
+
+    def start_batch(self, step: int) -> None:
+        """Note the step of the coming batch.
+
+        Args:
+            step: The Trainer's ``global_step``.
+        """
+        self.steps.append(step)
+
+    def end_batch(self) -> None:
+        """Look at the flags if the interval is over."""
+        if len(self.steps) >= self.interval:
+            self.check()
+
+    def check(self) -> None:
+        """Look at the flags now, with one read for all layers.
+
+        Raises:
+            RuntimeError: If a flag is up and the reaction is ``"raise"``.
+        """
+        if not self.quantizers or not self.steps:
+            return
+        ages = torch.stack([q.nonfinite_age for q in self.quantizers.values()]).tolist()
+        found = {
+            name: self.steps[max(0, len(self.steps) - age)]
+            for name, age in zip(self.quantizers, ages, strict=True)
+            if age and name not in self.reported
+        }
+        self.steps.clear()
+        if any(ages):
+            for quantizer in self.quantizers.values():
+                quantizer.nonfinite_age.zero_()
+        if found:
+            self.reported.update(found)
+            self._report(found)
+
+    def _report(self, found: dict[str, int]) -> None:
+        first = min(found.values())
+        layers = ", ".join(f"'{name}' (step {step})" for name, step in sorted(found.items(), key=lambda i: i[1])[:8])
+        message = (
+            f"NaN or infinite values reached the activation quantizer of layer {layers}"
+            f"{' and others' if len(found) > 8 else ''}; first at step {first}. Check the input data, lower the learning "
+            "rate, or clip gradients. No record is written while a factor is not finite."
+        )
+        if self.reaction == "raise":
+            raise RuntimeError(message)
+        rank_zero_warn(message)

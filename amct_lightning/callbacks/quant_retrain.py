@@ -1,0 +1,375 @@
+"""The callback that adds quantization-aware training to any Trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from amct_lightning.callbacks.checkpoint_io import CHECKPOINT_KEY, RecordCheckpointIO
+from amct_lightning.callbacks.inputs import BatchToInput, calls_forward, find_input
+from amct_lightning.callbacks.nonfinite import NonfiniteWatch
+from amct_lightning.callbacks.param_groups import move_clips
+from amct_lightning.config import RetrainConfig
+from amct_lightning.files import check_writable, write_text
+from amct_lightning.graph.plan import QuantPlan, attach_plan, find_plan, make_plan
+from amct_lightning.graph.trace import InputData
+from amct_lightning.modules import convert_layers, input_quantizers
+from amct_lightning.modules.calibration import synchronize_calibration
+from amct_lightning.record import QuantRecord
+
+_logger = logging.getLogger(__name__)
+
+
+class QuantRetrainCallback(Callback):
+    """Quantization-aware training of a LightningModule; nothing in the module changes.
+
+    In ``setup``, for every stage, the layers named by ``config`` are converted in place (once; a second ``fit`` or
+    a ``test`` after it goes on with the same layers). The first ``batch_num`` training batches calibrate the
+    activation ranges; after that they are learned along with the weights. Whenever a checkpoint is saved, the
+    record is written to ``record_file`` and, as ``<name>.record.txt``, beside ``<name>.ckpt``; once more when
+    training ends. A checkpoint holds the configuration, the calibration state and the record, so resuming and
+    testing from it needs no config file and continues to the bit.
+
+    Args:
+        config: What to quantize: the path of a JSON configuration, a :class:`RetrainConfig`, or the content of
+            such a file as a dict. ``None`` quantizes every layer that can be, with AMCT's defaults.
+        record_file: The file for the quantization factors; ``None`` means ``record.txt`` in the Trainer's
+            ``default_root_dir``.
+        input_data: Input for the converted module that shows its data flow: a tensor, a tuple of positional or a
+            mapping of keyword arguments. ``None`` takes ``example_input_array`` or the first batch of the
+            dataloader.
+        submodule: Dotted name of the part of the LightningModule to convert, e.g. ``"net.backbone"``; layer names
+            in the config and the record are relative to it. ``None`` converts all of it.
+        batch_to_input: Turns a batch into the arguments of ``forward``, for batches that are neither a tensor, nor
+            ``(x, ...)``, nor a mapping with the names of its parameters.
+        quant_lr_scale: Factor of the learning rate for the learned clips.
+        quant_weight_decay: Weight decay of the learned clips; ``None`` leaves it as in the optimizer.
+        on_nonfinite: What to do when a quantizer's input was NaN or infinite in training. It is detected on the
+            device and reported, with layer and step, every ``log_every_n_steps`` batches: ``"warn"`` or ``"raise"``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has a value that is not allowed.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> callback = QuantRetrainCallback(record_file=folder + "/record.txt")
+        >>> trainer = Trainer(
+        ...     callbacks=[callback], max_steps=2, accelerator="cpu", logger=False, default_root_dir=folder,
+        ...     enable_progress_bar=False, enable_model_summary=False,
+        ... )
+        >>> trainer.fit(BoringModel())
+        >>> list(QuantRecord.load(folder + "/record.txt"))
+        ['layer']
+    """
+
+    def __init__(
+        self,
+        config: str | Path | RetrainConfig | dict[str, Any] | None = None,
+        record_file: str | Path | None = None,
+        input_data: Any = None,
+        submodule: str | None = None,
+        batch_to_input: BatchToInput | None = None,
+        quant_lr_scale: float = 1.0,
+        quant_weight_decay: float | None = 0.0,
+        on_nonfinite: Literal["warn", "raise"] = "warn",
+    ) -> None:
+        super().__init__()
+        _check_arguments(config, input_data, quant_lr_scale, quant_weight_decay, on_nonfinite)
+        self.config = config
+        self.record_file = record_file
+        self.input_data = input_data
+        self.submodule = submodule
+        self.batch_to_input = batch_to_input
+        self.quant_lr_scale = quant_lr_scale
+        self.quant_weight_decay = quant_weight_decay
+        self.on_nonfinite = on_nonfinite
+        self._model: nn.Module | None = None
+        self._record_path: Path | None = None
+        self._missing_config: FileNotFoundError | None = None
+        self._calibrated_everywhere = False
+        self._is_training = False
+        self._watch: NonfiniteWatch | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Convert the model, before its weights are restored, moved or wrapped and optimizers are made."""
+        _refuse_second(trainer, self)
+        if is_overridden("configure_model", pl_module):
+            pl_module.configure_model()  # idempotent by Lightning's contract; the layers must exist now
+        self._model = _find_submodule(pl_module, self.submodule)
+        self._record_path = Path(self.record_file or Path(trainer.default_root_dir, "record.txt"))
+        self._missing_config = None
+        if trainer.is_global_zero:
+            check_writable(self._record_path, "record file")
+        if find_plan(self._model) is None:
+            self._convert(trainer, pl_module, self._model)
+        self._wrap_checkpoint_io(trainer)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the clips their own treatment in the optimizers, before their states are restored."""
+        self._require_conversion()
+        if self.quant_lr_scale == 1 and self.quant_weight_decay is None:
+            return
+        clips = [p for q in self._quantizers() for p in (q.clip_max, q.clip_min)]
+        for optimizer in trainer.optimizers:
+            schedulers = [
+                c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer
+            ]
+            move_clips(optimizer, schedulers, clips, self.quant_lr_scale, self.quant_weight_decay)
+        _warn_left_out(trainer, clips)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse to evaluate a model that could not be converted."""
+        self._require_conversion()
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse to evaluate a model that could not be converted."""
+        self._require_conversion()
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse to evaluate a model that could not be converted."""
+        self._require_conversion()
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start to watch for NaN and infinite activations."""
+        self._calibrated_everywhere = False
+        self._is_training = True
+        self._watch = NonfiniteWatch(self._converted(), trainer.log_every_n_steps, self.on_nonfinite)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note which step the coming forwards belong to."""
+        if self._watch is not None:
+            self._watch.start_batch(trainer.global_step)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the processes agree on fresh calibrations, once; report non-finite activations at the interval."""
+        if not self._calibrated_everywhere:
+            self._calibrated_everywhere = synchronize_calibration(self._converted())
+        if self._watch is not None:
+            self._watch.end_batch()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the record of the final state; all ranks wait for it."""
+        if self._watch is not None:
+            self._watch.check()
+        self._is_training = False
+        if trainer.is_global_zero:
+            self.record_saved(self._record_text())
+        trainer.strategy.barrier("QuantRetrainCallback.on_train_end")
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the record of the last good state: the present one, or the last written if that is unusable."""
+        if self._is_training and trainer.is_global_zero:
+            self.record_saved(self._record_text())
+        self._is_training = False
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put plan, calibration state and record into the checkpoint."""
+        state = self.checkpoint_state()
+        if state is not None:
+            checkpoint[CHECKPOINT_KEY] = state
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take back batches that a calibration in progress had observed."""
+        observed = checkpoint.get(CHECKPOINT_KEY, {}).get("observed", {})
+        for name, quantizer in input_quantizers(self._converted()).items():
+            quantizer.observed = [batch.to(quantizer.clip_max.device) for batch in observed.get(name, [])]
+
+    def checkpoint_state(self) -> dict[str, Any] | None:
+        """Return what a checkpoint has to hold beside the weights, or ``None`` without a converted model."""
+        found = find_plan(self._model) if self._model is not None else None
+        if found is None:
+            return None
+        observed = {name: q.observed for name, q in input_quantizers(found[0]).items() if q.observed}
+        return {"plan": found[1].to_dict(), "record": self._record_text(), "observed": observed}
+
+    def record_saved(self, text: str | None) -> None:
+        """Write ``record_file``; without a usable record the last written one stays.
+
+        Args:
+            text: The record, or ``None``.
+        """
+        if text is not None and self._record_path is not None:
+            write_text(self._record_path, text)
+
+    def checkpoint_loaded(self, state: dict[str, Any] | None, source: str) -> None:
+        """Convert a model that waits for the plan of its checkpoint; refuse a checkpoint with another plan.
+
+        Args:
+            state: The checkpoint's entry of this package, ``None`` if it has none.
+            source: The checkpoint's path.
+
+        Raises:
+            ValueError: If model and checkpoint are quantized differently.
+        """
+        if state is None or self._model is None:
+            return
+        plan = QuantPlan.from_dict(state["plan"], source)
+        found = find_plan(self._model)
+        if found is None:
+            convert_layers(self._model, plan)
+            attach_plan(self._model, plan)
+            self._missing_config = None
+        elif found[1] != plan:
+            raise ValueError(
+                f"The checkpoint '{source}' was quantized differently from the model: {_difference(found[1], plan)}. "
+                "Resume with the configuration of the checkpoint (leave the config file away and it is taken from "
+                "the checkpoint), or start a new run with the new configuration."
+            )
+
+    def _convert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
+        try:
+            config, source = self._read_config()
+        except FileNotFoundError as error:
+            self._missing_config = error  # a checkpoint that is about to be loaded may bring its own
+            return
+        run, input_data = self._run_and_input(trainer, pl_module, model)
+        plan = make_plan(model, config, input_data, run, source)
+        convert_layers(model, plan)
+        attach_plan(model, plan)
+        enabled = len(plan.layers)
+        rank_zero_info(
+            f"QuantRetrainCallback: {enabled} of {len(plan.config)} layers are quantized in training; "
+            f"the record goes to '{self._record_path}'."
+        )
+
+    def _read_config(self) -> tuple[RetrainConfig | None, str]:
+        if isinstance(self.config, (str, Path)):
+            return RetrainConfig.from_json(self.config), str(self.config)
+        if isinstance(self.config, Mapping) and not isinstance(self.config, RetrainConfig):
+            return RetrainConfig.from_dict(self.config, "config"), "config"
+        return self.config, "config"
+
+    def _run_and_input(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module
+    ) -> tuple[nn.Module, InputData]:
+        if self.input_data is not None:
+            return model, self.input_data
+        run = pl_module if calls_forward(pl_module) else model
+        return run, find_input(trainer, pl_module, self.batch_to_input)
+
+    def _wrap_checkpoint_io(self, trainer: pl.Trainer) -> None:
+        inner = trainer.strategy.checkpoint_io
+        if isinstance(inner, RecordCheckpointIO):
+            inner.owner = self
+        else:
+            trainer.strategy.checkpoint_io = RecordCheckpointIO(inner, self)
+
+    def _require_conversion(self) -> None:
+        if self._missing_config is not None:
+            raise self._missing_config
+
+    def _converted(self) -> nn.Module:
+        self._require_conversion()
+        if self._model is None:
+            raise RuntimeError("QuantRetrainCallback has no model yet: it is used outside of a Trainer run.")
+        return self._model
+
+    def _quantizers(self) -> list[Any]:
+        return list(input_quantizers(self._converted()).values())
+
+    def _record_text(self) -> str | None:
+        """Return the present record, or ``None`` while calibrating or when a factor is not finite."""
+        if self._model is None or any(q.calibrating for q in self._quantizers()):
+            return None
+        try:
+            return QuantRecord.from_model(self._model).to_text()
+        except ValueError as error:
+            rank_zero_warn(f"The record was not written, the last good one stays: {error}")
+            return None
+
+
+def _find_submodule(pl_module: pl.LightningModule, name: str | None) -> nn.Module:
+    if name is None:
+        return pl_module
+    try:
+        return pl_module.get_submodule(name)
+    except AttributeError:
+        known = ", ".join(f"'{child}'" for child, _ in pl_module.named_children())
+        raise ValueError(
+            f"QuantRetrainCallback(submodule='{name}'): {type(pl_module).__name__} has no such module. "
+            f"Its children are {known or 'none'}."
+        ) from None
+
+
+def _refuse_second(trainer: pl.Trainer, callback: QuantRetrainCallback) -> None:
+    if any(isinstance(other, QuantRetrainCallback) and other is not callback for other in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            "The Trainer has two QuantRetrainCallbacks. Use one; to quantize several parts of a LightningModule, convert "
+            "all of it and disable the other layers in the config."
+        )
+
+
+def _check_arguments(
+    config: object, input_data: object, lr_scale: object, weight_decay: object, on_nonfinite: object
+) -> None:
+    if config is not None and not isinstance(config, (str, Path, RetrainConfig, Mapping)):
+        raise TypeError(
+            "QuantRetrainCallback(config=...) must be the path of a JSON file, a RetrainConfig, a dict or None, got "
+            f"{type(config).__name__}."
+        )
+    if input_data is not None and not isinstance(input_data, (Tensor, tuple, Mapping)):
+        raise TypeError(
+            "QuantRetrainCallback(input_data=...) must be a tensor, a tuple of positional or a dict of keyword "
+            f"arguments, got {type(input_data).__name__}."
+        )
+    for name, value in (("quant_lr_scale", lr_scale), ("quant_weight_decay", weight_decay)):
+        if value is None and name == "quant_weight_decay":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise ValueError(f"QuantRetrainCallback({name}={value!r}): must be a finite number >= 0.")
+    if on_nonfinite not in ("warn", "raise"):
+        raise ValueError(f"QuantRetrainCallback(on_nonfinite={on_nonfinite!r}): must be 'warn' or 'raise'.")
+
+
+def _warn_left_out(trainer: pl.Trainer, clips: list[nn.Parameter]) -> None:
+    known = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+    left_out = sum(id(clip) not in known for clip in clips)
+    if left_out and trainer.optimizers:
+        rank_zero_warn(
+            f"{left_out} of {len(clips)} learned clip values are in no optimizer and stay as calibrated. Make the "
+            "optimizer in configure_optimizers() from self.parameters() to train them."
+        )
+
+
+def _difference(model: QuantPlan, checkpoint: QuantPlan) -> str:
+    for name in dict.fromkeys([*model.config, *checkpoint.config]):
+        if model.config.get(name) != checkpoint.config.get(name):
+            return f"layer '{name}' is {checkpoint.config.get(name)} there and {model.config.get(name)} here"
+    if model.config != checkpoint.config:
+        return f"batch_num or precision mode differ ({checkpoint.config.batch_num} there, {model.config.batch_num} here)"
+    return "the data flow between the layers is not the same"

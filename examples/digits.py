@@ -1,0 +1,180 @@
+"""Quantization-aware training in Lightning, end to end, on real handwritten digits.
+
+Trains a small depthwise-separable CNN in FP32, then fine-tunes it twice with ``QuantRetrainCallback``: with INT8,
+and with INT4 (A4W4) where the hardware can pack it. Stop it whenever you like, even with ``kill -9``: started
+again with the same ``--out`` it goes on where it was, to the bit.
+
+    python examples/digits.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from digits_data import digits, network
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics.classification import MulticlassAccuracy
+
+from amct_lightning import QuantRetrainCallback, RetrainConfig, calibrate, prepare_qat
+from amct_lightning.callbacks import AtomicCheckpointIO
+
+EXAMPLE_INPUT = torch.zeros(1, 1, 8, 8)
+
+
+class Digits(pl.LightningModule):
+    """An ordinary LightningModule; it knows nothing of quantization."""
+
+    def __init__(self, lr: float, epochs: int) -> None:
+        super().__init__()
+        self.net = network()
+        self.lr = lr
+        self.epochs = epochs
+        self.accuracy = MulticlassAccuracy(10, average="micro")
+        self.example_input_array = EXAMPLE_INPUT
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the class scores."""
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross entropy of a batch."""
+        x, y = batch
+        loss = functional.cross_entropy(self(x), y)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accuracy on held-out digits."""
+        x, y = batch
+        self.accuracy(self(x), y)
+        self.log("val_acc", self.accuracy, prog_bar=True)
+
+    def configure_optimizers(self) -> dict[str, object]:
+        """AdamW with a cosine schedule."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.01)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)}
+
+
+def int4_config(model: nn.Module) -> RetrainConfig:
+    """A4W4 for all layers but the first and the depthwise ones, whose weights cannot be packed in pairs."""
+    config = RetrainConfig.default(model, EXAMPLE_INPUT)
+    for name, layer in config.items():
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear) or (module.groups == 1 and module.in_channels % 2 == 0):
+            config[name] = replace(
+                layer,
+                retrain_data_config=replace(layer.retrain_data_config, dst_type="INT4"),
+                retrain_weight_config=replace(layer.retrain_weight_config, dst_type="INT4"),
+            )
+    return config
+
+
+def fit(name: str, model: Digits, out: Path, seed: int, callbacks: list[pl.Callback]) -> None:
+    """Train one phase, or the rest of it if it was interrupted."""
+    folder = out / name
+    last = folder / "last.ckpt"
+    trainer = pl.Trainer(
+        max_epochs=model.epochs,
+        accelerator="cpu",
+        logger=CSVLogger(out / "logs", name=name),
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[
+            ModelCheckpoint(folder, "{epoch}", save_last=True, save_on_train_epoch_end=True, enable_version_counter=False),
+            RichProgressBar(),
+            *callbacks,
+        ],
+        log_every_n_steps=20,
+        enable_model_summary=False,
+    )
+    train, test = digits(seed)
+    trainer.fit(model, train, test, ckpt_path=last if last.exists() else None)
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, seed: int) -> float:
+    """Share of the held-out digits that a network reads correctly."""
+    x, y = next(iter(digits(seed)[1]))
+    return float((net.eval()(x).argmax(1) == y).float().mean())
+
+
+def quantized_only(model: nn.Module, config: RetrainConfig, seed: int) -> nn.Module:
+    """Quantize without retraining: calibrate on one training batch, change no weight."""
+    quantized = prepare_qat(model, config, EXAMPLE_INPUT)
+    calibrate(quantized, (x for x, _ in digits(seed)[0]))
+    return quantized
+
+
+def step_times(nets: dict[str, nn.Module], seed: int, rounds: int = 30) -> dict[str, float]:
+    """Median milliseconds of a training step, the networks taking turns in one process."""
+    x, y = next(iter(digits(seed)[0]))
+    times: dict[str, list[float]] = {name: [] for name in nets}
+    for net in nets.values():
+        functional.cross_entropy(net.train()(x), y).backward()
+    for _ in range(rounds):
+        for name, net in nets.items():
+            start = time.perf_counter()
+            functional.cross_entropy(net(x), y).backward()
+            times[name].append(time.perf_counter() - start)
+    return {name: 1000 * sorted(values)[rounds // 2] for name, values in times.items()}
+
+
+def main() -> None:
+    """Run the three phases and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder for checkpoints, records and logs")
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of FP32 training")
+    parser.add_argument("--qat-epochs", type=int, default=6, help="epochs of each quantized fine-tuning")
+    args = parser.parse_args()
+
+    pl.seed_everything(args.seed)
+    float_model = Digits(lr=4e-3, epochs=args.epochs)
+    fit("fp32", float_model, args.out, args.seed, [])
+
+    configs = {"int8": RetrainConfig.default(float_model, EXAMPLE_INPUT), "a4w4": int4_config(float_model)}
+    nets: dict[str, nn.Module] = {"fp32": float_model}
+    rows = [("FP32", accuracy(float_model, args.seed), None, "fp32")]
+    for name, config in configs.items():
+        args.out.mkdir(parents=True, exist_ok=True)
+        config.to_json(args.out / f"{name}.json")
+        before = accuracy(quantized_only(float_model, config, args.seed), args.seed)
+        model = Digits(lr=2e-3, epochs=args.qat_epochs)
+        model.load_state_dict(float_model.state_dict())
+        callback = QuantRetrainCallback(args.out / f"{name}.json", args.out / f"{name}.record.txt")
+        fit(name, model, args.out, args.seed, [callback])
+        nets[name] = model
+        rows.append((name.upper(), before, accuracy(model, args.seed), name))
+    show(rows, step_times({name: copy.deepcopy(net) for name, net in nets.items()}, args.seed), args.out)
+
+
+def show(rows: list[tuple[str, float, float | None, str]], times: dict[str, float], out: Path) -> None:
+    """Print the results as a table."""
+    table = Table(title="Handwritten digits: accuracy on 450 held-out images")
+    for column in ("network", "not retrained", "retrained", "step time", "checkpoint", "record file"):
+        table.add_column(column, overflow="fold")
+    for title, before, after, name in rows:
+        table.add_row(
+            title,
+            f"{before:.1%}",
+            "-" if after is None else f"{after:.1%}",
+            f"{times[name]:.1f} ms ({times[name] / times['fp32']:.2f}x)",
+            str(out / name / "last.ckpt"),
+            "-" if after is None else str(out / f"{name}.record.txt"),
+        )
+    Console(width=None).print(table)
+    Console().print(f"Logs: {out / 'logs'}")
+
+
+if __name__ == "__main__":
+    main()
