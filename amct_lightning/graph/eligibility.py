@@ -63,7 +63,7 @@ def find_candidates(
     weights = Counter(id(layer.weight) for layer in watched.values())
     candidates = {}
     for name, layer in watched.items():
-        reason = _reason(layer, calls[name], weights[id(layer.weight)])
+        reason = _reason(name, layer, calls[name], weights[id(layer.weight)])
         candidates[name] = Candidate(name, layer, calls[name][0] if len(calls[name]) == 1 else None, reason)
     return candidates, trace
 
@@ -108,8 +108,10 @@ def check_float_model(model: nn.Module) -> None:
         )
 
 
-def _reason(layer: nn.Module, calls: list[Call], users_of_weight: int) -> str | None:
+def _reason(name: str, layer: nn.Module, calls: list[Call], users_of_weight: int) -> str | None:
     kind = LAYER_TYPES[type(layer)]
+    if not name:
+        return "it is the model itself, so it has no name for the record; put it into a module, e.g. nn.Sequential"
     if not calls:
         return "never called"
     if len(calls) > 1:
