@@ -67,7 +67,7 @@ def create_quant_retrain_config(
 def create_quant_retrain_model(
     config_file: str, model: nn.Module, record_file: str, input_data: Tensor | tuple[Any, ...]
 ) -> nn.Module:
-    """Make a copy of a model that trains with quantization, as a configuration file says.
+    r"""Make a copy of a model that trains with quantization, as a configuration file says.
 
     The record file is created empty. It is written by the first evaluation pass after calibration, and again by
     an evaluation pass whenever the factors have changed since.
@@ -96,7 +96,7 @@ def create_quant_retrain_model(
         >>> qat = create_quant_retrain_model(folder + "/config.json", model, folder + "/record.txt", x)
         >>> _ = qat.train()(x), qat.eval()(x)
         >>> open(folder + "/record.txt").readline()
-        'record {\\n'
+        'record {\n'
     """
     where = "create_quant_retrain_model"
     _check_type(where, "config_file", config_file, str)

@@ -95,7 +95,9 @@ def check_writable(path: str | Path, what: str) -> None:
     """
     final = Path(path)
     if final.is_dir():
-        raise IsADirectoryError(f"The {what} '{final}' is a folder; give the path of a file, e.g. '{final / 'record.txt'}'.")
+        raise IsADirectoryError(
+            f"The {what} '{final}' is a folder; give the path of a file, e.g. '{final / 'record.txt'}'."
+        )
     try:
         make_parent(final)
         with tempfile.TemporaryFile(dir=final.parent):

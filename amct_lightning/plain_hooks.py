@@ -24,14 +24,17 @@ def install_hooks(model: nn.Module, record_file: str) -> None:
         model: The converted model.
         record_file: The file to write after evaluation passes.
     """
-    model.register_forward_hook(_PlainHook(record_file))
+    found = find_plan(model)
+    model.register_forward_hook(_PlainHook(record_file, found[1].config.batch_num if found else 1))
 
 
 class _PlainHook:
     """Forward hook of the converted model; a class, so that it survives deepcopy and pickle."""
 
-    def __init__(self, record_file: str) -> None:
+    def __init__(self, record_file: str, batch_num: int) -> None:
         self.record_file = record_file
+        self.batch_num = batch_num
+        self.forwards = 0
         self.calibrating = True
         self.written_state: tuple[int, ...] | None = None
 
@@ -43,8 +46,10 @@ class _PlainHook:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _finish_calibration(self, model: nn.Module) -> None:
-        # Runs at the same forwards on every process, whichever layers each of them has reached.
-        self.calibrating = not synchronize_calibration(model)
+        # Counting forwards, not looking at quantizers, makes all processes enter the collective together.
+        self.forwards += 1
+        if self.forwards >= self.batch_num:
+            self.calibrating = not synchronize_calibration(model)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _write_record(self, model: nn.Module) -> None:
@@ -52,9 +57,7 @@ class _PlainHook:
             return
         # In-place changes, by an optimizer or by loading, raise a tensor's version; nothing else changes factors.
         state = tuple(
-            number
-            for tensor in (*model.parameters(), *model.buffers())
-            for number in (id(tensor), tensor._version)
+            number for tensor in (*model.parameters(), *model.buffers()) for number in (id(tensor), tensor._version)
         )
         if state == self.written_state or find_plan(model) is None:
             return

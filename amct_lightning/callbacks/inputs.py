@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -25,9 +25,7 @@ _REMEDY = (
 )
 
 
-def find_input(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, batch_to_input: BatchToInput | None
-) -> InputData:
+def find_input(trainer: pl.Trainer, pl_module: pl.LightningModule, batch_to_input: BatchToInput | None) -> InputData:
     """Return arguments for the LightningModule's forward.
 
     Args:
@@ -80,9 +78,7 @@ def _first_batch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
         with isolate_rng():
             loaders = _data_source(trainer).dataloader()
             with _preserved_generators(loaders):
-                combined = (
-                    loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
-                )
+                combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
                 batch, _, _ = next(iter(combined))
                 return _before_forward(trainer, pl_module, batch)
     except Exception as error:
@@ -105,7 +101,7 @@ def _data_source(trainer: pl.Trainer) -> Any:
         TrainerFn.PREDICTING: trainer.predict_loop,
     }
     loop = loops[TrainerFn(trainer.state.fn)] if trainer.state.fn else trainer.fit_loop
-    return loop._data_source
+    return cast(Any, loop)._data_source
 
 
 def _before_forward(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:

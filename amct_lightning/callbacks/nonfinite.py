@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from amct_lightning.modules import input_quantizers
@@ -67,8 +67,8 @@ class NonfiniteWatch:
         layers = ", ".join(f"'{name}' (step {step})" for name, step in sorted(found.items(), key=lambda i: i[1])[:8])
         message = (
             f"NaN or infinite values reached the activation quantizer of layer {layers}"
-            f"{' and others' if len(found) > 8 else ''}; first at step {first}. Check the input data, lower the learning "
-            "rate, or clip gradients. No record is written while a factor is not finite."
+            f"{' and others' if len(found) > 8 else ''}; first at step {first}. Check the input data, lower the "
+            "learning rate, or clip gradients. No record is written while a factor is not finite."
         )
         if self.reaction == "raise":
             raise RuntimeError(message)

@@ -45,9 +45,7 @@ def move_clips(
             _follow(scheduler, index, lr_scale)
 
 
-def _split(
-    group: dict[str, Any], is_clip: list[bool], lr_scale: float, weight_decay: float | None
-) -> dict[str, Any]:
+def _split(group: dict[str, Any], is_clip: list[bool], lr_scale: float, weight_decay: float | None) -> dict[str, Any]:
     """Take the clips out of ``group`` and return the group they go to."""
     settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
     settings.update({key: settings[key] * lr_scale for key in _LEARNING_RATES if key in settings})

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from amct_lightning.callbacks.checkpoint_io import CHECKPOINT_KEY, RecordCheckpointIO
+from amct_lightning.callbacks.checks import (
+    check_arguments,
+    describe_difference,
+    find_submodule,
+    refuse_second,
+    warn_left_out,
+)
 from amct_lightning.callbacks.inputs import BatchToInput, calls_forward, find_input
 from amct_lightning.callbacks.nonfinite import NonfiniteWatch
 from amct_lightning.callbacks.param_groups import move_clips
@@ -27,8 +31,6 @@ from amct_lightning.graph.trace import InputData
 from amct_lightning.modules import convert_layers, input_quantizers
 from amct_lightning.modules.calibration import synchronize_calibration
 from amct_lightning.record import QuantRecord
-
-_logger = logging.getLogger(__name__)
 
 
 class QuantRetrainCallback(Callback):
@@ -89,7 +91,7 @@ class QuantRetrainCallback(Callback):
         on_nonfinite: Literal["warn", "raise"] = "warn",
     ) -> None:
         super().__init__()
-        _check_arguments(config, input_data, quant_lr_scale, quant_weight_decay, on_nonfinite)
+        check_arguments(config, input_data, quant_lr_scale, quant_weight_decay, on_nonfinite)
         self.config = config
         self.record_file = record_file
         self.input_data = input_data
@@ -102,16 +104,17 @@ class QuantRetrainCallback(Callback):
         self._record_path: Path | None = None
         self._missing_config: FileNotFoundError | None = None
         self._calibrated_everywhere = False
+        self._calibration_steps = 0
         self._is_training = False
         self._watch: NonfiniteWatch | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Convert the model, before its weights are restored, moved or wrapped and optimizers are made."""
-        _refuse_second(trainer, self)
+        refuse_second(trainer.callbacks, self)  # type: ignore[attr-defined]
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # idempotent by Lightning's contract; the layers must exist now
-        self._model = _find_submodule(pl_module, self.submodule)
+        self._model = find_submodule(pl_module, self.submodule)
         self._record_path = Path(self.record_file or Path(trainer.default_root_dir, "record.txt"))
         self._missing_config = None
         if trainer.is_global_zero:
@@ -128,11 +131,9 @@ class QuantRetrainCallback(Callback):
             return
         clips = [p for q in self._quantizers() for p in (q.clip_max, q.clip_min)]
         for optimizer in trainer.optimizers:
-            schedulers = [
-                c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer
-            ]
+            schedulers = [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
             move_clips(optimizer, schedulers, clips, self.quant_lr_scale, self.quant_weight_decay)
-        _warn_left_out(trainer, clips)
+        warn_left_out(trainer.optimizers, clips)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -152,9 +153,13 @@ class QuantRetrainCallback(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start to watch for NaN and infinite activations."""
-        self._calibrated_everywhere = False
+        self._calibrated_everywhere = not any(q.calibrating for q in self._quantizers())
         self._is_training = True
-        self._watch = NonfiniteWatch(self._converted(), trainer.log_every_n_steps, self.on_nonfinite)
+        self._watch = NonfiniteWatch(
+            self._converted(),
+            trainer.log_every_n_steps,  # type: ignore[attr-defined]
+            self.on_nonfinite,
+        )
 
     @override
     def on_train_batch_start(
@@ -169,7 +174,9 @@ class QuantRetrainCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let the processes agree on fresh calibrations, once; report non-finite activations at the interval."""
-        if not self._calibrated_everywhere:
+        self._calibration_steps += 1
+        # Counting batches, not looking at quantizers, makes all ranks enter the collective at the same batch.
+        if not self._calibrated_everywhere and self._calibration_steps >= self._batch_num():
             self._calibrated_everywhere = synchronize_calibration(self._converted())
         if self._watch is not None:
             self._watch.end_batch()
@@ -205,7 +212,9 @@ class QuantRetrainCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take back batches that a calibration in progress had observed."""
-        observed = checkpoint.get(CHECKPOINT_KEY, {}).get("observed", {})
+        state = checkpoint.get(CHECKPOINT_KEY, {})
+        self._calibration_steps = state.get("calibration_steps", 0)
+        observed = state.get("observed", {})
         for name, quantizer in input_quantizers(self._converted()).items():
             quantizer.observed = [batch.to(quantizer.clip_max.device) for batch in observed.get(name, [])]
 
@@ -215,7 +224,12 @@ class QuantRetrainCallback(Callback):
         if found is None:
             return None
         observed = {name: q.observed for name, q in input_quantizers(found[0]).items() if q.observed}
-        return {"plan": found[1].to_dict(), "record": self._record_text(), "observed": observed}
+        return {
+            "plan": found[1].to_dict(),
+            "record": self._record_text(),
+            "calibration_steps": self._calibration_steps,
+            "observed": observed,
+        }
 
     def record_saved(self, text: str | None) -> None:
         """Write ``record_file``; without a usable record the last written one stays.
@@ -246,7 +260,8 @@ class QuantRetrainCallback(Callback):
             self._missing_config = None
         elif found[1] != plan:
             raise ValueError(
-                f"The checkpoint '{source}' was quantized differently from the model: {_difference(found[1], plan)}. "
+                f"The checkpoint '{source}' was quantized differently from the model: "
+                f"{describe_difference(found[1], plan)}. "
                 "Resume with the configuration of the checkpoint (leave the config file away and it is taken from "
                 "the checkpoint), or start a new run with the new configuration."
             )
@@ -299,6 +314,10 @@ class QuantRetrainCallback(Callback):
             raise RuntimeError("QuantRetrainCallback has no model yet: it is used outside of a Trainer run.")
         return self._model
 
+    def _batch_num(self) -> int:
+        found = find_plan(self._converted())
+        return found[1].config.batch_num if found else 1
+
     def _quantizers(self) -> list[Any]:
         return list(input_quantizers(self._converted()).values())
 
@@ -311,65 +330,3 @@ class QuantRetrainCallback(Callback):
         except ValueError as error:
             rank_zero_warn(f"The record was not written, the last good one stays: {error}")
             return None
-
-
-def _find_submodule(pl_module: pl.LightningModule, name: str | None) -> nn.Module:
-    if name is None:
-        return pl_module
-    try:
-        return pl_module.get_submodule(name)
-    except AttributeError:
-        known = ", ".join(f"'{child}'" for child, _ in pl_module.named_children())
-        raise ValueError(
-            f"QuantRetrainCallback(submodule='{name}'): {type(pl_module).__name__} has no such module. "
-            f"Its children are {known or 'none'}."
-        ) from None
-
-
-def _refuse_second(trainer: pl.Trainer, callback: QuantRetrainCallback) -> None:
-    if any(isinstance(other, QuantRetrainCallback) and other is not callback for other in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ValueError(
-            "The Trainer has two QuantRetrainCallbacks. Use one; to quantize several parts of a LightningModule, convert "
-            "all of it and disable the other layers in the config."
-        )
-
-
-def _check_arguments(
-    config: object, input_data: object, lr_scale: object, weight_decay: object, on_nonfinite: object
-) -> None:
-    if config is not None and not isinstance(config, (str, Path, RetrainConfig, Mapping)):
-        raise TypeError(
-            "QuantRetrainCallback(config=...) must be the path of a JSON file, a RetrainConfig, a dict or None, got "
-            f"{type(config).__name__}."
-        )
-    if input_data is not None and not isinstance(input_data, (Tensor, tuple, Mapping)):
-        raise TypeError(
-            "QuantRetrainCallback(input_data=...) must be a tensor, a tuple of positional or a dict of keyword "
-            f"arguments, got {type(input_data).__name__}."
-        )
-    for name, value in (("quant_lr_scale", lr_scale), ("quant_weight_decay", weight_decay)):
-        if value is None and name == "quant_weight_decay":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-            raise ValueError(f"QuantRetrainCallback({name}={value!r}): must be a finite number >= 0.")
-    if on_nonfinite not in ("warn", "raise"):
-        raise ValueError(f"QuantRetrainCallback(on_nonfinite={on_nonfinite!r}): must be 'warn' or 'raise'.")
-
-
-def _warn_left_out(trainer: pl.Trainer, clips: list[nn.Parameter]) -> None:
-    known = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
-    left_out = sum(id(clip) not in known for clip in clips)
-    if left_out and trainer.optimizers:
-        rank_zero_warn(
-            f"{left_out} of {len(clips)} learned clip values are in no optimizer and stay as calibrated. Make the "
-            "optimizer in configure_optimizers() from self.parameters() to train them."
-        )
-
-
-def _difference(model: QuantPlan, checkpoint: QuantPlan) -> str:
-    for name in dict.fromkeys([*model.config, *checkpoint.config]):
-        if model.config.get(name) != checkpoint.config.get(name):
-            return f"layer '{name}' is {checkpoint.config.get(name)} there and {model.config.get(name)} here"
-    if model.config != checkpoint.config:
-        return f"batch_num or precision mode differ ({checkpoint.config.batch_num} there, {model.config.batch_num} here)"
-    return "the data flow between the layers is not the same"

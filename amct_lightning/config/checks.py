@@ -140,6 +140,4 @@ def _clip_pair_faults(values: Mapping[str, object]) -> Iterator[Fault]:
     given = [key for key in ("clip_max", "clip_min") if values.get(key) is not None]
     if len(given) == 1:
         missing = "clip_min" if given == ["clip_max"] else "clip_max"
-        yield Fault(
-            ValueError, given[0], f"comes without {missing}; give both, or neither to have them calibrated"
-        )
+        yield Fault(ValueError, given[0], f"comes without {missing}; give both, or neither to have them calibrated")

@@ -159,9 +159,7 @@ def _read_text(path: str | Path) -> str:
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
-        remedy = (
-            "No such config file; make one with create_quant_retrain_config(config_file, model, input_data)"
-        )
+        remedy = "No such config file; make one with create_quant_retrain_config(config_file, model, input_data)"
         raise FileNotFoundError(errno.ENOENT, remedy, str(path)) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8 ({error}).") from error
@@ -202,9 +200,7 @@ def _parse_layer(name: str, raw: object, source: str) -> LayerConfig:
 def _layer_faults(raw: Mapping[Any, Any]) -> Iterator[Fault]:
     for key in PRUNE_KEYS:
         if key in raw:
-            yield Fault(
-                ValueError, key, "is not expected: this package quantizes and does not prune; delete the key"
-            )
+            yield Fault(ValueError, key, "is not expected: this package quantizes and does not prune; delete the key")
     yield from _key_faults(raw, LAYER_KEYS)
     if "retrain_enable" in raw and not isinstance(raw["retrain_enable"], bool):
         yield type_fault("retrain_enable", "true or false", raw["retrain_enable"])

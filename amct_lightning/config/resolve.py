@@ -46,15 +46,12 @@ def resolve_layers(
         raise ValueError(f"{source}: {NOTHING_ENABLED}")
     disabled = LayerConfig(retrain_enable=False)
     resolved = {
-        name: with_channel_wise_default(layers.get(name, disabled), module)
-        for name, module in eligible.items()
+        name: with_channel_wise_default(layers.get(name, disabled), module) for name, module in eligible.items()
     }
     return _packable(resolved, eligible, source)
 
 
-def _refuse_unknown_layers(
-    layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str
-) -> None:
+def _refuse_unknown_layers(layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str) -> None:
     unknown = [name for name in layers if name not in eligible]
     if unknown:
         raise ValueError(
@@ -64,9 +61,7 @@ def _refuse_unknown_layers(
         )
 
 
-def _refuse_channel_wise(
-    layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str
-) -> None:
+def _refuse_channel_wise(layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str) -> None:
     for name, layer in layers.items():
         if layer.retrain_weight_config.channel_wise and not can_be_channel_wise(eligible[name]):
             raise ValueError(
@@ -75,9 +70,7 @@ def _refuse_channel_wise(
             )
 
 
-def _packable(
-    layers: dict[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str
-) -> dict[str, LayerConfig]:
+def _packable(layers: dict[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str) -> dict[str, LayerConfig]:
     obstacles = {
         name: reason
         for name, layer in layers.items()

@@ -129,11 +129,7 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
                 "ConvTranspose1d/2d, Linear, LSTM or GRU that runs exactly once on input_data and shares its "
                 "weight with no other layer; check that input_data reaches such a layer."
             )
-        return cls(
-            layers={
-                name: with_channel_wise_default(LayerConfig(), module) for name, module in eligible.items()
-            }
-        )
+        return cls(layers={name: with_channel_wise_default(LayerConfig(), module) for name, module in eligible.items()})
 
     def to_dict(self) -> dict[str, object]:
         """Give the plain content of the JSON file, in its key order.
@@ -240,8 +236,6 @@ def _check_layer(name: object, layer: object) -> None:
     if not isinstance(name, str):
         raise TypeError(f"A layer name must be a string, found {found(name)}.")
     if name in RUN_KEYS:
-        raise ValueError(
-            f"A layer cannot be called '{name}': the config file uses that key; rename the module."
-        )
+        raise ValueError(f"A layer cannot be called '{name}': the config file uses that key; rename the module.")
     if not isinstance(layer, LayerConfig):
         raise TypeError(f"The settings of layer '{name}' must be a LayerConfig, found {found(layer)}.")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -24,8 +25,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """
     flags = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, dict(module._buffers), {k: _copy(v) for k, v in module._buffers.items()})
-        for module in model.modules()
+        (module, dict(module._buffers), {k: _copy(v) for k, v in module._buffers.items()}) for module in model.modules()
     ]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with _preserved_random_state(model), torch.no_grad():
@@ -47,12 +47,10 @@ def _copy(buffer: Tensor | None) -> Tensor | None:
 
 
 def _uninitialized(tensor: Tensor) -> bool:
-    return isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin)
+    return isinstance(tensor, UninitializedTensorMixin)
 
 
-def _restore_buffers(
-    module: nn.Module, objects: dict[str, Tensor | None], contents: dict[str, Tensor | None]
-) -> None:
+def _restore_buffers(module: nn.Module, objects: dict[str, Tensor | None], contents: dict[str, Tensor | None]) -> None:
     lazily_made = {k for k, v in objects.items() if v is not None and _uninitialized(v)}
     for name in set(module._buffers) - set(objects):
         del module._buffers[name]

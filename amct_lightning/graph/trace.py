@@ -60,9 +60,7 @@ class Trace:
     batch_norm_calls: dict[str, int] = field(default_factory=dict)
 
 
-def observe(
-    model: nn.Module, watched: Mapping[str, nn.Module], run: nn.Module, input_data: InputData
-) -> Trace:
+def observe(model: nn.Module, watched: Mapping[str, nn.Module], run: nn.Module, input_data: InputData) -> Trace:
     """Run ``run`` once and note the data flow around the watched layers; leave no trace in the model.
 
     Args:
@@ -80,9 +78,7 @@ def observe(
     """
     args, kwargs = _arguments(run, input_data)
     observer = _Observer()
-    handles = [
-        handle for name, layer in watched.items() for handle in observer.watch_layer(name, layer)
-    ] + [
+    handles = [handle for name, layer in watched.items() for handle in observer.watch_layer(name, layer)] + [
         handle
         for name, module in model.named_modules()
         if isinstance(module, _BATCH_NORM)
@@ -106,7 +102,7 @@ def observe(
 
 class _Observer(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self._values: dict[tuple[int, int], Value] = {}
         self._alive: list[Tensor] = []  # an id is unique only as long as its tensor lives

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from amct_lightning.modules.layers import QATLayer
 from amct_lightning.modules.registry import LAYER_TYPES
@@ -72,15 +72,14 @@ def _convert_layer(
     weights = model_plan.config[plan.name].retrain_weight_config
     if weights.algo != "arq_retrain":
         raise ValueError(
-            f"Layer '{plan.name}': retrain_weight_config.algo '{weights.algo}' is not available yet; "
-            "use 'arq_retrain'."
+            f"Layer '{plan.name}': retrain_weight_config.algo '{weights.algo}' is not available yet; use 'arq_retrain'."
         )
     if plan.shares_input_of not in quantizers:
         clip = None if data.clip_max is None or data.clip_min is None else (data.clip_max, data.clip_min)
         quantizers[plan.shares_input_of] = ActivationQuantizer(
             data.num_bits, plan.fixed_min, clip, model_plan.config.batch_num
         )
-    weight = getattr(layer, "weight").detach()  # noqa: B009 - nn.Module has no typed weight
+    weight = cast(Tensor, layer.weight).detach()
     kind.twin.convert(
         layer,
         quantizers[plan.shares_input_of],
@@ -102,7 +101,7 @@ def _planned_layer(model: nn.Module, name: str) -> nn.Module:
             f"The quantization plan names layer '{name}', but it is a {type(layer).__name__} now; only "
             f"{', '.join(kind.__name__ for kind in LAYER_TYPES)} can be quantized."
         )
-    weight = layer.weight
+    weight = cast(Tensor, layer.weight)
     if not weight.is_meta and not bool(torch.isfinite(weight).all()):
         raise ValueError(
             f"The weight of layer '{name}' contains NaN or infinite values. Start from a checkpoint whose weights "

@@ -30,7 +30,6 @@ class QATLayer(nn.Module):
     """
 
     weight: Tensor
-    bias: Tensor | None
     input_quantizer: ActivationQuantizer
     weight_quantizer: WeightQuantizer
     calibrates_input: bool
@@ -85,21 +84,21 @@ class QATLayer(nn.Module):
 class QATConv2d(QATLayer, nn.Conv2d):
     """Quantized twin of :class:`torch.nn.Conv2d`."""
 
-    def _operate(self, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
-        return self._conv_forward(x, weight, self.bias)
+    def _operate(self, x: Tensor, weight: Tensor) -> Tensor:
+        return cast(Tensor, self._conv_forward(x, weight, self.bias))
 
 
 class QATLinear(QATLayer, nn.Linear):
     """Quantized twin of :class:`torch.nn.Linear`, for inputs of any rank."""
 
-    def _operate(self, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def _operate(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
 
 
 class QATConvTranspose2d(QATLayer, nn.ConvTranspose2d):
     """Quantized twin of :class:`torch.nn.ConvTranspose2d`."""
 
-    def _operate(self, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:  # type: ignore[override]
+    def _operate(self, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
         # _output_padding is private to torch.nn, but the only place that turns output_size into padding.
         padding = self._output_padding(
             x,
@@ -116,7 +115,7 @@ class QATConvTranspose2d(QATLayer, nn.ConvTranspose2d):
             self.bias,
             self.stride,
             self.padding,  # type: ignore[arg-type]
-            padding,  # type: ignore[arg-type]
+            padding,
             self.groups,
             self.dilation,
         )

@@ -23,16 +23,14 @@ class Quantizer(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         self._move_extra(keep_dtype)
         return self
 
     def _move_extra(self, move: Callable[[Tensor], Tensor]) -> None:
         """Move tensors that are neither parameters nor buffers."""
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         own = (*self._parameters, *self._buffers)
         if any(prefix + name in state_dict for name in own):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

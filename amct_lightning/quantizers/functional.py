@@ -124,7 +124,7 @@ def fake_quantize_activation(
         >>> fake_quantize_activation(torch.tensor([0.014, 9.0]), high, low, high, low, 8)
         tensor([0.0100, 2.5500])
     """
-    y: Tensor = _FakeQuantizeActivation.apply(x, clip_max, clip_min, upper, lower, num_bits)
+    y: Tensor = _FakeQuantizeActivation.apply(x, clip_max, clip_min, upper, lower, num_bits)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -132,9 +132,7 @@ class _FakeQuantizeActivation(torch.autograd.Function):
     """Keeps only ``x`` and the clips for backward; everything else is cheap to rebuild."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, _max: Tensor, _min: Tensor, upper: Tensor, lower: Tensor, num_bits: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, _max: Tensor, _min: Tensor, upper: Tensor, lower: Tensor, num_bits: int) -> Tensor:
         ctx.save_for_backward(x, upper, lower)
         ctx.num_bits = num_bits
         h = half_range(num_bits)
@@ -142,7 +140,7 @@ class _FakeQuantizeActivation(torch.autograd.Function):
         return torch.div(x, scale).add_(offset).round_().clamp_(-h, h - 1).sub_(offset).mul_(scale)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, upper, lower = ctx.saved_tensors
         h = half_range(ctx.num_bits)
@@ -225,7 +223,7 @@ def fake_quantize_weight(weight: Tensor, scale: Tensor, layout: ChannelLayout, n
         >>> fake_quantize_weight(torch.tensor([[0.26, -9.0]]), torch.tensor([[0.5]]), ChannelLayout(), 4)
         tensor([[ 0.5000, -4.0000]])
     """
-    y: Tensor = _FakeQuantizeWeight.apply(weight, scale, layout, num_bits)
+    y: Tensor = _FakeQuantizeWeight.apply(weight, scale, layout, num_bits)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -237,6 +235,6 @@ class _FakeQuantizeWeight(torch.autograd.Function):
         return torch.div(view, scale).round_().clamp_(-h, h - 1).mul_(scale).view_as(weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None, None, None

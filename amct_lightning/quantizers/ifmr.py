@@ -85,9 +85,7 @@ def ifmr(
     return _result(best, lower, losses, num_bits, symmetric)
 
 
-def _symmetric_candidates(
-    ratios: Tensor, upper: Tensor, lower: Tensor, num_bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _symmetric_candidates(ratios: Tensor, upper: Tensor, lower: Tensor, num_bits: int) -> tuple[Tensor, Tensor, Tensor]:
     negative = (upper.abs() < lower.abs()).to(ratios.dtype)
     high = ratios * torch.maximum(upper.abs(), lower.abs())
     return high, -high, high / (half_range(num_bits) - 1 + negative)

@@ -151,9 +151,7 @@ class LayerRecord:
         yield from checks.check_scale("scale_d", self.scale_d)
         yield from checks.check_offset("offset_d", self.offset_d, self.act_type)
         yield from checks.check_weight("w", self.scale_w, self.offset_w)
-        yield from checks.check_recurrent(
-            self.scale_h, self.offset_h, self.scale_r, self.offset_r, self.act_type
-        )
+        yield from checks.check_recurrent(self.scale_h, self.offset_h, self.scale_r, self.offset_r, self.act_type)
         yield from self._optional_problems()
 
     def _optional_problems(self) -> Iterator[str]:

@@ -118,9 +118,7 @@ def _layer_name(entry: dict[str, Any], number: int, seen: set[str]) -> str:
     if name in seen:
         raise ValueError(f"layer {name!r}: two records have this key; a layer may have only one.")
     if "value" not in entry and "kv_cache_value" not in entry:
-        raise ValueError(
-            f"layer {name!r}: value is missing; it must hold scale_d, offset_d, scale_w, offset_w."
-        )
+        raise ValueError(f"layer {name!r}: value is missing; it must hold scale_d, offset_d, scale_w, offset_w.")
     seen.add(name)
     return name
 

@@ -231,8 +231,4 @@ class QuantRecord(Mapping[str, LayerRecord]):
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return (
-            f"QuantRecord({len(self)} layers: {', '.join(map(repr, self))})"
-            if self
-            else "QuantRecord(no layers)"
-        )
+        return f"QuantRecord({len(self)} layers: {', '.join(map(repr, self))})" if self else "QuantRecord(no layers)"

@@ -1,0 +1,91 @@
+"""The examples run, and the demo survives being killed."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from amct_lightning import QuantRecord
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SHORT = ["--epochs", "3", "--qat-epochs", "3"]
+PHASES = ("fp32", "int8", "a4w4")
+
+
+def _command(script: str, out: Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(EXAMPLES / script), "--out", str(out), *arguments]
+
+
+def _run(command: list[str]) -> str:
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    start = time.monotonic()
+    printed = _run(_command("digits.py", out, *SHORT))
+    return out, printed, time.monotonic() - start
+
+
+def test_the_demo_ends_with_its_table_and_files(uninterrupted: tuple[Path, str, float]) -> None:
+    out, printed, _ = uninterrupted
+    for word in ("FP32", "INT8", "A4W4", "not retrained", "training step", "Logs:"):
+        assert word in printed
+    for name in ("int8", "a4w4"):
+        assert len(QuantRecord.load(out / f"{name}.record.txt")) == 22
+        assert (out / name / "last.record.txt").read_text() == (out / f"{name}.record.txt").read_text()
+
+
+def test_killed_at_random_moments_the_demo_still_ends_equal_to_the_bit(
+    uninterrupted: tuple[Path, str, float], tmp_path: Path
+) -> None:
+    """Ten SIGKILLs; the moments are drawn anew in every run of the test, and printed if it fails."""
+    expected, _, duration = uninterrupted
+    moments = [random.uniform(0.35, 1.0) * duration for _ in range(10)]
+    print("killed after", moments)
+    for moment in moments:
+        process = subprocess.Popen(
+            _command("digits.py", tmp_path, *SHORT), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(moment)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        _assert_no_half_written_file(tmp_path)
+    _run(_command("digits.py", tmp_path, *SHORT))
+    _assert_same_results(tmp_path, expected)
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def _assert_no_half_written_file(out: Path) -> None:
+    for checkpoint in out.rglob("*.ckpt"):
+        assert torch.load(checkpoint, weights_only=True)["state_dict"]
+    for record in out.rglob("*.record.txt"):
+        assert len(QuantRecord.load(record)) == 22
+
+
+def _assert_same_results(out: Path, expected: Path) -> None:
+    for phase in PHASES:
+        ours, theirs = (torch.load(folder / phase / "last.ckpt", weights_only=True) for folder in (out, expected))
+        assert ours["state_dict"].keys() == theirs["state_dict"].keys()
+        for name, tensor in ours["state_dict"].items():
+            assert torch.equal(tensor, theirs["state_dict"][name]), (phase, name)
+    for name in ("int8", "a4w4"):
+        assert (out / f"{name}.record.txt").read_bytes() == (expected / f"{name}.record.txt").read_bytes()
+
+
+def test_the_plain_twin_writes_its_record(tmp_path: Path) -> None:
+    printed = _run(_command("digits_plain.py", tmp_path, "--epochs", "1", "--qat-epochs", "1"))
+    assert "INT8 accuracy" in printed
+    assert len(QuantRecord.load(tmp_path / "record.txt")) == 22
