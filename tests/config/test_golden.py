@@ -15,9 +15,7 @@ from amct_lightning.config import RetrainConfig
 from tests.config.conftest import GOLDEN, full_raw
 
 CASES = {path.parent.name: json.loads(path.read_text()) for path in GOLDEN.glob("models_data/*/meta.json")}
-GENERATED = {
-    name: meta["config_generated"] for name, meta in sorted(CASES.items()) if "config_generated" in meta
-}
+GENERATED = {name: meta["config_generated"] for name, meta in sorted(CASES.items()) if "config_generated" in meta}
 ERRORS = {case["id"]: case for case in json.loads((GOLDEN / "errors.json").read_text())["cases"]}
 GROUP = "create_quant_retrain_model/"
 

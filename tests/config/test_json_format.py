@@ -26,9 +26,7 @@ OPTIONAL_BOOL = st.sampled_from([None, True, False])
 def layer_configs(draw: st.DrawFn) -> LayerConfig:
     (clip_max, clip_min), (data_type, weight_type) = draw(CLIPS), draw(TYPE_PAIRS)
     data = DataConfig("ulq_quantize", clip_max, clip_min, draw(OPTIONAL_BOOL), data_type)
-    weight = WeightConfig(
-        draw(st.sampled_from(["arq_retrain", "ulq_retrain"])), draw(OPTIONAL_BOOL), weight_type
-    )
+    weight = WeightConfig(draw(st.sampled_from(["arq_retrain", "ulq_retrain"])), draw(OPTIONAL_BOOL), weight_type)
     return LayerConfig(draw(st.booleans()), data, weight)
 
 

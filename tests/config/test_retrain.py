@@ -109,9 +109,7 @@ def test_resolving_twice_changes_nothing(eligible: dict[str, nn.Module]):
 
 
 def test_an_unknown_layer_is_named_with_the_closest_known_ones(eligible: dict[str, nn.Module]):
-    with pytest.raises(
-        ValueError, match=r"^unsupported layer 'con2' in my\.json.*Did you mean 'conv2'.*'fc'"
-    ):
+    with pytest.raises(ValueError, match=r"^unsupported layer 'con2' in my\.json.*Did you mean 'conv2'.*'fc'"):
         config_of("conv1", "con2").resolve(eligible, "my.json")
 
 

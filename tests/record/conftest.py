@@ -16,10 +16,7 @@ MODELS = Path(__file__).parent.parent / "golden" / "models_data"
 @pytest.fixture(scope="session")
 def golden_texts() -> dict[str, str]:
     """The record texts that AMCT wrote, by case; cases where AMCT failed have none."""
-    texts = {
-        p.parent.name: json.loads(p.read_text()).get("record_text")
-        for p in sorted(MODELS.glob("*/meta.json"))
-    }
+    texts = {p.parent.name: json.loads(p.read_text()).get("record_text") for p in sorted(MODELS.glob("*/meta.json"))}
     texts = {case: text for case, text in texts.items() if text is not None}
     assert texts, f"no golden record texts below {MODELS}"
     return texts

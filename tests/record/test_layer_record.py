@@ -50,9 +50,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("changes", "message"), WRONG)
-def test_validation_names_layer_field_value_and_what_is_allowed(
-    changes: dict[str, object], message: str
-) -> None:
+def test_validation_names_layer_field_value_and_what_is_allowed(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=rf"^layer 'block\.conv1': .*{message}"):
         make_layer(**changes).validate("block.conv1")
 
@@ -96,9 +94,7 @@ def test_tensors_are_taken_as_numbers() -> None:
         ({"offset_d": 1.5}, "offset_d is 1.5; it must be an integer"),
     ],
 )
-def test_what_is_no_number_is_refused_when_the_record_is_made(
-    changes: dict[str, object], message: str
-) -> None:
+def test_what_is_no_number_is_refused_when_the_record_is_made(changes: dict[str, object], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         make_layer(**changes)
 

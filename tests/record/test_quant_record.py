@@ -63,9 +63,7 @@ def test_any_text_gives_a_record_or_a_value_error(text: str) -> None:
 
 @given(content=st.binary())
 @example(content=b"\xff")
-def test_any_file_gives_a_record_or_a_value_error(
-    content: bytes, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_any_file_gives_a_record_or_a_value_error(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "any_record.txt"
     path.write_bytes(content)
     try:

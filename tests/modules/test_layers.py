@@ -1,0 +1,217 @@
+"""One list of requirements that every QAT layer type meets at every width."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from amct_lightning import prepare_qat
+from tests.modules import reference
+from tests.modules.cases import COMBINATIONS, LAYERS, Converted, LayerCase, Width, converted
+
+EXACT = {"rtol": 0.0, "atol": 0.0}
+COMPILED = {"rtol": 1e-5, "atol": 1e-5}
+"""A compiled graph may order float operations differently, but rounds to the same grid."""
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.fixture(params=COMBINATIONS, ids=lambda combination: f"{combination[0].name}-{combination[1]}")
+def qat(request: pytest.FixtureRequest) -> Converted:
+    return converted(*request.param)
+
+
+@pytest.fixture(params=LAYERS, ids=lambda case: case.name)
+def qat8(request: pytest.FixtureRequest) -> Converted:
+    return converted(request.param)
+
+
+class Twin:
+    """The reference with the clips of a converted layer, after the same forward and backward."""
+
+    def __init__(self, qat: Converted) -> None:
+        quantizer = qat.layer.input_quantizer
+        self.model = copy.deepcopy(qat.float_model)
+        self.x = qat.x.clone().requires_grad_()
+        bits = (qat.width.activations, qat.width.weights)
+        self.y = reference.forward(self.model, self.x, quantizer.clip_max.item(), quantizer.clip_min.item(), bits)
+        self.grad = torch.randn(self.y.shape)
+        self.y.backward(self.grad)
+
+
+def test_the_output_follows_the_formulas(qat: Converted) -> None:
+    torch.testing.assert_close(qat.model(qat.x), Twin(qat).y.detach(), **EXACT)
+
+
+def test_the_gradients_of_input_and_parameters_follow_the_formulas(qat: Converted) -> None:
+    twin, x = Twin(qat), qat.x.clone().requires_grad_()
+    qat.model(x).backward(twin.grad)
+    torch.testing.assert_close(x.grad, twin.x.grad, **EXACT)
+    for name, parameter in twin.model.named_parameters():
+        torch.testing.assert_close(gradients(qat.model)[name], parameter.grad, **EXACT)
+
+
+def test_both_clips_learn(qat: Converted) -> None:
+    qat.model(qat.x).square().sum().backward()
+    for clip in (qat.layer.input_quantizer.clip_max, qat.layer.input_quantizer.clip_min):
+        assert torch.isfinite(clip.grad)
+        assert clip.grad != 0
+
+
+def test_evaluation_computes_what_training_computes(qat: Converted) -> None:
+    trained = qat.model(qat.x)
+    torch.testing.assert_close(qat.model.eval()(qat.x), trained, **EXACT)
+
+
+def test_the_state_dict_carries_everything_to_another_conversion(qat: Converted) -> None:
+    fresh = prepare_qat(qat.case.model(), qat.width.config(), qat.x)
+    fresh.load_state_dict(qat.model.state_dict())
+    torch.testing.assert_close(fresh.eval()(qat.x), qat.model.eval()(qat.x), **EXACT)
+
+
+def test_a_float_checkpoint_loads_strictly_and_replaces_the_weights(qat: Converted) -> None:
+    other = qat.case.model()
+    qat.model.load_state_dict(other.state_dict(), strict=True)
+    for name, value in other.state_dict().items():
+        assert torch.equal(qat.model.state_dict()[name], value)
+    assert not qat.layer.input_quantizer.calibrating
+
+
+def test_float_parameter_names_are_kept(qat8: Converted) -> None:
+    assert set(qat8.float_model.state_dict()) <= set(qat8.model.state_dict())
+
+
+def test_the_layer_is_still_an_instance_of_the_float_class(qat8: Converted) -> None:
+    assert isinstance(qat8.layer, type(qat8.float_model.layer))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_computes_the_same_and_trains_apart(qat: Converted, duplicate: Any) -> None:
+    twin = duplicate(qat.model)
+    torch.testing.assert_close(twin(qat.x), qat.model(qat.x), **EXACT)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1.0)
+    assert not any(torch.equal(a, b) for a, b in zip(twin.parameters(), qat.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_changing_the_dtype_changes_the_layer_but_not_the_factors(qat: Converted, dtype: torch.dtype) -> None:
+    qat.model.to(dtype)
+    assert qat.model(qat.x.to(dtype)).dtype == dtype
+    assert qat.layer.weight.dtype == dtype
+    quantizers = (qat.layer.input_quantizer, qat.layer.weight_quantizer)
+    state = [t for q in quantizers for t in (*q.parameters(), *q.buffers()) if t.is_floating_point()]
+    assert {t.dtype for t in state} == {torch.float32}
+
+
+def test_autocast_trains_with_the_factors_of_float32(qat: Converted) -> None:
+    clips = qat.layer.input_quantizer.clip_max.item(), qat.layer.input_quantizer.clip_min.item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = qat.model(qat.x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(torch.isfinite(grad).all() for grad in gradients(qat.model).values())
+    assert clips == (qat.layer.input_quantizer.clip_max.item(), qat.layer.input_quantizer.clip_min.item())
+    expected = qat.layer.weight_quantizer.compute_scale(qat.layer.weight)
+    assert torch.equal(qat.layer.weight_quantizer.scale, expected)
+
+
+@pytest.fixture(params=[case for case in LAYERS if len(case.shape) > 1], ids=lambda case: case.name)
+def batched(request: pytest.FixtureRequest) -> Converted:
+    return converted(request.param)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_empty_batch_gives_an_empty_output(batched: Converted, training: bool) -> None:
+    y = batched.model.train(training)(batched.x[:0])
+    assert y.shape == batched.float_model(batched.x[:0]).shape
+    assert torch.isfinite(batched.layer.input_quantizer.clip_max)
+
+
+def test_the_gradients_of_an_empty_batch_are_zero(batched: Converted) -> None:
+    batched.model(batched.x[:0]).sum().backward()
+    assert all(grad.abs().max() == 0 for grad in gradients(batched.model).values())
+
+
+def test_a_batch_of_one_gives_one_row_of_the_whole_batch(batched: Converted) -> None:
+    torch.testing.assert_close(batched.model(batched.x[:1]), batched.model(batched.x)[:1])
+
+
+def strided(x: Tensor) -> Iterator[Tensor]:
+    """The same values in other memory layouts."""
+    if x.dim() == 4:
+        yield x.to(memory_format=torch.channels_last)
+    yield x.transpose(0, -1).contiguous().transpose(0, -1)
+    wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1])
+    wide[..., ::2] = x
+    yield wide[..., ::2]
+
+
+def test_the_memory_layout_of_the_input_does_not_matter(qat8: Converted) -> None:
+    expected = qat8.model(qat8.x)
+    for x in strided(qat8.x):
+        torch.testing.assert_close(qat8.model(x), expected)
+
+
+class Eager:
+    """A deep copy of a model that stays uncompiled, after the same forward and backward."""
+
+    def __init__(self, qat: Converted) -> None:
+        self.model = copy.deepcopy(qat.model)
+        self.y = self.model(qat.x)
+        if self.model.training:
+            self.y.square().sum().backward()
+
+
+def compiled(qat: Converted) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(qat.model, fullgraph=True, backend="aot_eager")
+
+
+def test_a_compiled_training_step_is_one_graph_with_the_same_results(qat8: Converted) -> None:
+    eager = Eager(qat8)
+    y = compiled(qat8)(qat8.x)
+    y.square().sum().backward()
+    torch.testing.assert_close(y, eager.y, **COMPILED)
+    for name, grad in gradients(eager.model).items():
+        torch.testing.assert_close(gradients(qat8.model)[name], grad, **COMPILED)
+
+
+def test_a_compiled_training_step_writes_the_repaired_clips(qat8: Converted) -> None:
+    quantizer = qat8.layer.input_quantizer
+    before = quantizer.clip_max.item()
+    with torch.no_grad():
+        quantizer.clip_max.fill_(-1.0)
+    compiled(qat8)(qat8.x)
+    assert quantizer.clip_max.item() == before
+
+
+def test_a_compiled_evaluation_is_one_graph_with_the_same_results(qat8: Converted) -> None:
+    qat8.model.eval()
+    eager = Eager(qat8)
+    torch.testing.assert_close(compiled(qat8)(qat8.x), eager.y, **COMPILED)
+
+
+def test_float_evaluation_before_calibration_equals_the_float_layer() -> None:
+    case, width = LAYERS[0], Width(8, 8)
+    float_model, x = case.model(), case.input()
+    model = prepare_qat(float_model, width.config(), x).eval()
+    with pytest.warns(UserWarning, match="run in float"):
+        y = model(x)
+    torch.testing.assert_close(y, float_model(x), **EXACT)
+
+
+def test_int4_weights_that_cannot_be_packed_become_int8_with_a_warning() -> None:
+    case: LayerCase = next(case for case in LAYERS if not case.int4)
+    with pytest.warns(UserWarning, match=r"'layer' \(groups=2\)"):
+        model = prepare_qat(case.model(), Width(8, 4).config(), case.input())
+    assert model.layer.weight_quantizer.num_bits == 8

@@ -1,0 +1,77 @@
+"""A training step never waits for the device: no tensor is read on the host, whatever its value."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from amct_lightning import prepare_qat
+from amct_lightning.modules import input_quantizers
+
+HOST_READS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero")
+
+
+class Operators(TorchDispatchMode):
+    """Count the dispatched operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def host_reads(self) -> dict[str, int]:
+        return {name: count for name, count in self.counts.items() if name in HOST_READS}
+
+
+class TrainingStep:
+    """A converted conv-bn-relu-linear network with one optimizer step."""
+
+    def __init__(self) -> None:
+        float_model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+        self.x = torch.randn(2, 2, 6, 6)
+        self.model = prepare_qat(float_model, None, self.x).train()
+        # foreach=False, because on the CPU the foreach implementation of SGD is the same without it.
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+
+    def __call__(self, x: Tensor | None = None) -> Operators:
+        with Operators() as operators:
+            loss = self.model(self.x if x is None else x).square().mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        assert operators.counts["aten::convolution"] == 1
+        return operators
+
+
+@pytest.fixture
+def step() -> TrainingStep:
+    return TrainingStep()
+
+
+def test_the_calibrating_step_reads_nothing_on_the_host(step: TrainingStep) -> None:
+    operators = step()
+    assert not any(q.calibrating for q in input_quantizers(step.model).values())
+    assert operators.host_reads == {}
+
+
+def test_a_step_after_calibration_reads_nothing_on_the_host(step: TrainingStep) -> None:
+    step()
+    assert step().host_reads == {}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nonfinite_activations_are_noticed_without_reading_them(step: TrainingStep, value: float) -> None:
+    step()
+    bad = step.x.clone()
+    bad[0, 0, 0, 0] = value
+    assert step(bad).host_reads == {}
+    assert step.model[0].input_quantizer.nonfinite_age == 1
