@@ -5,15 +5,17 @@ In Lightning the callback does both, and these hooks are not installed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from amct_lightning.graph.plan import find_plan
 from amct_lightning.modules import input_quantizers
 from amct_lightning.modules.calibration import synchronize_calibration
+from amct_lightning.quantizers import WeightQuantizer
 from amct_lightning.record import QuantRecord
 
 
@@ -55,12 +57,20 @@ class _PlainHook:
     def _write_record(self, model: nn.Module) -> None:
         if any(quantizer.calibrating for quantizer in input_quantizers(model).values()):
             return
-        # In-place changes, by an optimizer or by loading, raise a tensor's version; nothing else changes factors.
-        state = tuple(
-            number for tensor in (*model.parameters(), *model.buffers()) for number in (id(tensor), tensor._version)
-        )
+        state = tuple(number for tensor in _factors_of(model) for number in (id(tensor), tensor._version))
         if state == self.written_state or find_plan(model) is None:
             return
         if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
             QuantRecord.from_model(model).save(self.record_file)
         self.written_state = state
+
+
+def _factors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Yield all state that the record depends on; a change in place, by an optimizer or by loading, raises its version.
+
+    The scales that a weight quantizer notes in every forward follow from the weight and are left out.
+    """
+    yield from model.parameters()
+    for module in model.modules():
+        if not isinstance(module, WeightQuantizer):
+            yield from module.buffers(recurse=False)

@@ -53,9 +53,9 @@ def find_candidates(
         [('0', None)]
     """
     check_float_model(model)
-    watched = {name: m for name, m in model.named_modules() if type(m) in LAYER_TYPES}
-    trace = observe(model, watched, run or model, input_data)
-    # Lazy layers get their class in the observed forward.
+    # A lazy layer gets its class in the observed forward.
+    may_become = {name: m for name, m in model.named_modules() if getattr(m, "cls_to_become", type(m)) in LAYER_TYPES}
+    trace = observe(model, may_become, run or model, input_data)
     watched = {name: m for name, m in model.named_modules() if type(m) in LAYER_TYPES}
     calls: dict[str, list[Call]] = {name: [] for name in watched}
     for call in trace.calls:

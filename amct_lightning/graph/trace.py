@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented way to write a dispatch mode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -20,6 +21,15 @@ from amct_lightning.graph.preserve import preserved
 InputData = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+# Operators that change no number; an exported graph has no node for them.
+_SAME_VALUE = (
+    torch.ops.aten.alias.default,
+    torch.ops.aten.clone.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.lift_fresh.default,
+)
 
 
 @dataclass
@@ -114,11 +124,13 @@ class _Observer(TorchDispatchMode):
         kwargs = kwargs or {}
         self._operators += 1
         reader = self._inside_batch_norm[-1] if self._inside_batch_norm else self._operators
-        for tensor in _tensors((args, kwargs)):
-            self._value(tensor).readers.add(reader)
+        if func not in _SAME_VALUE:
+            for tensor in _tensors((args, kwargs)):
+                self._value(tensor).readers.add(reader)
         output = func(*args, **kwargs)
+        passed_on = self._value(_tensors(args)[0]) if func in _SAME_VALUE else None
         for tensor in _tensors(output):
-            self._bind(tensor, Value(producer=func))
+            self._bind(tensor, passed_on or Value(producer=func), in_place=func._schema.is_mutable)
         return output
 
     def watch_layer(self, name: str, layer: nn.Module) -> list[Any]:
@@ -157,14 +169,18 @@ class _Observer(TorchDispatchMode):
             self._value(tensor).readers.add("output")
 
     def _value(self, tensor: Tensor) -> Value:
-        key = (id(tensor), tensor._version if not tensor.is_inference() else 0)
-        return self._values.get(key) or self._bind(tensor, Value())
+        return self._values.get((id(tensor), _version(tensor))) or self._bind(tensor, Value())
 
-    def _bind(self, tensor: Tensor, value: Value) -> Value:
-        key = (id(tensor), tensor._version if not tensor.is_inference() else 0)
-        self._values[key] = value
+    def _bind(self, tensor: Tensor, value: Value, in_place: bool = False) -> Value:
+        self._values[id(tensor), _version(tensor)] = value
+        if in_place:  # the version of the argument rises only after this mode has returned
+            self._values[id(tensor), _version(tensor) + 1] = value
         self._alive.append(tensor)
         return value
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _tensors(tree: Any) -> list[Tensor]:
