@@ -10,8 +10,8 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 DATA_ALGOS = ("ulq_quantize",)
 WEIGHT_ALGOS = ("arq_retrain", "ulq_retrain")
@@ -20,6 +20,7 @@ DATA_TYPES = ("INT4", "INT8", "INT16")
 WEIGHT_TYPES = ("INT4", "INT8")
 TYPE_PAIRS = (("INT4", "INT4"), ("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4"))
 PRECISION_MODES = ("DEFAULT", "FORCE_FP16_QUANT")
+_NAMES_SHOWN = 8
 
 
 class Fault(NamedTuple):
@@ -62,9 +63,26 @@ def type_pair_faults(data_type: str, weight_type: str) -> Iterator[Fault]:
         yield Fault(
             ValueError,
             "retrain_data_config.dst_type",
-            f"is {data_type} while retrain_weight_config.dst_type is {weight_type}; "
+            f"is {data_type} while that of the weights is {weight_type}; "
             f"the hardware runs these activation/weight pairs: {allowed}",
         )
+
+
+def layer_faults(data: Mapping[str, Any], weight: Mapping[str, Any], sections: tuple[str, str]) -> Iterator[Fault]:
+    """List what is wrong with the settings of a layer; ``sections`` are their names in the file."""
+    for section, faults in zip(sections, (data_faults(data), weight_faults(weight)), strict=True):
+        for fault in faults:
+            yield fault._replace(key=f"{section}.{fault.key}")
+    for fault in type_pair_faults(data.get("dst_type", "INT8"), weight.get("dst_type", "INT8")):
+        yield fault._replace(key=f"{sections[0]}.dst_type")
+
+
+def key_faults(raw: Mapping[Any, Any], allowed: tuple[str, ...]) -> Iterator[Fault]:
+    """List the keys that are not known."""
+    for key in raw:
+        if key not in allowed:
+            text = f"is not known (allowed: {', '.join(allowed)})."
+            yield Fault(ValueError, str(key), f"{text}{closest(key, allowed)}".rstrip("."))
 
 
 def run_faults(values: Mapping[str, object]) -> Iterator[Fault]:
@@ -103,6 +121,17 @@ def closest(name: object, allowed: Iterable[str]) -> str:
     """
     matches = difflib.get_close_matches(str(name), list(allowed), n=3)
     return f" Did you mean {' or '.join(map(repr, matches))}?" if matches else ""
+
+
+def abbreviated(names: Sequence[str]) -> str:
+    """List names in a message, not too many of them.
+
+    Example:
+        >>> abbreviated(["conv1", "fc"])
+        "'conv1', 'fc'"
+    """
+    shown = ", ".join(map(repr, names[:_NAMES_SHOWN]))
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
 
 
 def _choice_faults(values: Mapping[str, object], key: str, allowed: tuple[str, ...]) -> Iterator[Fault]:

@@ -5,9 +5,7 @@ What a setting may hold is in ``checks.py``; here a broken rule gets its file, l
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -17,22 +15,25 @@ from amct_lightning.config.checks import (
     PRECISION_MODES,
     Fault,
     closest,
-    data_faults,
     found,
+    key_faults,
+    layer_faults,
     raise_first,
     run_faults,
     type_fault,
-    type_pair_faults,
-    weight_faults,
 )
 from amct_lightning.config.layer import DataConfig, LayerConfig, WeightConfig
 from amct_lightning.config.resolve import NOTHING_ENABLED
+from amct_lightning.config.text_file import read_text
 
 RUN_KEYS = ("version", "fakequant_precision_mode", "batch_num")
 LAYER_KEYS = ("retrain_enable", "retrain_data_config", "retrain_weight_config")
 DATA_KEYS = ("algo", "clip_max", "clip_min", "fixed_min", "dst_type")
 WEIGHT_KEYS = ("algo", "channel_wise", "dst_type")
 PRUNE_KEYS = ("regular_prune_enable", "regular_prune_config")
+SECTIONS = ("retrain_data_config", "retrain_weight_config")
+
+REMEDY = "make one with create_quant_retrain_config(config_file, model, input_data)"
 
 
 class ConfigParts(TypedDict):
@@ -67,7 +68,7 @@ def read_json(path: str | Path) -> object:
         >>> read_json(file)
         {'version': 1}
     """
-    return parse_text(_read_text(path), str(path))
+    return parse_text(read_text(path, REMEDY), str(path))
 
 
 def parse_text(text: str, source: str) -> object:
@@ -153,18 +154,6 @@ def dump_text(raw: Mapping[str, object]) -> str:
     return json.dumps(raw, indent=4, separators=(",", ":"))
 
 
-def _read_text(path: str | Path) -> str:
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"The config file must be given as a path, found {found(path)}.")
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except FileNotFoundError as error:
-        remedy = "No such config file; make one with create_quant_retrain_config(config_file, model, input_data)"
-        raise FileNotFoundError(errno.ENOENT, remedy, str(path)) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8 ({error}).") from error
-
-
 def _dict_noting_repeats(repeated: list[str]) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
     def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -191,52 +180,35 @@ def _parse_layer(name: str, raw: object, source: str) -> LayerConfig:
             f"found {found(raw)}.{closest(name, RUN_KEYS)}"
         )
     raise_first(_layer_faults(raw), lambda key: f"{where}, key '{key}'")
-    data = DataConfig(**_section(raw, "retrain_data_config"))
-    weight = WeightConfig(**_section(raw, "retrain_weight_config"))
-    raise_first(type_pair_faults(data.dst_type, weight.dst_type), lambda key: f"{where}, key '{key}'")
-    return LayerConfig(raw.get("retrain_enable", True), data, weight)
+    data, weight = (raw.get(section, {}) for section in SECTIONS)
+    return LayerConfig(raw.get("retrain_enable", True), DataConfig(**data), WeightConfig(**weight))
 
 
 def _layer_faults(raw: Mapping[Any, Any]) -> Iterator[Fault]:
     for key in PRUNE_KEYS:
         if key in raw:
             yield Fault(ValueError, key, "is not expected: this package quantizes and does not prune; delete the key")
-    yield from _key_faults(raw, LAYER_KEYS)
+    yield from key_faults(raw, LAYER_KEYS)
     if "retrain_enable" in raw and not isinstance(raw["retrain_enable"], bool):
         yield type_fault("retrain_enable", "true or false", raw["retrain_enable"])
-    yield from _section_faults(raw, "retrain_data_config", DATA_KEYS, data_faults)
-    yield from _section_faults(raw, "retrain_weight_config", WEIGHT_KEYS, weight_faults)
+    for section, keys in zip(SECTIONS, (DATA_KEYS, WEIGHT_KEYS), strict=True):
+        yield from _section_faults(raw.get(section, {}), section, keys)
+    data, weight = (raw.get(section, {}) for section in SECTIONS)
+    yield from layer_faults(data, weight, SECTIONS)
 
 
-def _section_faults(
-    layer: Mapping[Any, Any],
-    section: str,
-    keys: tuple[str, ...],
-    rules: Callable[[Mapping[str, object]], Iterator[Fault]],
-) -> Iterator[Fault]:
-    raw = _section(layer, section)
+def _section_faults(raw: object, section: str, keys: tuple[str, ...]) -> Iterator[Fault]:
     if not isinstance(raw, Mapping):
         yield type_fault(section, "an object {...}", raw)
         return
-    for fault in chain(_key_faults(raw, keys), _null_faults(raw), rules(raw)):
+    for fault in chain(key_faults(raw, keys), _null_faults(raw)):
         yield fault._replace(key=f"{section}.{fault.key}")
-
-
-def _key_faults(raw: Mapping[Any, Any], allowed: tuple[str, ...]) -> Iterator[Fault]:
-    for key in raw:
-        if key not in allowed:
-            text = f"is not known (allowed: {', '.join(allowed)})."
-            yield Fault(ValueError, str(key), f"{text}{closest(key, allowed)}".rstrip("."))
 
 
 def _null_faults(raw: Mapping[Any, Any]) -> Iterator[Fault]:
     for key, value in raw.items():
         if value is None:
             yield Fault(TypeError, str(key), "must not be null; leave the key out to get its default")
-
-
-def _section(layer: Mapping[Any, Any], section: str) -> Any:
-    return layer.get(section, {})
 
 
 def _given(settings: DataConfig | WeightConfig, keys: tuple[str, ...]) -> dict[str, object]:

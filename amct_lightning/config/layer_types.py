@@ -7,8 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from amct_lightning.config.layer import LayerConfig
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from amct_lightning.modules.registry import LAYER_TYPES
 
 
 def can_be_channel_wise(module: nn.Module) -> bool:
@@ -18,7 +17,7 @@ def can_be_channel_wise(module: nn.Module) -> bool:
         >>> can_be_channel_wise(nn.Conv2d(3, 8, 3)), can_be_channel_wise(nn.Linear(3, 8))
         (True, False)
     """
-    return not isinstance(module, nn.Linear)
+    return LAYER_TYPES[type(module)].channel_wise
 
 
 def int4_obstacle(module: nn.Module) -> str | None:
@@ -36,10 +35,11 @@ def int4_obstacle(module: nn.Module) -> str | None:
         >>> int4_obstacle(nn.Linear(4, 8)) is None
         True
     """
-    if isinstance(module, _CONVOLUTIONS) and module.groups > 1:
-        return f"groups={module.groups}"
-    odd = [f"{name}={length} is odd" for name, length in _packed_lengths(module).items() if length % 2]
-    return " and ".join(odd) or None
+    groups = getattr(module, "groups", 1)
+    if groups > 1:
+        return f"groups={groups}"
+    lengths = {name: getattr(module, name) for name in LAYER_TYPES[type(module)].packed}
+    return " and ".join(f"{name}={length} is odd" for name, length in lengths.items() if length % 2) or None
 
 
 def with_channel_wise_default(layer: LayerConfig, module: nn.Module) -> LayerConfig:
@@ -70,13 +70,3 @@ def without_int4(layer: LayerConfig) -> LayerConfig:
         retrain_data_config=replace(data, dst_type="INT8") if data.dst_type == "INT4" else data,
         retrain_weight_config=replace(weight, dst_type="INT8") if weight.dst_type == "INT4" else weight,
     )
-
-
-def _packed_lengths(module: nn.Module) -> dict[str, int]:
-    if isinstance(module, _CONVOLUTIONS):
-        return {"in_channels": module.in_channels}
-    if isinstance(module, nn.Linear):
-        return {"in_features": module.in_features}
-    if isinstance(module, nn.RNNBase):
-        return {"input_size": module.input_size, "hidden_size": module.hidden_size}
-    return {}

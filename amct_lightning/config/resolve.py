@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from amct_lightning.config.checks import closest
+from amct_lightning.config.checks import abbreviated, closest
 from amct_lightning.config.layer import LayerConfig
 from amct_lightning.config.layer_types import (
     can_be_channel_wise,
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 NOTHING_ENABLED = (
     'No layer retrain enabled. Set "retrain_enable":true, spelled out, in at least one layer to be quantized.'
 )
-_NAMES_SHOWN = 8
 
 
 def resolve_layers(
@@ -55,9 +54,9 @@ def _refuse_unknown_layers(layers: Mapping[str, LayerConfig], eligible: Mapping[
     unknown = [name for name in layers if name not in eligible]
     if unknown:
         raise ValueError(
-            f"unsupported layer {_abbreviated(unknown)} in {source}: the model has no such layer, or it "
+            f"unsupported layer {abbreviated(unknown)} in {source}: the model has no such layer, or it "
             f"cannot be quantized.{closest(unknown[0], eligible)} "
-            f"Layers that can be quantized: {_abbreviated(list(eligible)) or 'none'}."
+            f"Layers that can be quantized: {abbreviated(list(eligible)) or 'none'}."
         )
 
 
@@ -87,8 +86,3 @@ def _packable(layers: dict[str, LayerConfig], eligible: Mapping[str, nn.Module],
             stacklevel=4,
         )
     return {name: without_int4(layer) if name in obstacles else layer for name, layer in layers.items()}
-
-
-def _abbreviated(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:_NAMES_SHOWN]))
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

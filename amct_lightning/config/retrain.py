@@ -17,13 +17,13 @@ from amct_lightning.config.json_format import (
     read_json,
 )
 from amct_lightning.config.layer import LayerConfig
-from amct_lightning.config.layer_types import with_channel_wise_default
 from amct_lightning.config.resolve import resolve_layers
 from amct_lightning.files import write_text
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from amct_lightning.config.load import ConfigLike
     from amct_lightning.graph.trace import InputData
 
 _logger = logging.getLogger(__name__)
@@ -102,34 +102,88 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
         return cls(**parse_config(raw, source))
 
     @classmethod
+    def from_simple_config(cls, path: str | Path, model: nn.Module, input_data: InputData) -> RetrainConfig:
+        """Work out what a ``.cfg`` file, AMCT's simple configuration, means for a model.
+
+        Args:
+            path: The file.
+            model: The float model.
+            input_data: Input for which the model works: a tensor, a tuple of positional arguments or a mapping of
+                keyword arguments.
+
+        Returns:
+            The configuration, its layers in the order of ``model.named_modules()``.
+
+        Raises:
+            OSError: If the file is missing (``FileNotFoundError``) or cannot be read.
+            ValueError: If the file is not valid or does not fit the model, or nothing is left to be quantized.
+            RuntimeError: If the model is quantized already or fails on the input.
+
+        Example:
+            >>> import pathlib, tempfile, torch
+            >>> file = pathlib.Path(tempfile.mkdtemp()) / "simple.cfg"
+            >>> _ = file.write_text('batch_num: 2  skip_layers: "1"')
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+            >>> config = RetrainConfig.from_simple_config(file, model, torch.ones(1, 4))
+            >>> [(name, layer.retrain_enable) for name, layer in config.items()]
+            [('0', True), ('1', False)]
+        """
+        from amct_lightning.config.load import fit_to_model  # noqa: PLC0415  (needs this class)
+        from amct_lightning.config.simple_format import read_simple_config  # noqa: PLC0415  (likewise)
+
+        return fit_to_model(read_simple_config(path), model, input_data, str(path))
+
+    @classmethod
+    def from_choices(cls, choices: ConfigLike, model: nn.Module, input_data: InputData) -> RetrainConfig:
+        """Work out what a few choices mean for a model.
+
+        Args:
+            choices: A dict or the path of a YAML file as shown in ``amct_lightning.config.friendly``, or any other
+                form of a configuration, see ``load_config``.
+            model: The float model.
+            input_data: Input for which the model works, see :meth:`from_simple_config`.
+
+        Returns:
+            The configuration, its layers in the order of ``model.named_modules()``.
+
+        Raises:
+            OSError: If a file is missing (``FileNotFoundError``) or cannot be read.
+            TypeError: If a value has the wrong type.
+            ValueError: If the choices are not valid or do not fit the model, or nothing is left to be quantized.
+            RuntimeError: If the model is quantized already or fails on the input.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+            >>> choices = {"weights": {"dst_type": "INT4"}, "skip_layers": ["1"]}
+            >>> RetrainConfig.from_choices(choices, model, torch.ones(1, 4))["0"].retrain_weight_config.dst_type
+            'INT4'
+        """
+        from amct_lightning.config.load import config_source, fit_to_model, load_config  # noqa: PLC0415  (they need this class)
+
+        return fit_to_model(load_config(choices), model, input_data, config_source(choices))
+
+    @classmethod
     def default(cls, model: nn.Module, input_data: InputData) -> RetrainConfig:
         """Make a configuration that quantizes every layer that can be quantized, with AMCT's defaults.
 
         Args:
             model: The float model.
-            input_data: One input (or a tuple of inputs) the model can be called with.
+            input_data: Input for which the model works, see :meth:`from_simple_config`.
 
         Returns:
             The configuration, its layers in the order of ``model.named_modules()``.
 
         Raises:
             ValueError: If no layer of the model can be quantized.
+            RuntimeError: If the model is quantized already or fails on the input.
 
         Example:
             >>> import torch
             >>> RetrainConfig.default(torch.nn.Sequential(torch.nn.Linear(4, 2)), torch.ones(1, 4)).batch_num
             1
         """
-        from amct_lightning.graph.eligibility import eligible_layers  # noqa: PLC0415  (graph imports config)
-
-        eligible = eligible_layers(model, input_data)
-        if not eligible:
-            raise ValueError(
-                f"No supported layers in {type(model).__name__}. It needs a Conv1d/2d/3d, "
-                "ConvTranspose1d/2d, Linear, LSTM or GRU that runs exactly once on input_data and shares its "
-                "weight with no other layer; check that input_data reaches such a layer."
-            )
-        return cls(layers={name: with_channel_wise_default(LayerConfig(), module) for name, module in eligible.items()})
+        return cls.from_choices(None, model, input_data)
 
     def to_dict(self) -> dict[str, object]:
         """Give the plain content of the JSON file, in its key order.

@@ -1,14 +1,30 @@
 """The QAT layers and the conversion of a float model to them."""
 
-from amct_lightning.modules.convert import convert_layers, input_quantizers, quantized_layers
-from amct_lightning.modules.layers import QATConv2d, QATConvTranspose2d, QATLayer, QATLinear
+from amct_lightning.modules.convert import activation_quantizers, convert_layers, learned_factors, quantized_layers
+from amct_lightning.modules.convolutions import (
+    QATConv1d,
+    QATConv2d,
+    QATConv3d,
+    QATConvTranspose1d,
+    QATConvTranspose2d,
+    QATConvTranspose3d,
+)
+from amct_lightning.modules.layers import QATLayer, QATLinear
+from amct_lightning.modules.recurrent import QATGRU, QATLSTM
 
 __all__ = [
+    "QATGRU",
+    "QATLSTM",
+    "QATConv1d",
     "QATConv2d",
+    "QATConv3d",
+    "QATConvTranspose1d",
     "QATConvTranspose2d",
+    "QATConvTranspose3d",
     "QATLayer",
     "QATLinear",
+    "activation_quantizers",
     "convert_layers",
-    "input_quantizers",
+    "learned_factors",
     "quantized_layers",
 ]

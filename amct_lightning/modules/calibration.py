@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from amct_lightning.modules.convert import input_quantizers
+from amct_lightning.modules.convert import activation_quantizers
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -35,7 +35,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         False
     """
     flags = [(module, module.training) for module in model.modules()]
-    waiting = [quantizer for quantizer in input_quantizers(model).values() if quantizer.calibrating]
+    waiting = [quantizer for quantizer in activation_quantizers(model).values() if quantizer.calibrating]
     try:
         model.eval()
         for quantizer in waiting:
@@ -51,7 +51,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     finally:
         for module, training in flags:
             module.training = training
-    left = [name for name, quantizer in input_quantizers(model).items() if quantizer.calibrating]
+    left = [name for name, quantizer in activation_quantizers(model).items() if quantizer.calibrating]
     if left:
         raise ValueError(
             f"The batches ended before these layers were calibrated: {', '.join(left[:8])}. Give at least `batch_num` "
@@ -72,7 +72,7 @@ def synchronize_calibration(model: nn.Module) -> bool:
     Returns:
         Whether every quantizer is calibrated on every process now.
     """
-    quantizers = list(input_quantizers(model).values())
+    quantizers = list(activation_quantizers(model).values())
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and quantizers):
         return not any(quantizer.calibrating for quantizer in quantizers)
     # Observing is Python state, so building this table costs no host synchronization.

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from amct_lightning.modules.layers import QATLayer
 from amct_lightning.modules.registry import LAYER_TYPES
-from amct_lightning.quantizers import ActivationQuantizer, WeightQuantizer
+from amct_lightning.modules.shift_hook import install_shift_search
+from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, Quantizer, WeightQuantizer
 
 if TYPE_CHECKING:
+    from amct_lightning.config import DataConfig, WeightConfig
     from amct_lightning.graph.plan import LayerPlan, QuantPlan
 
 
@@ -30,6 +32,9 @@ def convert_layers(model: nn.Module, plan: QuantPlan) -> None:
     quantizers: dict[str, ActivationQuantizer] = {}
     for layer_plan in plan.layers:
         _convert_layer(layers[layer_plan.name], layer_plan, plan, quantizers)
+        if plan.search_n and not isinstance(layers[layer_plan.name], nn.RNNBase):
+            batch_norm = None if layer_plan.batch_norm is None else model.get_submodule(layer_plan.batch_norm)
+            install_shift_search(cast(QATLayer, layers[layer_plan.name]), batch_norm)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             # Its fused evaluation path would read the weights directly and pass the quantizers by; this public
@@ -53,39 +58,60 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QATLayer)}
 
 
-def input_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
-    """Return the activation quantizers of a model, a shared one once, by the name of its first layer."""
+def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Return the activation quantizers of a model, a shared one once.
+
+    Args:
+        model: A converted model, or a wrapper around one.
+
+    Returns:
+        Name -> quantizer: the (first) layer's name, with `` (hidden state)`` for a recurrent layer's second one.
+    """
     found: dict[str, ActivationQuantizer] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, QATLayer) and id(module.input_quantizer) not in seen:
-            seen.add(id(module.input_quantizer))
-            found[name] = module.input_quantizer
+        for attribute in module.activation_quantizers if isinstance(module, QATLayer) else ():
+            quantizer = cast(QATLayer, module).get_quantizer(attribute)
+            if id(quantizer) not in seen:
+                seen.add(id(quantizer))
+                found[name if attribute == "input_quantizer" else f"{name} (hidden state)"] = quantizer
     return found
+
+
+def learned_factors(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that quantization added to a model: clip values and learned weight scales."""
+    return [p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters(recurse=False)]
 
 
 def _convert_layer(
     layer: nn.Module, plan: LayerPlan, model_plan: QuantPlan, quantizers: dict[str, ActivationQuantizer]
 ) -> None:
-    kind = LAYER_TYPES[type(layer)]
-    data = model_plan.config[plan.name].retrain_data_config
-    weights = model_plan.config[plan.name].retrain_weight_config
-    if weights.algo != "arq_retrain":
-        raise ValueError(
-            f"Layer '{plan.name}': retrain_weight_config.algo '{weights.algo}' is not available yet; use 'arq_retrain'."
-        )
+    twin = LAYER_TYPES[type(layer)].twin
+    config = model_plan.config[plan.name]
+    batch_num = model_plan.config.batch_num * plan.calls
     if plan.shares_input_of not in quantizers:
-        clip = None if data.clip_max is None or data.clip_min is None else (data.clip_max, data.clip_min)
-        quantizers[plan.shares_input_of] = ActivationQuantizer(
-            data.num_bits, plan.fixed_min, clip, model_plan.config.batch_num
-        )
-    weight = cast(Tensor, layer.weight).detach()
-    kind.twin.convert(
-        layer,
-        quantizers[plan.shares_input_of],
-        WeightQuantizer(weights.num_bits, bool(weights.channel_wise), kind.layout(layer), weight),
-        plan.calibrates_input,
-    )
+        quantizers[plan.shares_input_of] = _activation_quantizer(config.retrain_data_config, plan.fixed_min, batch_num)
+    own: dict[str, Quantizer] = {"input_quantizer": quantizers[plan.shares_input_of]}
+    if "hidden_quantizer" in twin.activation_quantizers:
+        own["hidden_quantizer"] = _activation_quantizer(config.retrain_data_config, plan.fixed_min_hidden, batch_num)
+    for name, parameter in twin.weight_quantizers.items():
+        own[name] = _weight_quantizer(layer, parameter, config.retrain_weight_config)
+    twin.convert(layer, own, plan.calibrates_input)
+
+
+def _activation_quantizer(config: DataConfig, fixed_min: bool, batch_num: int) -> ActivationQuantizer:
+    clip = None if config.clip_max is None or config.clip_min is None else (config.clip_max, config.clip_min)
+    return ActivationQuantizer(config.num_bits, fixed_min, clip, batch_num)
+
+
+def _weight_quantizer(layer: nn.Module, parameter: str, config: WeightConfig) -> WeightQuantizer:
+    kind = LAYER_TYPES[type(layer)]
+    weight = cast(Tensor, getattr(layer, parameter)).detach()
+    channel_wise = bool(config.channel_wise)
+    if config.algo == "ulq_retrain":
+        elements = kind.scale_elements(layer, weight, channel_wise)
+        return LearnedWeightQuantizer(config.num_bits, channel_wise, kind.layout(layer), weight, elements)
+    return WeightQuantizer(config.num_bits, channel_wise, kind.layout(layer), weight)
 
 
 def _planned_layer(model: nn.Module, name: str) -> nn.Module:
@@ -101,10 +127,11 @@ def _planned_layer(model: nn.Module, name: str) -> nn.Module:
             f"The quantization plan names layer '{name}', but it is a {type(layer).__name__} now; only "
             f"{', '.join(kind.__name__ for kind in LAYER_TYPES)} can be quantized."
         )
-    weight = cast(Tensor, layer.weight)
-    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
-        raise ValueError(
-            f"The weight of layer '{name}' contains NaN or infinite values. Start from a checkpoint whose weights "
-            "are finite."
-        )
+    for parameter in LAYER_TYPES[type(layer)].twin.weight_quantizers.values():
+        weight = cast(Tensor, getattr(layer, parameter))
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"The weight of layer '{name}' contains NaN or infinite values. Start from a checkpoint whose weights "
+                "are finite."
+            )
     return layer

@@ -1,4 +1,4 @@
-"""The QAT twins of the layers: the float layer's own class plus two quantizers.
+"""What all QAT layers have in common, and the simplest of them, Linear.
 
 A twin keeps every attribute, parameter name and hook of the layer it was made from, because it *is* that object:
 only its class changes. BatchNorm layers are left where they are.
@@ -7,13 +7,15 @@ only its class changes. BatchNorm layers are left where they are.
 from __future__ import annotations
 
 import warnings
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amct_lightning.quantizers import ActivationQuantizer, WeightQuantizer
+from amct_lightning.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 
 _Layer = TypeVar("_Layer", bound="QATLayer")
 
@@ -24,31 +26,30 @@ class QATLayer(nn.Module):
     An evaluation before calibration runs the layer in float and warns once.
 
     Attributes:
+        activation_quantizers: Names of the activation quantizers.
+        weight_quantizers: Names of the weight quantizers, and of the parameter each of them quantizes.
         input_quantizer: Quantizer of the layer's input; layers that read one tensor share it.
         weight_quantizer: Quantizer of the layer's weight.
         calibrates_input: Whether this layer is the one that feeds a shared quantizer's calibration.
     """
 
-    weight: Tensor
+    activation_quantizers: ClassVar[tuple[str, ...]] = ("input_quantizer",)
+    weight_quantizers: ClassVar[Mapping[str, str]] = MappingProxyType({"weight_quantizer": "weight"})
+
     input_quantizer: ActivationQuantizer
     weight_quantizer: WeightQuantizer
     calibrates_input: bool
 
     @classmethod
     def convert(
-        cls: type[_Layer],
-        layer: nn.Module,
-        input_quantizer: ActivationQuantizer,
-        weight_quantizer: WeightQuantizer,
-        calibrates_input: bool = True,
+        cls: type[_Layer], layer: nn.Module, quantizers: Mapping[str, Quantizer], calibrates_input: bool = True
     ) -> _Layer:
         """Turn a float layer into its QAT twin, in place.
 
         Args:
             layer: A layer of exactly the class this twin stands for.
-            input_quantizer: Quantizer of its input.
-            weight_quantizer: Quantizer of its weight.
-            calibrates_input: Whether this layer feeds the calibration of ``input_quantizer``.
+            quantizers: The quantizers of ``activation_quantizers`` and ``weight_quantizers``, by name.
+            calibrates_input: Whether this layer feeds the calibration of its input quantizer.
 
         Returns:
             The same object, now of this class.
@@ -57,35 +58,42 @@ class QATLayer(nn.Module):
             >>> from amct_lightning.quantizers import ChannelLayout
             >>> layer = nn.Linear(4, 2)
             >>> weights = WeightQuantizer(8, False, ChannelLayout(), layer.weight)
-            >>> QATLinear.convert(layer, ActivationQuantizer(), weights) is layer
+            >>> quantizers = {"input_quantizer": ActivationQuantizer(), "weight_quantizer": weights}
+            >>> QATLinear.convert(layer, quantizers) is layer
             True
         """
         layer.__class__ = cls
         twin = cast(_Layer, layer)
-        twin.input_quantizer = input_quantizer.to(twin.weight.device).train(layer.training)
-        twin.weight_quantizer = weight_quantizer.to(twin.weight.device).train(layer.training)
+        device = next(layer.parameters()).device
+        for name, quantizer in quantizers.items():
+            setattr(twin, name, quantizer.to(device).train(layer.training))
         twin.calibrates_input = calibrates_input
         return twin
 
+    @property
+    def runs_in_float(self) -> bool:
+        """Whether the layer is evaluated before it is calibrated."""
+        return any(q.calibrating and not q.training for q in map(self.get_quantizer, self.activation_quantizers))
+
+    def get_quantizer(self, name: str) -> ActivationQuantizer:
+        """Return an activation quantizer by name."""
+        return cast(ActivationQuantizer, getattr(self, name))
+
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer on fake-quantized input and weight; arguments are those of the float layer."""
-        quantizer = self.input_quantizer
-        if quantizer.calibrating and not quantizer.training:
-            _warn_float()
-            return cast(Tensor, super().forward(input, *args, **kwargs))
-        x = quantizer(input, self.calibrates_input)
-        return self._operate(x, self.weight_quantizer(self.weight), *args, **kwargs)
+        if self.runs_in_float:
+            warn_float()
+            return cast(Tensor, self.float_forward(input, *args, **kwargs))
+        x = self.input_quantizer(input, self.calibrates_input)
+        return self._operate(x, self.weight_quantizer(cast(Tensor, self.weight)), *args, **kwargs)
+
+    def float_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer as it was before the conversion."""
+        return super().forward(*args, **kwargs)
 
     def _operate(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The float layer's operation with a given weight."""
         raise TypeError(f"{type(self).__name__} is not a complete QAT layer: it defines no _operate().")
-
-
-class QATConv2d(QATLayer, nn.Conv2d):
-    """Quantized twin of :class:`torch.nn.Conv2d`."""
-
-    def _operate(self, x: Tensor, weight: Tensor) -> Tensor:
-        return cast(Tensor, self._conv_forward(x, weight, self.bias))
 
 
 class QATLinear(QATLayer, nn.Linear):
@@ -95,34 +103,9 @@ class QATLinear(QATLayer, nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
-class QATConvTranspose2d(QATLayer, nn.ConvTranspose2d):
-    """Quantized twin of :class:`torch.nn.ConvTranspose2d`."""
-
-    def _operate(self, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
-        # _output_padding is private to torch.nn, but the only place that turns output_size into padding.
-        padding = self._output_padding(
-            x,
-            output_size,
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.kernel_size,  # type: ignore[arg-type]
-            2,
-            self.dilation,  # type: ignore[arg-type]
-        )
-        return F.conv_transpose2d(
-            x,
-            weight,
-            self.bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]
-            padding,
-            self.groups,
-            self.dilation,
-        )
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _warn_float() -> None:
+def warn_float() -> None:
+    """Say once that layers run in float."""
     # One constant text and place, so that Python's default filter shows it once for all layers.
     warnings.warn(
         "The model is evaluated before its activation quantizers are calibrated: un-calibrated layers run in "

@@ -1,7 +1,16 @@
 """How a tensor is quantized: formulas, quantizer modules and calibration. Imports torch only."""
 
 from amct_lightning.quantizers.activation import ActivationQuantizer
+from amct_lightning.quantizers.base import Quantizer
 from amct_lightning.quantizers.functional import ChannelLayout
-from amct_lightning.quantizers.weight import WeightQuantizer
+from amct_lightning.quantizers.shift_search import ShiftSearch
+from amct_lightning.quantizers.weight import LearnedWeightQuantizer, WeightQuantizer
 
-__all__ = ["ActivationQuantizer", "ChannelLayout", "WeightQuantizer"]
+__all__ = [
+    "ActivationQuantizer",
+    "ChannelLayout",
+    "LearnedWeightQuantizer",
+    "Quantizer",
+    "ShiftSearch",
+    "WeightQuantizer",
+]

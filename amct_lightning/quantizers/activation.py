@@ -35,6 +35,7 @@ class ActivationQuantizer(Quantizer):
         clip_max: Learned upper clip, 0-d float32 parameter.
         clip_min: Learned lower clip, 0-d float32 parameter.
         calibrating: Whether batches are still to be observed.
+        nonfinite: Whether a NaN or infinite value was seen in training, 0-d bool; whoever reads it resets it.
 
     Example:
         >>> quantizer = ActivationQuantizer(num_bits=8, clip=(2.55, -1e-9), fixed_min=True)
@@ -66,7 +67,7 @@ class ActivationQuantizer(Quantizer):
         self.calibrating = clip is None
         self.observed: list[Tensor] = []
         # Not a buffer: DDP would overwrite every rank's flag with that of rank zero.
-        self.nonfinite_age = torch.zeros((), dtype=torch.int32)
+        self.nonfinite = torch.tensor(False)
 
     @property
     def scale(self) -> Tensor:
@@ -88,17 +89,42 @@ class ActivationQuantizer(Quantizer):
         Returns:
             The fake-quantized activations.
         """
-        values = x if x.dtype == torch.float32 else x.float()
+        return self.quantize(x, *self.update_range(x, observe))
+
+    def update_range(self, x: Tensor, observe: bool = True, preview: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the clips to quantize ``x`` with; in training mode first calibrate on it or repair the clips.
+
+        Args:
+            x: Activations of any shape and floating dtype.
+            observe: Whether a calibrating quantizer counts ``x`` as a batch.
+            preview: The part of ``x`` whose range is used until the last calibration batch; ``None`` for all of it.
+
+        Returns:
+            The upper and the lower clip, 0-d float32.
+        """
         if not self.training:
-            upper, lower = self._usable_clips()
-        elif self.calibrating:
-            upper, lower = self._observe(values, observe)
+            return self._usable_clips()
+        values = _float32(x)
+        if self.calibrating:
+            upper, lower = self._observe(values, observe, values if preview is None else _float32(preview))
         else:
             upper, lower = self._usable_clips()
             self._store(upper, lower)
-        if self.training:
-            self._flag_nonfinite(values, upper, lower)
-        y = fake_quantize_activation(values, self.clip_max, self.clip_min, upper, lower, self.num_bits)
+        self.watch(values, upper, lower)
+        return upper, lower
+
+    def quantize(self, x: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
+        """Return ``x`` fake-quantized into a range that :meth:`update_range` gave, in its own shape and dtype.
+
+        Args:
+            x: Activations of any shape and floating dtype.
+            upper: Upper clip, 0-d float32.
+            lower: Lower clip, 0-d float32.
+
+        Returns:
+            The fake-quantized activations.
+        """
+        y = fake_quantize_activation(_float32(x), self.clip_max, self.clip_min, upper, lower, self.num_bits)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
     @torch.no_grad()
@@ -132,19 +158,20 @@ class ActivationQuantizer(Quantizer):
         self.clip_min_previous.copy_(lower)
 
     @torch.no_grad()
-    def _flag_nonfinite(self, values: Tensor, upper: Tensor, lower: Tensor) -> None:
-        # Counts the training forwards since the first bad one, so that the step can be told later without
-        # reading anything now.
-        if values.numel() == 0:
-            return
-        smallest, largest = torch.aminmax(values)
-        ends = torch.stack((smallest, largest, upper, lower))
-        bad = torch.logical_not(torch.isfinite(ends).all())
-        self.nonfinite_age.add_(torch.logical_or(self.nonfinite_age > 0, bad))
+    def watch(self, *tensors: Tensor) -> None:
+        """Raise the flag ``nonfinite``, without reading it, if a value is NaN or infinite.
+
+        Args:
+            tensors: Floating tensors on the quantizer's device.
+        """
+        ends = [end for t in tensors if t.numel() for end in (torch.aminmax(t) if t.dim() else (t,))]
+        if ends:
+            bad = torch.logical_not(torch.isfinite(torch.stack(ends)).all())
+            self.nonfinite.logical_or_(bad)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def _observe(self, values: Tensor, observe: bool) -> tuple[Tensor, Tensor]:
+    def _observe(self, values: Tensor, observe: bool, preview: Tensor) -> tuple[Tensor, Tensor]:
         values = values.detach()
         if observe and values.numel():
             last = len(self.observed) + 1 >= self.batch_num
@@ -156,11 +183,11 @@ class ActivationQuantizer(Quantizer):
                 self.finish_calibration(result.clip_max, result.clip_min)
         if not self.calibrating or values.numel() == 0:
             return self._usable_clips()
-        lower, upper = torch.aminmax(values)
+        lower, upper = torch.aminmax(preview)
         return repair_clips(upper, lower, upper, lower, self.fixed_min)
 
     def _move_extra(self, move: Callable[[Tensor], Tensor]) -> None:
-        self.nonfinite_age = move(self.nonfinite_age)
+        self.nonfinite = move(self.nonfinite)
         self.observed = [move(batch) for batch in self.observed]
 
     def _after_load(self) -> None:
@@ -171,3 +198,7 @@ class ActivationQuantizer(Quantizer):
         """Show the settings in ``print(model)``."""
         state = "calibrating" if self.calibrating else "calibrated"
         return f"num_bits={self.num_bits}, fixed_min={self.fixed_min}, {state}"
+
+
+def _float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float32 else x.float()

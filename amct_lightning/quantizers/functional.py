@@ -179,6 +179,11 @@ class ChannelLayout:
         channel_dims = (0, 2) if self.transposed else (0,)
         return tuple(dim for dim in range(view.dim()) if dim not in channel_dims)
 
+    def spread(self, scale: Tensor, view: Tensor, channel_wise: bool) -> Tensor:
+        """Shape a 1-d ``scale`` so that it broadcasts over :meth:`view`."""
+        reduced = self.reduced_dims(view, channel_wise)
+        return scale.view([1 if dim in reduced else length for dim, length in enumerate(view.shape)])
+
 
 def arq_scale(weight: Tensor, layout: ChannelLayout, num_bits: int, channel_wise: bool) -> Tensor:
     """Return the max-abs (ARQ) scale of a weight, shaped to broadcast over ``layout.view(weight)``.
@@ -238,3 +243,73 @@ class _FakeQuantizeWeight(torch.autograd.Function):
     @once_differentiable
     def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None, None, None
+
+
+def scale_gradient_factor(elements: int, num_bits: int) -> float:
+    """Return ``1 / sqrt(N * (h-1))`` in float32 arithmetic, by which the gradient of a scale is normalized.
+
+    Args:
+        elements: ``N``, the number of weight elements that share the scale.
+        num_bits: Number of bits ``b``.
+
+    Example:
+        >>> scale_gradient_factor(7, 4)
+        0.1428571492433548
+    """
+    # torch's own arithmetic, not Python's: both round, and the last bit of AMCT's factor is torch's.
+    squared = torch.tensor(float(elements * (half_range(num_bits) - 1)), dtype=torch.float32, device="cpu")
+    return (1 / squared.sqrt()).item()
+
+
+def fake_quantize_weight_learned(
+    weight: Tensor, scale: Tensor, layout: ChannelLayout, num_bits: int, factor: float
+) -> Tensor:
+    """Quantize and dequantize a weight with a learned (ULQ) scale.
+
+    The values are those of :func:`fake_quantize_weight`; the weight's gradient passes straight through, also where
+    it saturates. With ``z = w/s`` the gradient of the scale is ``sum(factor * d * g)`` where ``d`` is ``h-1`` above
+    the range, ``-h`` below it and ``round(z) - z`` within.
+
+    Args:
+        weight: Weight, float32.
+        scale: Learned scale, float32, shaped to broadcast over ``layout.view(weight)``; used as it is, whatever
+            its sign or size.
+        layout: Where the output channels are.
+        num_bits: 4 or 8.
+        factor: What :func:`scale_gradient_factor` gives.
+
+    Returns:
+        The fake-quantized weight, shape and dtype of ``weight``.
+
+    Example:
+        >>> scale = torch.tensor([[0.5]], requires_grad=True)
+        >>> y = fake_quantize_weight_learned(torch.tensor([[0.26, 9.0]]), scale, ChannelLayout(), 4, factor=0.25)
+        >>> y.sum().backward()
+        >>> y.detach(), scale.grad
+        (tensor([[0.5000, 3.5000]]), tensor([[1.8700]]))
+    """
+    y: Tensor = _FakeQuantizeWeightLearned.apply(weight, scale, layout, num_bits, factor)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _FakeQuantizeWeightLearned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, layout: ChannelLayout, num_bits: int, factor: float) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.settings = layout, half_range(num_bits), factor
+        return _FakeQuantizeWeight.forward(ctx, weight, scale, layout, num_bits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale = ctx.saved_tensors
+        layout, h, factor = ctx.settings
+        view = layout.view(weight)
+        codes = view / scale
+        above = (view > scale * (h - 1)).to(view.dtype)
+        below = (view < scale * -h).to(view.dtype)
+        # With a negative scale a value is above and below at once; AMCT's sum of the three terms is kept for it.
+        step = above * (h - 1) - below * h + (1 - above - below) * (torch.round(codes) - codes)
+        terms = step * factor * layout.view(grad)
+        grad_scale = terms.sum().view(scale.shape) if scale.numel() == 1 else terms.sum_to_size(scale.shape)
+        return grad, grad_scale, None, None, None

@@ -1,16 +1,22 @@
-"""The weight quantizer: max-abs scales (ARQ), recomputed from the weight in every forward."""
+"""The weight quantizers: max-abs scales (ARQ), recomputed in every forward, and learned scales (ULQ)."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amct_lightning.quantizers.base import Quantizer
-from amct_lightning.quantizers.functional import ChannelLayout, arq_scale, fake_quantize_weight
+from amct_lightning.quantizers.functional import (
+    ChannelLayout,
+    arq_scale,
+    fake_quantize_weight,
+    fake_quantize_weight_learned,
+    scale_gradient_factor,
+)
 
 
 class WeightQuantizer(Quantizer):
-    """Fake-quantize a weight with a scale per output channel or one for the whole tensor.
+    """Fake-quantize a weight with a max-abs scale per output channel or one for the whole tensor.
 
     Args:
         num_bits: 4 or 8.
@@ -40,8 +46,12 @@ class WeightQuantizer(Quantizer):
         self.num_bits = num_bits
         self.channel_wise = channel_wise
         self.layout = layout
-        self.register_buffer("scale", self.compute_scale(weight))
-        self.register_buffer("offset", torch.zeros_like(self.scale))
+        scale = arq_scale(weight.detach().float(), layout, num_bits, channel_wise).flatten()
+        self._make_scale(scale)
+        self.register_buffer("offset", torch.zeros_like(scale))
+
+    def _make_scale(self, scale: Tensor) -> None:
+        self.register_buffer("scale", scale)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the fake-quantized weight in its own shape and dtype.
@@ -53,17 +63,79 @@ class WeightQuantizer(Quantizer):
             The fake-quantized weight.
         """
         values = weight if weight.dtype == torch.float32 else weight.float()
-        with torch.no_grad():
-            scale = arq_scale(values, self.layout, self.num_bits, self.channel_wise)
-            self.scale.copy_(scale.flatten())
-        y = fake_quantize_weight(values, scale, self.layout, self.num_bits)
+        y = self._quantize(values)
         return y if weight.dtype == torch.float32 else y.to(weight.dtype)
+
+    def _quantize(self, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = arq_scale(weight, self.layout, self.num_bits, self.channel_wise)
+            self.scale.copy_(scale.flatten())
+        return fake_quantize_weight(weight, scale, self.layout, self.num_bits)
 
     @torch.no_grad()
     def compute_scale(self, weight: Tensor) -> Tensor:
-        """Return the scales of ``weight`` as it is now, 1-d float32."""
+        """Return the scales that belong to ``weight`` as it is now, 1-d float32."""
         return arq_scale(weight.float(), self.layout, self.num_bits, self.channel_wise).flatten()
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(model)``."""
         return f"num_bits={self.num_bits}, channel_wise={self.channel_wise}"
+
+
+class LearnedWeightQuantizer(WeightQuantizer):
+    """Fake-quantize a weight with scales that are learned (``ulq_retrain``).
+
+    The first training forward sets them to the max-abs scales of the weight; from then on they are trained.
+
+    Args:
+        num_bits: 4 or 8.
+        channel_wise: One scale per output channel, else one for the whole weight.
+        layout: Where the output channels of the weight are.
+        weight: The weight, for the first value of the scales.
+        elements: Number of weight elements by which the gradient of a scale is normalized.
+
+    Attributes:
+        scale: Learned scales, 1-d float32 parameter: one per output channel, or a single one.
+        offset: Their offsets, always 0, 1-d float32.
+        starting: Whether the first training forward is still to come.
+
+    Example:
+        >>> weight = torch.tensor([[1.27, 0.014]])
+        >>> quantizer = LearnedWeightQuantizer(8, True, ChannelLayout(), weight, elements=2)
+        >>> quantizer(weight).sum().backward()
+        >>> quantizer.scale.grad is not None
+        True
+    """
+
+    initialized: Tensor
+
+    def __init__(self, num_bits: int, channel_wise: bool, layout: ChannelLayout, weight: Tensor, elements: int) -> None:
+        super().__init__(num_bits, channel_wise, layout, weight)
+        self.gradient_factor = scale_gradient_factor(elements, num_bits)
+        self.starting = True
+        self.register_buffer("initialized", torch.tensor(False, device=weight.device))
+
+    def _make_scale(self, scale: Tensor) -> None:
+        self.scale = nn.Parameter(scale)
+
+    def _quantize(self, weight: Tensor) -> Tensor:
+        if self.starting:
+            self._start(weight)
+        scale = self.layout.spread(self.scale, self.layout.view(weight), self.channel_wise)
+        return fake_quantize_weight_learned(weight, scale, self.layout, self.num_bits, self.gradient_factor)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _start(self, weight: Tensor) -> None:
+        self.scale.copy_(super().compute_scale(weight))
+        if self.training:
+            self.initialized.fill_(True)
+            self.starting = False
+
+    @torch.no_grad()
+    def compute_scale(self, weight: Tensor) -> Tensor:
+        """Return the learned scales, before training the max-abs scales of ``weight``; 1-d float32."""
+        return super().compute_scale(weight) if self.starting else self.scale.detach().clone()
+
+    def _after_load(self) -> None:
+        self.starting = not bool(self.initialized)

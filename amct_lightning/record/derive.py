@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from amct_lightning.graph.plan import LayerPlan, QuantPlan, find_plan
+from amct_lightning.modules.folding import deployed_scale
 from amct_lightning.modules.layers import QATLayer
-from amct_lightning.quantizers.functional import EPS
+from amct_lightning.modules.registry import LAYER_TYPES
+from amct_lightning.quantizers import ShiftSearch, WeightQuantizer
 from amct_lightning.record.layer_record import LayerRecord
 
 _FP16_MAX = 65504.0
@@ -38,7 +41,11 @@ def derive_layers(model: nn.Module) -> dict[str, LayerRecord]:
         )
     root, plan = found
     layers = {layer.name: cast(QATLayer, root.get_submodule(layer.name)) for layer in plan.layers}
-    waiting = [name for name, layer in layers.items() if layer.input_quantizer.calibrating]
+    waiting = [
+        name
+        for name, layer in layers.items()
+        if any(layer.get_quantizer(attribute).calibrating for attribute in layer.activation_quantizers)
+    ]
     if waiting:
         shown = ", ".join(f"'{name}'" for name in waiting[:8]) + (", ..." if len(waiting) > 8 else "")
         raise ValueError(
@@ -50,45 +57,54 @@ def derive_layers(model: nn.Module) -> dict[str, LayerRecord]:
 
 @torch.no_grad()
 def _derive(root: nn.Module, layer: QATLayer, layer_plan: LayerPlan, plan: QuantPlan) -> LayerRecord:
-    scale_w = layer.weight_quantizer.compute_scale(layer.weight)
-    if layer_plan.batch_norm is not None:
-        scale_w = _fold_batch_norm(scale_w, root.get_submodule(layer_plan.batch_norm))
-    scale_d = float(layer.input_quantizer.scale)
-    offset_d = float(layer.input_quantizer.offset)
-    _check_finite(layer_plan.name, scale_d, offset_d, scale_w)
-    if plan.config.fakequant_precision_mode == "FORCE_FP16_QUANT":
-        scale_d = _fp16_scale(scale_d)
     config = plan.config[layer_plan.name]
+    batch_norm = None if layer_plan.batch_norm is None else root.get_submodule(layer_plan.batch_norm)
+    factors = _activation_factors(layer, "input_quantizer", "d")
+    factors |= _weight_factors(layer, "weight_quantizer", "w", batch_norm)
+    if "hidden_quantizer" in layer.activation_quantizers:
+        factors |= _activation_factors(layer, "hidden_quantizer", "h")
+        factors |= _weight_factors(layer, "recurrent_weight_quantizer", "r")
+    _check_finite(layer_plan.name, factors)
+    values: dict[str, Any] = {name: value.tolist() for name, value in factors.items()}
+    if plan.config.fakequant_precision_mode == "FORCE_FP16_QUANT":
+        values.update({name: _fp16_scale(values[name]) for name in ("scale_d", "scale_h") if name in values})
     return LayerRecord(
-        scale_d=scale_d,
-        offset_d=int(offset_d),
-        scale_w=scale_w.tolist(),
-        offset_w=[0] * scale_w.numel(),
+        **{name: _integers(value) if name.startswith("offset") else value for name, value in values.items()},
         act_type=config.retrain_data_config.dst_type,
         wts_type=config.retrain_weight_config.dst_type,
+        shift_bit=cast(ShiftSearch, layer.shift_search).shift_bit() if hasattr(layer, "shift_search") else [],
     )
 
 
-def _fold_batch_norm(scale_w: Tensor, batch_norm: nn.Module) -> Tensor:
-    """Multiply the weight scales by ``|gamma / sqrt(running_var + eps)|``, the factor that folding will apply."""
-    variance = cast(Tensor, batch_norm.running_var).float()
-    factor = torch.rsqrt(variance + cast(float, batch_norm.eps))
-    if batch_norm.weight is not None:
-        factor = cast(Tensor, batch_norm.weight).float() * factor
-    folded = scale_w.to(factor.device) * factor.abs()
-    return torch.where(folded < EPS, 1.0, folded)
+def _activation_factors(layer: QATLayer, quantizer: str, suffix: str) -> dict[str, Tensor]:
+    found = layer.get_quantizer(quantizer)
+    return {f"scale_{suffix}": found.scale, f"offset_{suffix}": found.offset}
 
 
-def _check_finite(name: str, scale_d: float, offset_d: float, scale_w: Tensor) -> None:
-    wrong = [
-        field
-        for field, good in (
-            ("scale_d", math.isfinite(scale_d)),
-            ("offset_d", math.isfinite(offset_d)),
-            ("scale_w", bool(torch.isfinite(scale_w).all())),
-        )
-        if not good
-    ]
+def _weight_factors(
+    layer: QATLayer, quantizer: str, suffix: str, batch_norm: nn.Module | None = None
+) -> dict[str, Tensor]:
+    weight = cast(Tensor, getattr(layer, layer.weight_quantizers[quantizer]))
+    scale = deployed_scale(cast(WeightQuantizer, getattr(layer, quantizer)), weight, batch_norm)
+    scale = _in_record_order(scale, layer)
+    return {f"scale_{suffix}": scale, f"offset_{suffix}": torch.zeros_like(scale)}
+
+
+def _in_record_order(scale: Tensor, layer: QATLayer) -> Tensor:
+    """Bring the gates of a recurrent layer into ONNX order; one scale for all stands there once per gate."""
+    gates = next((kind.gates for kind in LAYER_TYPES.values() if isinstance(layer, kind.twin)), ())
+    if not gates:
+        return scale
+    per_gate = scale.expand(len(gates)) if scale.numel() == 1 else scale
+    return per_gate.view(len(gates), -1)[list(gates)].flatten()
+
+
+def _integers(value: Any) -> Any:
+    return [int(number) for number in value] if isinstance(value, list) else int(value)
+
+
+def _check_finite(name: str, factors: Mapping[str, Tensor]) -> None:
+    wrong = [field for field, value in factors.items() if not bool(torch.isfinite(value).all())]
     if wrong:
         raise ValueError(
             f"Layer '{name}' has NaN or infinite factors ({', '.join(wrong)}), so no record can be taken. The training "

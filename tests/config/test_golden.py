@@ -21,6 +21,41 @@ GROUP = "create_quant_retrain_model/"
 
 STRICTER_HERE = {"layer_unknown_key": ValueError, "clip_nan": ValueError}
 
+DATA, WEIGHT = r"layer 'conv1', key 'retrain_data_config\.", r"layer 'conv1', key 'retrain_weight_config\."
+CULPRITS = {
+    "json_malformed": "line 1 column 3",
+    "json_list": r"must be an object .* found \[\] \(list\)",
+    "json_empty_object": "must have the key 'version'",
+    "json_duplicate_nested": r"repeated keys \['algo'\]",
+    "version_missing": "must have the key 'version'",
+    "version_2": r"key 'version' should be 1, found 2",
+    "batch_num_missing": "must have the key 'batch_num'",
+    "batch_num_neg": "key 'batch_num' must be at least 1, found -2",
+    "batch_num_float": r"key 'batch_num' must be an integer, found 1\.0 \(float\)",
+    "unknown_layer": "unsupported layer 'nope' .* can be quantized: 'conv1', 'conv2', 'fc'",
+    "unknown_top_key_int": r"'foo' is not a valid key; .* found 1 \(int\)",
+    "enable_int": r"layer 'conv1', key 'retrain_enable' must be true or false, found 1 \(int\)",
+    "enable_str": "layer 'conv1', key 'retrain_enable' must be true or false, found 'true'",
+    "layer_unknown_key": "layer 'conv1', key 'foo' is not known",
+    "prune_key": "layer 'conv1', key 'regular_prune_enable' is not expected",
+    "data_not_dict": "layer 'conv1', key 'retrain_data_config' must be an object .* found 'ulq_quantize'",
+    "data_algo_bad": f"{DATA}algo' must be 'ulq_quantize', found 'ifmr'",
+    "clip_max_int": rf"{DATA}clip_max' must be a float .* found 1 \(int\)",
+    "clip_max_zero": rf"{DATA}clip_max' must be .* above 0, found 0\.0",
+    "clip_min_zero": rf"{DATA}clip_min' must be .* below 0, found 0\.0",
+    "clip_max_only": f"{DATA}clip_max' comes without clip_min",
+    "clip_nan": f"{DATA}clip_max' must be a finite number .* found nan",
+    "fixed_min_int": rf"{DATA}fixed_min' must be true or false, found 1 \(int\)",
+    "dst_int": rf"{DATA}dst_type' must be 'INT4' or 'INT8' or 'INT16', found 8 \(int\)",
+    "a16w16": f"{WEIGHT}dst_type' must be 'INT4' or 'INT8', found 'INT16'",
+    "a16w4": f"{DATA}dst_type' is INT16 while that of the weights is INT4",
+    "wts_algo_bad": f"{WEIGHT}algo' must be 'arq_retrain' or 'ulq_retrain', found 'arq_quantize'",
+    "wts_algo_int": rf"{WEIGHT}algo' must be .* found 1 \(int\)",
+    "channel_wise_linear": r"layer 'fc', key 'retrain_weight_config\.channel_wise' must be false",
+    "precision_mode_bad": "key 'fakequant_precision_mode' must be 'DEFAULT' or 'FORCE_FP16_QUANT', found 'FP16'",
+    "precision_mode_int": r"key 'fakequant_precision_mode' must be .* found 1 \(int\)",
+}
+
 TEXTS = {
     "json_malformed": "{ not json",
     "json_list": "[]",
@@ -127,9 +162,10 @@ def test_the_outcome_is_that_of_amct(case: str, write, eligible: dict[str, nn.Mo
     if kind is None:
         RetrainConfig.from_json(path).resolve(eligible, str(path))
         return
-    with pytest.raises(Exception, match=r"config\.json") as caught:
+    with pytest.raises(Exception, match=CULPRITS[case]) as caught:
         RetrainConfig.from_json(path).resolve(eligible, str(path))
     assert type(caught.value).__name__ == kind
+    assert str(path) in str(caught.value)
 
 
 def test_a_missing_file_says_how_to_make_one(tmp_path: Path):

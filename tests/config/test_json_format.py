@@ -12,31 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from amct_lightning import files
-from amct_lightning.config import DataConfig, LayerConfig, RetrainConfig, WeightConfig
-from amct_lightning.config.json_format import RUN_KEYS
+from amct_lightning.config import RetrainConfig
 from tests.config.conftest import full_raw
-
-POSITIVE = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
-CLIPS = st.one_of(st.just((None, None)), st.tuples(POSITIVE, POSITIVE.map(lambda value: -value)))
-TYPE_PAIRS = st.sampled_from([("INT4", "INT4"), ("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4")])
-OPTIONAL_BOOL = st.sampled_from([None, True, False])
-
-
-@st.composite
-def layer_configs(draw: st.DrawFn) -> LayerConfig:
-    (clip_max, clip_min), (data_type, weight_type) = draw(CLIPS), draw(TYPE_PAIRS)
-    data = DataConfig("ulq_quantize", clip_max, clip_min, draw(OPTIONAL_BOOL), data_type)
-    weight = WeightConfig(draw(st.sampled_from(["arq_retrain", "ulq_retrain"])), draw(OPTIONAL_BOOL), weight_type)
-    return LayerConfig(draw(st.booleans()), data, weight)
-
-
-@st.composite
-def retrain_configs(draw: st.DrawFn) -> RetrainConfig:
-    names = st.text(max_size=8).filter(lambda name: name not in RUN_KEYS)
-    layers = draw(st.dictionaries(names, layer_configs(), max_size=4))
-    layers["on"] = LayerConfig()
-    mode = draw(st.sampled_from(["DEFAULT", "FORCE_FP16_QUANT"]))
-    return RetrainConfig(batch_num=draw(st.integers(1, 10**6)), fakequant_precision_mode=mode, layers=layers)
+from tests.config.strategies import JSON_VALUES, retrain_configs
 
 
 @st.composite
@@ -50,12 +28,7 @@ def damaged_configs(draw: st.DrawFn) -> bytes:
         keys = [key for key in node if isinstance(node[key], dict)]
         if not keys:
             break
-    value = st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-        max_leaves=5,
-    )
-    node[draw(st.sampled_from([*node, "foo"]))] = draw(value)
+    node[draw(st.sampled_from([*node, "foo"]))] = draw(JSON_VALUES)
     data = json.dumps(root).encode()
     return data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else data
 

@@ -1,4 +1,4 @@
-"""The layers and widths that every QAT layer test runs through."""
+"""The layers, algorithms and widths that every QAT layer test runs through."""
 
 from __future__ import annotations
 
@@ -29,6 +29,18 @@ class LayerCase:
     def model(self) -> Host:
         return Host(self.make(), self.call)
 
+    @property
+    def recurrent(self) -> bool:
+        return isinstance(self.make(), nn.RNNBase)
+
+    @property
+    def time_first(self) -> bool:
+        return self.recurrent and not self.make().batch_first
+
+    @property
+    def batch_axis(self) -> int:
+        return 1 if self.time_first else 0
+
 
 class Host(nn.Module):
     """A model of one layer, so that conversion has something to replace it in."""
@@ -39,36 +51,50 @@ class Host(nn.Module):
         self.call = call
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x, **self.call)
+        y = self.layer(x, **self.call)
+        return y[0] if isinstance(y, tuple) else y
 
 
 @dataclass(frozen=True)
 class Width:
-    """The types of activations and weights."""
+    """The types of activations and weights, the algorithm of the weights, and whether they have a scale per channel."""
 
-    activations: int
-    weights: int
+    activations: int = 8
+    weights: int = 8
+    algo: str = "arq_retrain"
+    channel_wise: bool | None = None
 
     def __str__(self) -> str:
-        return f"A{self.activations}W{self.weights}"
+        scales = {None: "", True: "-channel", False: "-tensor"}[self.channel_wise]
+        return f"A{self.activations}W{self.weights}-{self.algo[:3]}{scales}"
+
+    @property
+    def learned(self) -> bool:
+        return self.algo == "ulq_retrain"
 
     def config(self, name: str = "layer") -> RetrainConfig:
         layer = LayerConfig(
             retrain_data_config=DataConfig(dst_type=f"INT{self.activations}"),
-            retrain_weight_config=WeightConfig(dst_type=f"INT{self.weights}"),
+            retrain_weight_config=WeightConfig(self.algo, self.channel_wise, f"INT{self.weights}"),
         )
         return RetrainConfig(layers={name: layer})
 
 
 LAYERS = [
+    LayerCase("conv1d", lambda: nn.Conv1d(4, 6, 3, stride=2), (2, 4, 9)),
+    LayerCase("conv1d_grouped", lambda: nn.Conv1d(4, 6, 3, groups=2), (2, 4, 9), int4=False),
     LayerCase("conv", lambda: nn.Conv2d(4, 6, 3), (2, 4, 7, 7)),
     LayerCase("conv_grouped", lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 7, 7), int4=False),
     LayerCase("conv_depthwise", lambda: nn.Conv2d(4, 4, 3, groups=4, bias=False), (2, 4, 7, 7), int4=False),
     LayerCase("conv_stride", lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 7, 7)),
     LayerCase("conv_same", lambda: nn.Conv2d(4, 6, 3, padding="same"), (2, 4, 7, 7)),
+    LayerCase("conv3d", lambda: nn.Conv3d(4, 6, 2, dilation=(1, 2, 1)), (2, 4, 3, 4, 4)),
+    LayerCase("conv3d_depthwise", lambda: nn.Conv3d(4, 4, 2, groups=4), (2, 4, 3, 3, 3), int4=False),
     LayerCase("linear", lambda: nn.Linear(8, 5), (3, 8)),
     LayerCase("linear_3d", lambda: nn.Linear(8, 5, bias=False), (2, 3, 8)),
     LayerCase("linear_1d", lambda: nn.Linear(8, 5), (8,)),
+    LayerCase("deconv1d", lambda: nn.ConvTranspose1d(4, 6, 3, stride=2), (2, 4, 5)),
+    LayerCase("deconv1d_grouped", lambda: nn.ConvTranspose1d(4, 6, 3, groups=2), (2, 4, 5), int4=False),
     LayerCase("deconv", lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 5, 5)),
     LayerCase("deconv_grouped", lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 5), int4=False),
     LayerCase(
@@ -77,9 +103,28 @@ LAYERS = [
         (2, 4, 5, 5),
         {"output_size": [10, 10]},
     ),
+    LayerCase("deconv3d", lambda: nn.ConvTranspose3d(4, 6, 2), (2, 4, 3, 3, 3)),
+    LayerCase("deconv3d_grouped", lambda: nn.ConvTranspose3d(4, 6, 2, groups=2), (2, 4, 3, 3, 3), int4=False),
+    LayerCase("lstm", lambda: nn.LSTM(4, 6), (5, 2, 4)),
+    LayerCase("lstm_batch_first_no_bias", lambda: nn.LSTM(4, 6, batch_first=True, bias=False), (2, 5, 4)),
+    LayerCase("gru", lambda: nn.GRU(4, 6), (5, 2, 4)),
+    LayerCase("gru_batch_first", lambda: nn.GRU(4, 6, batch_first=True), (2, 5, 4)),
 ]
-WIDTHS = [Width(8, 8), Width(16, 8), Width(8, 4), Width(4, 4)]
-COMBINATIONS = [(layer, width) for layer in LAYERS for width in WIDTHS if layer.int4 or width.weights == 8]
+WIDTHS = [
+    *(
+        Width(activations, weights, algo)
+        for algo in ("arq_retrain", "ulq_retrain")
+        for activations, weights in ((8, 8), (16, 8), (8, 4), (4, 4))
+    ),
+    Width(algo="arq_retrain", channel_wise=False),
+    Width(algo="ulq_retrain", channel_wise=False),
+]
+COMBINATIONS = [
+    (layer, width)
+    for layer in LAYERS
+    for width in WIDTHS
+    if (layer.int4 or width.weights == 8) and not ("linear" in layer.name and width.channel_wise is False)
+]
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from amct_lightning import RetrainConfig, calibrate, prepare_qat, quantized_layers
 from amct_lightning.config import LayerConfig, WeightConfig
-from amct_lightning.modules import QATConv2d, QATLinear, input_quantizers
+from amct_lightning.modules import QATConv2d, QATLinear, activation_quantizers
 
 
 class Branches(nn.Module):
@@ -182,8 +182,8 @@ def test_two_models_are_converted_independently(x: Tensor) -> None:
     first = prepare_qat(Branches(), None, x).train()
     second = prepare_qat(nn.Sequential(nn.Linear(6, 3)), None, x).train()
     first(x)
-    assert not any(q.calibrating for q in input_quantizers(first).values())
-    assert all(q.calibrating for q in input_quantizers(second).values())
+    assert not any(q.calibrating for q in activation_quantizers(first).values())
+    assert all(q.calibrating for q in activation_quantizers(second).values())
 
 
 def test_subclasses_of_a_layer_type_stay_float() -> None:
@@ -198,7 +198,7 @@ def test_calibrate_finishes_calibration_without_training_anything(model: Branche
     converted = prepare_qat(model, None, x).train()
     weights = {k: v for k, v in state(converted).items() if "quantizer" not in k}
     calibrate(converted, [x])
-    assert not any(q.calibrating for q in input_quantizers(converted).values())
+    assert not any(q.calibrating for q in activation_quantizers(converted).values())
     assert all(torch.equal(converted.state_dict()[key], value) for key, value in weights.items())
     assert {module.training for module in converted.modules()} == {True}
 

@@ -197,17 +197,19 @@ def test_a_copy_taken_during_calibration_goes_on_like_the_original(copied, batch
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_nonfinite_activation_is_dated(calibrated: ActivationQuantizer, value: float, batches: list[Tensor]) -> None:
+def test_a_nonfinite_activation_raises_a_flag_that_stays(
+    calibrated: ActivationQuantizer, value: float, batches: list[Tensor]
+) -> None:
     calibrated(batches[0])
-    assert calibrated.nonfinite_age == 0
+    assert not calibrated.nonfinite
     bad = batches[0].clone()
     bad[0, 0] = value
     calibrated(bad)
-    assert calibrated.nonfinite_age == 1
+    assert calibrated.nonfinite
     calibrated(batches[0])
-    assert calibrated.nonfinite_age == 2
+    assert calibrated.nonfinite
 
 
-def test_a_nonfinite_activation_in_evaluation_is_not_dated(calibrated: ActivationQuantizer) -> None:
+def test_a_nonfinite_activation_in_evaluation_raises_no_flag(calibrated: ActivationQuantizer) -> None:
     calibrated.eval()(torch.tensor([float("nan")]))
-    assert calibrated.nonfinite_age == 0
+    assert not calibrated.nonfinite

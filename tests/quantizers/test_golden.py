@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
+from amct_lightning.modules.registry import LAYER_TYPES
 from amct_lightning.quantizers.functional import (
     ChannelLayout,
     activation_scale_offset,
     arq_scale,
     fake_quantize_activation,
     fake_quantize_weight,
+    fake_quantize_weight_learned,
     guard_scale,
     repair_clips,
+    scale_gradient_factor,
 )
 from amct_lightning.quantizers.ifmr import IfmrResult, ifmr
 from tests.golden_data import OperatorCase, operator_cases
@@ -26,6 +32,12 @@ LOSS_TOLERANCE = 1e-4
 
 ULQ_ACT = operator_cases("ulq_act")
 ARQ_WEIGHT = [case for case in operator_cases("arq_weight") if "ConvTranspose3d" not in case.name]
+ULQ_WEIGHT = [case for case in operator_cases("ulq_weight") if "ConvTranspose" not in case.name]
+ULQ_WEIGHT_FORWARD = [
+    case
+    for case in operator_cases("ulq_weight") + operator_cases("ulq_weight", failed_in="backward")
+    if "ConvTranspose3d" not in case.name
+]
 IFMR = operator_cases("ifmr")
 SCALE_GUARD = operator_cases("scale_guard")
 
@@ -133,6 +145,60 @@ def test_weight_gradients_equal_amct_s(case: OperatorCase) -> None:
     scale = arq_scale(weight.detach(), layout, bits, case.params["channel_wise"])
     fake_quantize_weight(weight, scale, layout, bits).backward(case["grad_out"])
     assert torch.equal(weight.grad, case["grad_w"])
+
+
+class UlqWeight:
+    """The forward and backward of one case with a learned scale."""
+
+    def __init__(self, case: OperatorCase) -> None:
+        params, layout = case.params, layout_of(case)
+        channel_wise, bits = params["channel_wise"], params["num_bits"]
+        self.layout, self.channel_wise = layout, channel_wise
+        self.weight = case["w"].clone().requires_grad_()
+        first = arq_scale(case["w"], layout, bits, channel_wise)
+        self.scale = (case["scale_in"] if params["cur_batch"] else first).flatten().clone().requires_grad_()
+        view = layout.view(self.weight)
+        self.factor = scale_gradient_factor(self.elements(case), bits)
+        self.y = fake_quantize_weight_learned(
+            self.weight, layout.spread(self.scale, view, channel_wise), layout, bits, self.factor
+        )
+
+    @torch.no_grad()
+    def norm_of_terms(self, grad: torch.Tensor) -> torch.Tensor:
+        """Return the L2 norm of what the gradient of each scale sums."""
+        weight, y = self.layout.view(self.weight), self.layout.view(self.y)
+        scale = self.layout.spread(self.scale, weight, self.channel_wise)
+        codes = y / scale
+        terms = codes - (weight / scale) * (codes == torch.round(weight / scale))
+        dims = self.layout.reduced_dims(weight, self.channel_wise)
+        return (terms * self.factor * self.layout.view(grad)).square().sum(dims).sqrt().flatten()
+
+    @staticmethod
+    def elements(case: OperatorCase) -> int:
+        params, weight = case.params, case["w"]
+        kind = getattr(nn, params["module_type"])
+        channels = {"in_channels": params.get("in", 1), "out_channels": params.get("out")}
+        layer = SimpleNamespace(groups=params.get("groups", 1), **channels)
+        return LAYER_TYPES[kind].scale_elements(layer, weight, params["channel_wise"])
+
+
+@by_name(ULQ_WEIGHT_FORWARD)
+def test_weights_with_learned_scales_equal_amct_s(case: OperatorCase) -> None:
+    run = UlqWeight(case)
+    assert torch.equal(run.scale.detach(), case["scale"].flatten())
+    assert torch.equal(run.y.detach().nan_to_num(), case["y"].nan_to_num())
+
+
+@by_name(ULQ_WEIGHT)
+def test_the_gradients_of_learned_scales_equal_amct_s(case: OperatorCase) -> None:
+    run = UlqWeight(case)
+    run.y.backward(case["grad_out"])
+    assert torch.equal(run.weight.grad, case["grad_w"])
+    error = (
+        (run.scale.grad - case["grad_scale"].flatten()).abs().nan_to_num(0)
+    )  # a scale of zero gives NaN on both sides
+    assert torch.equal(run.scale.grad.isnan(), case["grad_scale"].flatten().isnan())
+    assert bool((error <= CLIP_GRADIENT_TOLERANCE * run.norm_of_terms(case["grad_out"]).nan_to_num(0)).all())
 
 
 def calibrate(case: OperatorCase) -> IfmrResult:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amct_lightning import prepare_qat
-from amct_lightning.modules import input_quantizers
+from amct_lightning.modules import activation_quantizers
 
 HOST_READS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero")
 
@@ -59,7 +59,7 @@ def step() -> TrainingStep:
 
 def test_the_calibrating_step_reads_nothing_on_the_host(step: TrainingStep) -> None:
     operators = step()
-    assert not any(q.calibrating for q in input_quantizers(step.model).values())
+    assert not any(q.calibrating for q in activation_quantizers(step.model).values())
     assert operators.host_reads == {}
 
 
@@ -74,4 +74,4 @@ def test_nonfinite_activations_are_noticed_without_reading_them(step: TrainingSt
     bad = step.x.clone()
     bad[0, 0, 0, 0] = value
     assert step(bad).host_reads == {}
-    assert step.model[0].input_quantizer.nonfinite_age == 1
+    assert step.model[0].input_quantizer.nonfinite

@@ -1,0 +1,110 @@
+"""What a user chooses when not every layer is spelled out: the common content of ``.cfg``, YAML and dict.
+
+The readers are ``simple_format.py`` and ``friendly.py``; what the choices mean for a model is in ``expand.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from amct_lightning.config.checks import Fault, raise_first, run_faults, type_fault
+from amct_lightning.config.expand import expand
+from amct_lightning.config.layer import LayerConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from amct_lightning.config.retrain import RetrainConfig
+
+
+@dataclass(frozen=True)
+class QuantChoices:
+    """Settings for all layers, exceptions by layer type and by layer name, and what to leave out.
+
+    For each layer the first of these counts: its entry in ``layers``, the entry of its type in ``types``,
+    ``defaults``. An entry replaces ``defaults`` completely and quantizes the layer even if it is to be skipped.
+
+    Args:
+        batch_num: The number of training batches that calibrate the clip values, at least 1.
+        fakequant_precision_mode: ``"DEFAULT"`` or ``"FORCE_FP16_QUANT"``.
+        defaults: The settings of every layer that has no others. ``channel_wise=True`` applies to the layers that
+            can be channel-wise.
+        types: The settings of the layers of a class, by its name, for example ``"Conv2d"``.
+        layers: The settings of the layers whose name matches a pattern such as ``"blocks.*.fc1"``, in which ``*``
+            stands for anything, also with dots. If several patterns match a layer, the last one counts.
+        skip_layers: Patterns of the names of layers that are not quantized.
+        skip_types: Class names of layers that are not quantized.
+        exact_names: Whether the names in ``layers`` and ``skip_layers`` are meant literally, not as patterns.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is not allowed.
+
+    Example:
+        >>> from torch import nn
+        >>> choices = QuantChoices(batch_num=2, skip_layers=("head*",))
+        >>> config = choices.resolve({"body": nn.Linear(4, 4), "head.0": nn.Linear(4, 2)})
+        >>> [(name, layer.retrain_enable) for name, layer in config.items()]
+        [('body', True), ('head.0', False)]
+    """
+
+    batch_num: int = 1
+    fakequant_precision_mode: str = "DEFAULT"
+    defaults: LayerConfig = field(default_factory=LayerConfig)
+    types: Mapping[str, LayerConfig] = field(default_factory=dict)
+    layers: Mapping[str, LayerConfig] = field(default_factory=dict)
+    skip_layers: tuple[str, ...] = ()
+    skip_types: tuple[str, ...] = ()
+    exact_names: bool = False
+
+    def __post_init__(self) -> None:
+        raise_first(self._faults(), lambda key: f"QuantChoices.{key}")
+        for key in ("types", "layers"):  # a later change to what was given must not get past the checks
+            object.__setattr__(self, key, dict(getattr(self, key)))
+
+    def resolve(self, eligible: Mapping[str, nn.Module], source: str = "config") -> RetrainConfig:
+        """Work out the settings of every layer of a model.
+
+        Args:
+            eligible: The layers of the model that can be quantized, by name.
+            source: What these choices are called in messages, for example the file name.
+
+        Returns:
+            A configuration that lists exactly the eligible layers, in their order.
+
+        Raises:
+            ValueError: If a name or type fits no layer, a layer cannot be ``channel_wise`` as its entry demands,
+                or no layer is left to be quantized.
+        """
+        return expand(self, eligible, source)
+
+    def _faults(self) -> Iterator[Fault]:
+        yield from run_faults(vars(self))
+        if not isinstance(self.exact_names, bool):
+            yield type_fault("exact_names", "true or false", self.exact_names)
+        yield from _settings_faults("defaults", self.defaults)
+        for key in ("types", "layers"):
+            yield from _mapping_faults(key, getattr(self, key))
+        for key in ("skip_layers", "skip_types"):
+            names = getattr(self, key)
+            if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+                yield type_fault(key, "a tuple of names", names)
+
+
+def _mapping_faults(key: str, settings: object) -> Iterator[Fault]:
+    if not isinstance(settings, Mapping):
+        yield type_fault(key, "a mapping from names to LayerConfig", settings)
+        return
+    for name, layer in settings.items():
+        if not isinstance(name, str):
+            yield type_fault(key, "a mapping from names to LayerConfig, each name a string", name)
+        yield from _settings_faults(f"{key}[{name!r}]", layer)
+
+
+def _settings_faults(key: str, layer: object) -> Iterator[Fault]:
+    if not isinstance(layer, LayerConfig):
+        yield type_fault(key, "a LayerConfig", layer)
+    elif not layer.retrain_enable:
+        yield Fault(ValueError, key, "has retrain_enable=False; name in skip_layers or skip_types what to leave out")

@@ -1,0 +1,179 @@
+"""The ``.cfg`` simple configuration: from AMCT's protobuf text to choices.
+
+The messages are in ``simple_schema.py``; what the choices mean for a model is in ``expand.py``.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from google.protobuf.message import Message
+
+from amct_lightning.config.checks import closest, layer_faults, raise_first, run_faults
+from amct_lightning.config.choices import QuantChoices
+from amct_lightning.config.layer import DataConfig, LayerConfig, WeightConfig
+from amct_lightning.config.simple_schema import SIMPLE_SCHEMA
+from amct_lightning.config.text_file import read_text
+
+_PRUNING = ("prune_config", "regular_prune_skip_layers", "regular_prune_skip_types")
+_TYPE_NAMES = {number: name for name, number in SIMPLE_SCHEMA.enums["DataType"].items()}
+_UNKNOWN_FIELD = re.compile(r'Message type "(\w+)" has no field named "([^"]{0,80})')
+_UNKNOWN_WORD = re.compile(r'Enum type "([\w.]+)" has no value named (\w+)')
+
+_SHOWN = 300
+
+
+class ParseError(text_format.ParseError, ValueError):
+    """A ``.cfg`` file is not the text of a simple configuration; it can be caught as AMCT's error, too."""
+
+
+def read_simple_config(path: str | Path) -> QuantChoices:
+    """Read a ``.cfg`` file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The choices; ``resolve`` works out what they mean for a model.
+
+    Raises:
+        OSError: If the file is missing (``FileNotFoundError``) or cannot be read.
+        TypeError: If ``path`` is no path.
+        ValueError: If the file cannot be parsed (``ParseError``) or breaks a rule; the message names the file and
+            the line or key.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "simple.cfg"
+        >>> _ = file.write_text('batch_num: 2  skip_layers: "head"')
+        >>> read_simple_config(file).skip_layers
+        ('head',)
+    """
+    remedy = "check the path, or leave config_defination out to quantize every layer with INT8"
+    return parse_simple_config(read_text(path, remedy), str(path))
+
+
+def parse_simple_config(text: str, source: str = "config") -> QuantChoices:
+    """Turn the text of a ``.cfg`` file into choices.
+
+    Args:
+        text: The text; an empty one stands for AMCT's defaults.
+        source: What it is called in messages, for example the file name.
+
+    Returns:
+        The choices.
+
+    Raises:
+        ValueError: If the text cannot be parsed (``ParseError``) or breaks a rule.
+
+    Example:
+        >>> text = "retrain_weight_quant_config: { arq_retrain: { dst_type: INT4 } }"
+        >>> parse_simple_config(text).defaults.retrain_weight_config.dst_type
+        'INT4'
+    """
+    root: Any = _parse(text, source)
+    _refuse_pruning(root, source)
+    raise_first(run_faults({"batch_num": root.batch_num}), lambda key: f"{source}: key '{key}'")
+    return QuantChoices(
+        batch_num=root.batch_num,
+        fakequant_precision_mode="FORCE_FP16_QUANT" if root.HasField("fakequant_precision_mode") else "DEFAULT",
+        defaults=_layer(root, source),
+        types=_overrides(root.override_layer_types, "layer_type", f"{source}: override_layer_types"),
+        layers=_overrides(root.override_layer_configs, "layer_name", f"{source}: override_layer_configs"),
+        skip_layers=(*root.skip_layers, *root.quant_skip_layers),
+        skip_types=(*root.skip_layer_types, *root.quant_skip_types),
+        exact_names=True,
+    )
+
+
+def _parse(text: str, source: str) -> Message:
+    try:
+        # Merge and not Parse: as in AMCT, a later value replaces an earlier one, also of a oneof.
+        return text_format.Merge(text, SIMPLE_SCHEMA.message_class("AMCTRetrainConfig")())
+    except text_format.ParseError as error:
+        line = f"line {error.GetLine()}: " if error.GetLine() is not None else ""
+        raise ParseError(f"{source}: {line}not a simple configuration: {_problem(str(error))}") from error
+    except UnicodeError as error:
+        raise ParseError(f"{source}: not a simple configuration: {error}.") from error
+
+
+def _problem(found: str) -> str:
+    """Say what protobuf found, and what would have been right in its place."""
+    field, word = _UNKNOWN_FIELD.search(found), _UNKNOWN_WORD.search(found)
+    if field:
+        allowed = [line.name for line in SIMPLE_SCHEMA.messages[field[1]]]
+        return f"{field[1]} has no field '{field[2]}'; its fields are {', '.join(allowed)}.{closest(field[2], allowed)}"
+    if word:
+        allowed = list(SIMPLE_SCHEMA.enums[word[1]])
+        return f"'{word[2]}' must be {' or '.join(allowed)}; leave the field out to get its default."
+    # protobuf begins its own message with "line:column : " and goes on with the whole line of the file.
+    problem = found.partition(" : ")[2] or found
+    return problem if len(problem) <= _SHOWN else f"{problem[: _SHOWN // 2]} ... {problem[-_SHOWN // 2 :]}"
+
+
+def _refuse_pruning(message: Message, where: str) -> None:
+    for descriptor, _ in message.ListFields():
+        if descriptor.name in _PRUNING:
+            raise ValueError(
+                f"{where}: '{descriptor.name}' is not expected: this package quantizes and does not prune; delete it."
+            )
+
+
+def _overrides(messages: Iterable[Any], name_field: str, where: str) -> dict[str, LayerConfig]:
+    entries = list(messages)
+    _refuse_repeated([getattr(entry, name_field) for entry in entries], where)
+    overrides = {}
+    for entry in entries:
+        name: str = getattr(entry, name_field)
+        _refuse_pruning(entry, f"{where} for '{name}'")
+        if _has_settings(entry):
+            overrides[name] = _layer(entry, f"{where} for '{name}'")
+        else:
+            warnings.warn(f"{where} for '{name}' holds no settings and has no effect.", stacklevel=2)
+    return overrides
+
+
+def _refuse_repeated(names: list[str], where: str) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{where}: repeated for {repeated}. Please delete all but one of each.")
+
+
+def _has_settings(message: Any) -> bool:
+    return any(message.HasField(f"retrain_{part}_quant_config") for part in ("data", "weight"))
+
+
+def _layer(message: Any, where: str) -> LayerConfig:
+    data = _data_settings(message.retrain_data_quant_config.ulq_quantize, where)
+    weight = _weight_settings(message.retrain_weight_quant_config)
+    sections = ("retrain_data_quant_config.ulq_quantize", f"retrain_weight_quant_config.{weight['algo']}")
+    raise_first(layer_faults(data, weight, sections), lambda key: f"{where}: key '{key}'")
+    return LayerConfig(True, DataConfig(**data), WeightConfig(**weight))
+
+
+def _data_settings(message: Any, where: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {"dst_type": _TYPE_NAMES[message.dst_type]}
+    if message.HasField("fixed_min"):
+        settings["fixed_min"] = message.fixed_min
+    if message.HasField("clip_max_min"):
+        clips = {descriptor.name: value for descriptor, value in message.clip_max_min.ListFields()}
+        if len(clips) < 2:
+            raise ValueError(
+                f"{where}: retrain_data_quant_config.ulq_quantize.clip_max_min: clip_max and clip_min are both "
+                f"required, found {' and '.join(clips) or 'none'}. Delete clip_max_min to have both calibrated."
+            )
+        settings |= clips
+    return settings
+
+
+def _weight_settings(message: Any) -> dict[str, Any]:
+    algo = message.WhichOneof("algo") or "arq_retrain"
+    chosen = getattr(message, algo)
+    settings = {"algo": algo, "dst_type": _TYPE_NAMES[chosen.dst_type]}
+    return settings | ({"channel_wise": chosen.channel_wise} if chosen.HasField("channel_wise") else {})

@@ -1,0 +1,66 @@
+"""Search-N on a model: a hook per layer that hands its outputs in evaluation to a :class:`ShiftSearch`."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from amct_lightning.modules.folding import deployed_scale
+from amct_lightning.modules.layers import QATLayer
+from amct_lightning.quantizers import ShiftSearch
+
+
+def install_shift_search(layer: QATLayer, batch_norm: nn.Module | None) -> None:
+    """Watch the output of a layer, or that of the BatchNorm that will be folded into it.
+
+    Args:
+        layer: A quantized convolution or linear layer.
+        batch_norm: The BatchNorm.
+    """
+    weight = cast(Tensor, layer.weight)
+    channels = deployed_scale(layer.weight_quantizer, weight, batch_norm).numel()
+    layer.shift_search = ShiftSearch(channels).to(weight.device)
+    (batch_norm or layer).register_forward_hook(_ShiftHook(layer, batch_norm))
+
+
+def shift_searches(model: nn.Module) -> list[ShiftSearch]:
+    """Return the searches of a model."""
+    return [module for module in model.modules() if isinstance(module, ShiftSearch)]
+
+
+@torch.no_grad()
+def synchronize_shift_search(model: nn.Module) -> None:
+    """Add up what the processes have found, with one collective for all layers.
+
+    Args:
+        model: A converted model; the same on every process.
+    """
+    searches = shift_searches(model)
+    if not (searches and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    table = torch.cat([torch.cat((s.errors.flatten(), s.batches.view(1).to(s.errors.dtype))) for s in searches])
+    dist.all_reduce(table)
+    for search, part in zip(searches, table.split([s.errors.numel() + 1 for s in searches]), strict=True):
+        search.errors.copy_(part[:-1].view_as(search.errors))
+        search.batches.copy_(part[-1])
+
+
+class _ShiftHook:
+    """Forward hook; a class, so that it survives deepcopy and pickle."""
+
+    def __init__(self, layer: QATLayer, batch_norm: nn.Module | None) -> None:
+        self.layer = layer
+        self.batch_norm = batch_norm
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        search = cast(ShiftSearch, self.layer.shift_search)
+        if self.layer.training:
+            if not search.stale:
+                search.stale = True
+        elif not self.layer.runs_in_float:
+            weight = cast(Tensor, self.layer.weight)
+            scale = deployed_scale(self.layer.weight_quantizer, weight, self.batch_norm)
+            search.update(output, scale * self.layer.input_quantizer.scale)
