@@ -11,13 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from amct_lightning.config import RetrainConfig
+from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config
 from amct_lightning.files import check_writable, write_text
-from amct_lightning.graph.eligibility import check_float_model
+from amct_lightning.graph.float_model import check_float_model
 from amct_lightning.graph.plan import attach_plan, make_plan
 from amct_lightning.graph.trace import InputData
 from amct_lightning.modules import convert_layers
 from amct_lightning.plain_hooks import install_hooks
+from amct_lightning.restore import read_checkpoint, restore_state, select_state_dict
 
 _logger = logging.getLogger(__name__)
 
@@ -28,20 +29,21 @@ def create_quant_retrain_config(
     input_data: Tensor | tuple[Any, ...],
     config_defination: str | None = None,
 ) -> None:
-    """Write the default configuration of a model as JSON, every layer that can be quantized listed.
+    """Write a configuration for a model as JSON, every layer that can be quantized listed.
 
     Args:
         config_file: The file to write; an existing one is replaced. Missing folders are created.
         model: The float model.
         input_data: Input for which the model works: a tensor, a tuple of positional arguments, or a dict of
             keyword arguments.
-        config_defination: A simple configuration file; not available yet, leave it ``None``.
+        config_defination: The path of a simple configuration (``.cfg``) that says what differs from the defaults.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If no layer can be quantized, or ``config_defination`` is given.
+        ValueError: If no layer can be quantized, or the simple configuration is not valid, does not fit the model or
+            leaves no layer to quantize.
         RuntimeError: If the model is quantized already or fails on the input.
-        OSError: If the file cannot be written.
+        OSError: If the simple configuration cannot be read or the file not be written.
 
     Example:
         >>> import tempfile, torch
@@ -54,18 +56,23 @@ def create_quant_retrain_config(
     _check_type(where, "config_file", config_file, str)
     _check_type(where, "model", model, nn.Module)
     _check_type(where, "config_defination", config_defination, (str, type(None)))
-    if config_defination is not None:
-        raise ValueError(
-            f"config_defination '{config_defination}': simple configuration files are not supported by this version. "
-            "Leave it out and edit the JSON that this function writes."
-        )
     _check_input(input_data)
     check_writable(config_file, "config file")
-    RetrainConfig.default(_unwrap(model), input_data).to_json(config_file)
+    if config_defination is None:
+        config = RetrainConfig.default(_unwrap(model), input_data)
+    else:
+        config = RetrainConfig.from_simple_config(config_defination, _unwrap(model), input_data)
+    config.to_json(config_file)
 
 
 def create_quant_retrain_model(
-    config_file: str, model: nn.Module, record_file: str, input_data: Tensor | tuple[Any, ...]
+    config_file: str,
+    model: nn.Module,
+    record_file: str,
+    input_data: Tensor | tuple[Any, ...],
+    *,
+    allow_reuse: bool = False,
+    search_n: bool = False,
 ) -> nn.Module:
     r"""Make a copy of a model that trains with quantization, as a configuration file says.
 
@@ -77,6 +84,8 @@ def create_quant_retrain_model(
         model: The float model; it is not changed.
         record_file: The file for the quantization factors. An existing one is emptied.
         input_data: Input for which the model works, see :func:`create_quant_retrain_config`.
+        allow_reuse: See :func:`prepare_qat`.
+        search_n: See :func:`prepare_qat`.
 
     Returns:
         The converted copy, in the training mode that ``model`` is in.
@@ -105,21 +114,93 @@ def create_quant_retrain_model(
     _check_input(input_data)
     config = RetrainConfig.from_json(config_file)
     check_writable(record_file, "record file")
-    converted = prepare_qat(_unwrap(model), config, input_data, source=config_file)
-    if Path(record_file).exists():
-        _logger.warning("Overwriting the existing record file '%s'.", record_file)
-    write_text(record_file, "")
-    install_hooks(converted, record_file)
+    converted = prepare_qat(
+        _unwrap(model), config, input_data, source=config_file, allow_reuse=allow_reuse, search_n=search_n
+    )
+    _start_record(converted, record_file)
+    return converted
+
+
+def restore_quant_retrain_model(
+    config_file: str,
+    model: nn.Module,
+    record_file: str,
+    input_data: Tensor | tuple[Any, ...],
+    pth_file: str,
+    state_dict_name: str | None = None,
+    *,
+    allow_reuse: bool = False,
+    search_n: bool = False,
+) -> nn.Module:
+    r"""Make a converted copy of a model, as :func:`create_quant_retrain_model` does, and load a saved state into it.
+
+    The state is that of a converted model, saved by this package or by AMCT. Whether the quantizers are calibrated
+    is part of it, so learned clips stay and an evaluation pass can follow at once. (AMCT calibrates anew and loses
+    them.) The weights are read without running code from the file.
+
+    Args:
+        config_file: The configuration file that the saved model was converted with.
+        model: The float model; it is not changed.
+        record_file: The file for the quantization factors. An existing one is emptied, once the state is loaded.
+        input_data: Input for which the model works, see :func:`create_quant_retrain_config`.
+        pth_file: A file written with ``torch.save``. All names in the state may begin with ``module.``.
+        state_dict_name: The entry of the file that holds the state_dict; ``None`` if the file is the state_dict.
+        allow_reuse: See :func:`prepare_qat`.
+        search_n: See :func:`prepare_qat`.
+
+    Returns:
+        The converted copy with the saved state, in the training mode that ``model`` is in.
+
+    Raises:
+        TypeError: If an argument or a value in the configuration has the wrong type.
+        KeyError: If the file has no entry ``state_dict_name``, or it is empty.
+        ValueError: If the configuration is not valid, does not fit the model or enables no layer, or a weight is
+            NaN or infinite.
+        RuntimeError: If the file is not a checkpoint or not that of this model and configuration, or the model is
+            quantized already or fails on the input.
+        OSError: If the configuration or the checkpoint cannot be read or the record not be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> folder, x = tempfile.mkdtemp(), torch.linspace(-1, 1, 8).view(2, 4)
+        >>> model = nn.Sequential(nn.Linear(4, 2))
+        >>> create_quant_retrain_config(folder + "/config.json", model, x)
+        >>> qat = create_quant_retrain_model(folder + "/config.json", model, folder + "/record.txt", x)
+        >>> _ = qat.train()(x)
+        >>> torch.save({"state_dict": qat.state_dict()}, folder + "/last.pth")
+        >>> again = restore_quant_retrain_model(
+        ...     folder + "/config.json", model, folder + "/record.txt", x, folder + "/last.pth", "state_dict"
+        ... )
+        >>> torch.equal(again.eval()(x), qat.eval()(x))
+        True
+    """
+    where = "restore_quant_retrain_model"
+    _check_type(where, "config_file", config_file, str)
+    _check_type(where, "model", model, nn.Module)
+    _check_type(where, "record_file", record_file, str)
+    _check_type(where, "pth_file", pth_file, str)
+    _check_type(where, "state_dict_name", state_dict_name, (str, type(None)))
+    _check_input(input_data)
+    config = RetrainConfig.from_json(config_file)
+    check_writable(record_file, "record file")
+    state_dict = select_state_dict(read_checkpoint(pth_file), state_dict_name, pth_file)
+    converted = prepare_qat(
+        _unwrap(model), config, input_data, source=config_file, allow_reuse=allow_reuse, search_n=search_n
+    )
+    restore_state(converted, state_dict, pth_file)
+    _start_record(converted, record_file)
     return converted
 
 
 def prepare_qat(
     model: nn.Module,
-    config: RetrainConfig | None,
+    config: ConfigLike,
     input_data: InputData,
     *,
     inplace: bool = False,
-    source: str = "config",
+    source: str = "",
+    allow_reuse: bool = False,
+    search_n: bool = False,
 ) -> nn.Module:
     """Convert a model for quantization-aware training.
 
@@ -127,11 +208,17 @@ def prepare_qat(
 
     Args:
         model: The float model.
-        config: What to quantize and how; ``None`` quantizes every layer that can be with AMCT's defaults.
+        config: What to quantize and how: a :class:`RetrainConfig` or :class:`QuantChoices`, the path of a JSON,
+            ``.cfg`` or YAML file, or the content of a JSON or YAML one as a dict. ``None`` quantizes every layer that
+            can be, with AMCT's defaults.
         input_data: Input for which the model works: a tensor, a tuple of positional arguments or a mapping of
             keyword arguments. It only shows the data flow.
         inplace: Convert ``model`` itself instead of a copy.
-        source: Where the config comes from, for messages.
+        source: What the config is called in messages; by default its path.
+        allow_reuse: Also quantize layers that are called several times in one forward, with one set of factors for
+            all their calls. AMCT leaves them in float.
+        search_n: Search, in evaluation passes, by how many bits the hardware has to shift the int32 sums of each
+            convolution and linear layer to keep them in int16; the record carries the result as ``shift_bit``.
 
     Returns:
         The converted model.
@@ -151,17 +238,26 @@ def prepare_qat(
           (weight_quantizer): WeightQuantizer(num_bits=8, channel_wise=False)
         )
     """
-    if config is not None and not isinstance(config, RetrainConfig):
-        raise TypeError(
-            f"config must be a RetrainConfig or None, got {type(config).__name__}. "
-            "Read a file with RetrainConfig.from_json(path)."
-        )
     check_float_model(model)
-    plan = make_plan(model, config, input_data, source=source)
+    plan = make_plan(
+        model,
+        load_config(config),
+        input_data,
+        source=source or config_source(config),
+        allow_reuse=allow_reuse,
+        search_n=search_n,
+    )
     target = model if inplace else copy.deepcopy(model)
     convert_layers(target, plan)
     attach_plan(target, plan)
     return target
+
+
+def _start_record(converted: nn.Module, record_file: str) -> None:
+    if Path(record_file).exists():
+        _logger.warning("Overwriting the existing record file '%s'.", record_file)
+    write_text(record_file, "")
+    install_hooks(converted, record_file)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

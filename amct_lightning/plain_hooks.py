@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from amct_lightning.graph.plan import find_plan
-from amct_lightning.modules import input_quantizers
+from amct_lightning.modules import activation_quantizers
 from amct_lightning.modules.calibration import synchronize_calibration
 from amct_lightning.quantizers import WeightQuantizer
 from amct_lightning.record import QuantRecord
@@ -55,7 +55,7 @@ class _PlainHook:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _write_record(self, model: nn.Module) -> None:
-        if any(quantizer.calibrating for quantizer in input_quantizers(model).values()):
+        if any(quantizer.calibrating for quantizer in activation_quantizers(model).values()):
             return
         state = tuple(number for tensor in _factors_of(model) for number in (id(tensor), tensor._version))
         if state == self.written_state or find_plan(model) is None:

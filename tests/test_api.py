@@ -209,15 +209,9 @@ class TestWrongArguments:
         with pytest.raises(RuntimeError, match=r"input data type must be tuple or torch\.Tensor!"):
             amct.create_quant_retrain_config(str(script.config), script.float_model, value)
 
-    def test_prepare_qat_with_a_path_as_config(self, script: Script) -> None:
-        with pytest.raises(TypeError, match=r"RetrainConfig\.from_json"):
-            amct.prepare_qat(script.float_model, str(script.config), script.x)
-
-    def test_a_simple_configuration_file(self, script: Script) -> None:
-        with pytest.raises(ValueError, match=r"'simple\.cfg'.*not supported"):
-            amct.create_quant_retrain_config(
-                str(script.config), script.float_model, script.x, config_defination="simple.cfg"
-            )
+    def test_prepare_qat_with_a_number_as_config(self, script: Script) -> None:
+        with pytest.raises(TypeError, match=r"A configuration must be .*path.*found 8"):
+            amct.prepare_qat(script.float_model, 8, script.x)
 
 
 BAD_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any] | str, type[Exception], str]] = {
@@ -247,11 +241,6 @@ BAD_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any] | str, type[Excepti
         lambda raw: [raw[name].update(retrain_enable=False) for name in ("conv1", "fc")],
         ValueError,
         r"config\.json.*No layer retrain enabled",
-    ),
-    "learned_weight_scale": (
-        lambda raw: raw["fc"].update(retrain_weight_config={"algo": "ulq_retrain", "dst_type": "INT8"}),
-        ValueError,
-        r"fc.*ulq_retrain.*arq_retrain",
     ),
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import amct_lightning as amct
-from amct_lightning.modules import input_quantizers
+from amct_lightning.modules import activation_quantizers
 
 STEPS = 3
 WORLD = 2
@@ -48,7 +48,7 @@ class Collectives:
 def factors(model: nn.Module) -> list[float]:
     return [
         value
-        for quantizer in input_quantizers(model).values()
+        for quantizer in activation_quantizers(model).values()
         for value in (quantizer.clip_max.item(), quantizer.clip_min.item())
     ]
 

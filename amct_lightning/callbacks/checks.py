@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from amct_lightning.config import RetrainConfig
+from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.graph.plan import QuantPlan
 
 
@@ -41,10 +41,10 @@ def check_arguments(
     config: object, input_data: object, lr_scale: object, weight_decay: object, on_nonfinite: object
 ) -> None:
     """Refuse arguments of the callback that have a wrong type or value."""
-    if config is not None and not isinstance(config, (str, Path, RetrainConfig, Mapping)):
+    if config is not None and not isinstance(config, (str, Path, RetrainConfig, QuantChoices, Mapping)):
         raise TypeError(
-            "QuantRetrainCallback(config=...) must be the path of a JSON file, a RetrainConfig, a dict or None, got "
-            f"{type(config).__name__}."
+            "QuantRetrainCallback(config=...) must be the path of a .json, .cfg or .yaml file, a dict, RetrainConfig, "
+            f"QuantChoices or None, got {type(config).__name__}."
         )
     if input_data is not None and not isinstance(input_data, (Tensor, tuple, Mapping)):
         raise TypeError(

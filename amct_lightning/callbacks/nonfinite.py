@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
-from amct_lightning.modules import input_quantizers
+from amct_lightning.modules import activation_quantizers
 
 
 class NonfiniteWatch:
@@ -21,11 +21,12 @@ class NonfiniteWatch:
     """
 
     def __init__(self, model: nn.Module, interval: int, reaction: Literal["warn", "raise"]) -> None:
-        self.quantizers = input_quantizers(model)
+        self.quantizers = activation_quantizers(model)
         self.interval = max(1, interval)
         self.reaction = reaction
         self.steps: list[int] = []
         self.reported: set[str] = set()
+        self._ages = torch.zeros(())
 
     def start_batch(self, step: int) -> None:
         """Note the step of the coming batch.
@@ -36,7 +37,9 @@ class NonfiniteWatch:
         self.steps.append(step)
 
     def end_batch(self) -> None:
-        """Look at the flags if the interval is over."""
+        """Count, on the device, for how many batches each flag is up; look at the flags if the interval is over."""
+        if self.quantizers:
+            self._ages = self._ages + self._flags()
         if len(self.steps) >= self.interval:
             self.check()
 
@@ -48,19 +51,23 @@ class NonfiniteWatch:
         """
         if not self.quantizers or not self.steps:
             return
-        ages = torch.stack([q.nonfinite_age for q in self.quantizers.values()]).tolist()
+        ages = [int(age) for age in (self._ages + torch.zeros(len(self.quantizers), device=self._ages.device)).tolist()]
         found = {
             name: self.steps[max(0, len(self.steps) - age)]
             for name, age in zip(self.quantizers, ages, strict=True)
             if age and name not in self.reported
         }
         self.steps.clear()
-        if any(ages):
-            for quantizer in self.quantizers.values():
-                quantizer.nonfinite_age.zero_()
+        self._ages = torch.zeros_like(self._ages)
+        for quantizer in self.quantizers.values():
+            quantizer.nonfinite.zero_()
         if found:
             self.reported.update(found)
             self._report(found)
+
+    def _flags(self) -> Tensor:
+        flags = [quantizer.nonfinite for quantizer in self.quantizers.values()]
+        return torch.stack([flag.to(flags[0].device, non_blocking=True) for flag in flags])
 
     def _report(self, found: dict[str, int]) -> None:
         first = min(found.values())

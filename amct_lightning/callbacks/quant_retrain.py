@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +23,13 @@ from amct_lightning.callbacks.checks import (
 from amct_lightning.callbacks.inputs import BatchToInput, calls_forward, find_input
 from amct_lightning.callbacks.nonfinite import NonfiniteWatch
 from amct_lightning.callbacks.param_groups import move_clips
-from amct_lightning.config import RetrainConfig
+from amct_lightning.config import QuantChoices, RetrainConfig, config_source, load_config
 from amct_lightning.files import check_writable, write_text
 from amct_lightning.graph.plan import QuantPlan, attach_plan, find_plan, make_plan
 from amct_lightning.graph.trace import InputData
-from amct_lightning.modules import convert_layers, input_quantizers
+from amct_lightning.modules import activation_quantizers, convert_layers, learned_factors
 from amct_lightning.modules.calibration import synchronize_calibration
+from amct_lightning.modules.shift_hook import shift_searches, synchronize_shift_search
 from amct_lightning.record import QuantRecord
 
 
@@ -44,8 +44,10 @@ class QuantRetrainCallback(Callback):
     testing from it needs no config file and continues to the bit.
 
     Args:
-        config: What to quantize: the path of a JSON configuration, a :class:`RetrainConfig`, or the content of
-            such a file as a dict. ``None`` quantizes every layer that can be, with AMCT's defaults.
+        config: What to quantize: the path of a JSON configuration, of AMCT's simple configuration (``.cfg``) or of a
+            YAML file with choices, the content of a JSON or YAML one as a dict, or an object
+            (:class:`RetrainConfig`, :class:`QuantChoices`). ``None`` quantizes every layer that can be, with AMCT's
+            defaults.
         record_file: The file for the quantization factors; ``None`` means ``record.txt`` in the Trainer's
             ``default_root_dir``.
         input_data: Input for the converted module that shows its data flow: a tensor, a tuple of positional or a
@@ -59,6 +61,8 @@ class QuantRetrainCallback(Callback):
         quant_weight_decay: Weight decay of the learned clips; ``None`` leaves it as in the optimizer.
         on_nonfinite: What to do when a quantizer's input was NaN or infinite in training. It is detected on the
             device and reported, with layer and step, every ``log_every_n_steps`` batches: ``"warn"`` or ``"raise"``.
+        allow_reuse: Also quantize layers that are called several times in one forward.
+        search_n: Search the shifts of the int32 sums in evaluation passes; see :func:`amct_lightning.prepare_qat`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -81,7 +85,7 @@ class QuantRetrainCallback(Callback):
 
     def __init__(
         self,
-        config: str | Path | RetrainConfig | dict[str, Any] | None = None,
+        config: str | Path | dict[str, Any] | RetrainConfig | QuantChoices | None = None,
         record_file: str | Path | None = None,
         input_data: Any = None,
         submodule: str | None = None,
@@ -89,6 +93,8 @@ class QuantRetrainCallback(Callback):
         quant_lr_scale: float = 1.0,
         quant_weight_decay: float | None = 0.0,
         on_nonfinite: Literal["warn", "raise"] = "warn",
+        allow_reuse: bool = False,
+        search_n: bool = False,
     ) -> None:
         super().__init__()
         check_arguments(config, input_data, quant_lr_scale, quant_weight_decay, on_nonfinite)
@@ -100,6 +106,8 @@ class QuantRetrainCallback(Callback):
         self.quant_lr_scale = quant_lr_scale
         self.quant_weight_decay = quant_weight_decay
         self.on_nonfinite = on_nonfinite
+        self.allow_reuse = allow_reuse
+        self.search_n = search_n
         self._model: nn.Module | None = None
         self._record_path: Path | None = None
         self._missing_config: FileNotFoundError | None = None
@@ -129,7 +137,7 @@ class QuantRetrainCallback(Callback):
         self._require_conversion()
         if self.quant_lr_scale == 1 and self.quant_weight_decay is None:
             return
-        clips = [p for q in self._quantizers() for p in (q.clip_max, q.clip_min)]
+        clips = learned_factors(self._converted())
         for optimizer in trainer.optimizers:
             schedulers = [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
             move_clips(optimizer, schedulers, clips, self.quant_lr_scale, self.quant_weight_decay)
@@ -137,18 +145,28 @@ class QuantRetrainCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse to evaluate a model that could not be converted."""
-        self._require_conversion()
+        """Refuse to evaluate a model that could not be converted; start the search of the shifts anew."""
+        self._start_shift_search(enabled=not trainer.sanity_checking)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add up what the processes have found for the shifts."""
+        synchronize_shift_search(self._converted())
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse to evaluate a model that could not be converted."""
-        self._require_conversion()
+        """Refuse to evaluate a model that could not be converted; start the search of the shifts anew."""
+        self._start_shift_search(enabled=True)
+
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add up what the processes have found for the shifts."""
+        synchronize_shift_search(self._converted())
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted."""
-        self._require_conversion()
+        self._start_shift_search(enabled=False)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -215,7 +233,7 @@ class QuantRetrainCallback(Callback):
         state = checkpoint.get(CHECKPOINT_KEY, {})
         self._calibration_steps = state.get("calibration_steps", 0)
         observed = state.get("observed", {})
-        for name, quantizer in input_quantizers(self._converted()).items():
+        for name, quantizer in activation_quantizers(self._converted()).items():
             quantizer.observed = [batch.to(quantizer.clip_max.device) for batch in observed.get(name, [])]
 
     def checkpoint_state(self) -> dict[str, Any] | None:
@@ -223,7 +241,7 @@ class QuantRetrainCallback(Callback):
         found = find_plan(self._model) if self._model is not None else None
         if found is None:
             return None
-        observed = {name: q.observed for name, q in input_quantizers(found[0]).items() if q.observed}
+        observed = {name: q.observed for name, q in activation_quantizers(found[0]).items() if q.observed}
         return {
             "plan": found[1].to_dict(),
             "record": self._record_text(),
@@ -268,12 +286,12 @@ class QuantRetrainCallback(Callback):
 
     def _convert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
         try:
-            config, source = self._read_config()
+            config, source = load_config(self.config), config_source(self.config)
         except FileNotFoundError as error:
             self._missing_config = error  # a checkpoint that is about to be loaded may bring its own
             return
         run, input_data = self._run_and_input(trainer, pl_module, model)
-        plan = make_plan(model, config, input_data, run, source)
+        plan = make_plan(model, config, input_data, run, source, self.allow_reuse, self.search_n)
         convert_layers(model, plan)
         attach_plan(model, plan)
         enabled = len(plan.layers)
@@ -281,13 +299,6 @@ class QuantRetrainCallback(Callback):
             f"QuantRetrainCallback: {enabled} of {len(plan.config)} layers are quantized in training; "
             f"the record goes to '{self._record_path}'."
         )
-
-    def _read_config(self) -> tuple[RetrainConfig | None, str]:
-        if isinstance(self.config, (str, Path)):
-            return RetrainConfig.from_json(self.config), str(self.config)
-        if isinstance(self.config, Mapping) and not isinstance(self.config, RetrainConfig):
-            return RetrainConfig.from_dict(self.config, "config"), "config"
-        return self.config, "config"
 
     def _run_and_input(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module
@@ -304,6 +315,12 @@ class QuantRetrainCallback(Callback):
         else:
             trainer.strategy.checkpoint_io = RecordCheckpointIO(inner, self)
 
+    def _start_shift_search(self, enabled: bool) -> None:
+        for search in shift_searches(self._converted()):
+            search.enabled = enabled
+            if enabled:
+                search.reset()
+
     def _require_conversion(self) -> None:
         if self._missing_config is not None:
             raise self._missing_config
@@ -319,7 +336,7 @@ class QuantRetrainCallback(Callback):
         return found[1].config.batch_num if found else 1
 
     def _quantizers(self) -> list[Any]:
-        return list(input_quantizers(self._converted()).values())
+        return list(activation_quantizers(self._converted()).values())
 
     def _record_text(self) -> str | None:
         """Return the present record, or ``None`` while calibrating or when a factor is not finite."""

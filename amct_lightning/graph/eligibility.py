@@ -2,48 +2,52 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
 
+from amct_lightning.graph.float_model import check_float_model
 from amct_lightning.graph.trace import Call, InputData, Trace, observe
-from amct_lightning.modules.layers import QATLayer
-from amct_lightning.modules.registry import LAYER_TYPES, unsupported_reason
+from amct_lightning.modules.registry import LAYER_TYPES
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer of a supported type.
+    """A layer of a supported type, or of a subclass of one, which is always refused.
 
     Attributes:
         name: Its dotted name in the model.
         layer: The layer.
-        call: Its one call in the observed forward, if it has exactly one.
+        calls: Its calls in the observed forward.
         reason: Why it cannot be quantized; ``None`` if it can.
     """
 
     name: str
     layer: nn.Module
-    call: Call | None
+    calls: tuple[Call, ...]
     reason: str | None
 
 
 def find_candidates(
-    model: nn.Module, input_data: InputData, run: nn.Module | None = None
+    model: nn.Module, input_data: InputData, run: nn.Module | None = None, allow_reuse: bool = False
 ) -> tuple[dict[str, Candidate], Trace]:
-    """Observe one forward and judge every layer of a supported type.
+    """Observe one forward and judge every layer of a supported type and its subclasses.
 
     Args:
         model: The float model.
         input_data: Input for which ``run`` works.
         run: The module to call, if it is one that contains ``model``.
+        allow_reuse: Whether a layer may be called several times.
 
     Returns:
         The candidates by name in ``named_modules()`` order, and the observed data flow.
 
     Raises:
-        RuntimeError: If the model is quantized already or fails on the input.
+        RuntimeError: If the model is not a plain float model, see :func:`check_float_model`, or fails on the input.
         TypeError: If ``model`` is not a module.
 
     Example:
@@ -53,23 +57,24 @@ def find_candidates(
         [('0', None)]
     """
     check_float_model(model)
-    # A lazy layer gets its class in the observed forward.
-    may_become = {name: m for name, m in model.named_modules() if getattr(m, "cls_to_become", type(m)) in LAYER_TYPES}
-    trace = observe(model, may_become, run or model, input_data)
-    watched = {name: m for name, m in model.named_modules() if type(m) in LAYER_TYPES}
-    calls: dict[str, list[Call]] = {name: [] for name in watched}
+    trace = _observe_layers(model, run or model, input_data)
+    calls: dict[str, list[Call]] = {}
     for call in trace.calls:
-        calls[call.name].append(call)
-    weights = Counter(id(layer.weight) for layer in watched.values())
+        calls.setdefault(call.name, []).append(call)
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, tuple(LAYER_TYPES))}
+    shared = _shared_weights(layer for layer in layers.values() if type(layer) in LAYER_TYPES)
     candidates = {}
-    for name, layer in watched.items():
-        reason = _reason(name, layer, calls[name], weights[id(layer.weight)])
-        candidates[name] = Candidate(name, layer, calls[name][0] if len(calls[name]) == 1 else None, reason)
+    for name, layer in layers.items():
+        called = calls.get(name, [])
+        reason = _class_reason(layer) or _weight_reason(layer) or _call_reason(name, called, trace, allow_reuse)
+        reason = reason or _use_reason(layer, called, shared)
+        candidates[name] = Candidate(name, layer, tuple(called), reason)
     return candidates, trace
 
 
 def eligible_layers(model: nn.Module, input_data: InputData) -> dict[str, nn.Module]:
-    """Return the layers that can be quantized, by name in ``named_modules()`` order.
+    """Return the layers that a default configuration lists, by name in ``named_modules()`` order.
 
     Args:
         model: The float model.
@@ -84,40 +89,94 @@ def eligible_layers(model: nn.Module, input_data: InputData) -> dict[str, nn.Mod
         ['0']
     """
     candidates, _ = find_candidates(model, input_data)
-    return {name: c.layer for name, c in candidates.items() if c.reason is None}
+    return {
+        name: c.layer for name, c in candidates.items() if c.reason is None and LAYER_TYPES[type(c.layer)].by_default
+    }
 
 
-def check_float_model(model: nn.Module) -> None:
-    """Refuse what is not a module, and a model that has quantized layers already.
+def _observe_layers(model: nn.Module, run: nn.Module, input_data: InputData) -> Trace:
+    """Observe a forward around the layers of exactly the supported types; once more if the first one built some."""
+    may_become = _exact_layers(model)
+    trace = observe(model, may_become, run, input_data)
+    built = _exact_layers(model)
+    return observe(model, built, run, input_data) if built.keys() - may_become.keys() else trace
 
-    Args:
-        model: The model to be quantized.
 
-    Raises:
-        TypeError: If it is not a :class:`torch.nn.Module`.
-        RuntimeError: If it contains QAT layers.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
-    quantized = [name for name, module in model.named_modules() if isinstance(module, QATLayer)]
-    if quantized:
-        shown = ", ".join(quantized[:5]) + (", ..." if len(quantized) > 5 else "")
-        raise RuntimeError(
-            f"The model cannot be quantized because {len(quantized)} of its layers are quantized already ({shown}). "
-            "Give the float model, or go on with the one you have."
+def _exact_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that are, or as lazy ones will be, exactly of a supported type."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (getattr(module, "cls_to_become", None) or type(module)) in LAYER_TYPES
+    }
+
+
+def _class_reason(layer: nn.Module) -> str | None:
+    base = next(kind.__name__ for kind in LAYER_TYPES if isinstance(layer, kind))
+    if isinstance(layer, LazyModuleMixin):
+        return "never called, so it is still a lazy layer without weights"
+    if parametrize.is_parametrized(layer):
+        names = ", ".join(f"'{name}'" for name in layer.parametrizations)  # type: ignore[union-attr]
+        return (
+            f"its {names} is computed by a parametrization, such as a weight norm; make it permanent with "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, name)"
         )
+    if type(layer) not in LAYER_TYPES:
+        return f"is a {type(layer).__name__}, a subclass of {base}; only the exact class is quantized, as in AMCT"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the object, so a quantized one would never run; remove that wrapper first"
+    return None
 
 
-def _reason(name: str, layer: nn.Module, calls: list[Call], users_of_weight: int) -> str | None:
-    kind = LAYER_TYPES[type(layer)]
+def _weight_reason(layer: nn.Module) -> str | None:
+    for name, weight in zip(LAYER_TYPES[type(layer)].twin.weight_quantizers.values(), _weights(layer), strict=True):
+        if not isinstance(weight, nn.Parameter):
+            return (
+                f"its '{name}' is not a parameter but computed before each call, as old-style weight norm, spectral "
+                "norm and pruning do; make it permanent with remove_weight_norm, remove_spectral_norm or prune.remove "
+                "of torch.nn.utils"
+            )
+        if not weight.is_floating_point():
+            return f"its '{name}' is {weight.dtype}, only real floating-point weights are quantized"
+    return None
+
+
+def _call_reason(name: str, calls: list[Call], trace: Trace, allow_reuse: bool) -> str | None:
     if not name:
         return "it is the model itself, so it has no name for the record; put it into a module, e.g. nn.Sequential"
+    if not calls and name in trace.read_from_outside:
+        return "never called: other code reads its weight, as F.linear(x, layer.weight) does; call the layer instead"
     if not calls:
-        return "never called"
-    if len(calls) > 1:
-        return f"called {len(calls)} times"
-    if users_of_weight > 1:
+        return "never called with the given input_data"
+    if len(calls) > 1 and not allow_reuse:
+        return f"called {len(calls)} times; allow_reuse=True quantizes it all the same"
+    return None
+
+
+def _use_reason(layer: nn.Module, calls: list[Call], shared: set[int]) -> str | None:
+    if any(id(weight) in shared for weight in _weights(layer)):
         return "its weight is shared with another layer"
-    if kind.input_dims is not None and calls[0].input_dims != kind.input_dims:
-        return f"its input has {calls[0].input_dims} dimensions, not {kind.input_dims} (no batch axis)"
-    return unsupported_reason(layer)
+    kind = LAYER_TYPES[type(layer)]
+    for call in calls:
+        if issubclass(call.input_type, PackedSequence):
+            return "its input is a PackedSequence, which the hardware cannot run; give it the padded tensor"
+        if kind.batched_dims is not None and call.input_dims != kind.batched_dims:
+            return f"its input has {call.input_dims} dimensions, not {kind.batched_dims} (no batch axis)"
+    return kind.obstacle(layer)
+
+
+def _shared_weights(layers: Iterable[nn.Module]) -> set[int]:
+    """Return the ids of weights that keep the layers that share them from being quantized."""
+    users: dict[int, list[nn.Module]] = {}
+    for layer in layers:
+        for weight in _weights(layer):
+            users.setdefault(id(weight), []).append(layer)
+    return {
+        weight
+        for weight, sharing in users.items()
+        if len(sharing) > 1 and any(LAYER_TYPES[type(layer)].finds_shared_weights for layer in sharing)
+    }
+
+
+def _weights(layer: nn.Module) -> list[Tensor]:
+    return [getattr(layer, name) for name in LAYER_TYPES[type(layer)].twin.weight_quantizers.values()]

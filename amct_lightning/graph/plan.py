@@ -6,15 +6,16 @@ model or reading a config file.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from amct_lightning.config import LayerConfig, RetrainConfig
+from amct_lightning.config import LayerConfig, QuantChoices, RetrainConfig
 from amct_lightning.graph.eligibility import Candidate, find_candidates
-from amct_lightning.graph.trace import InputData, Trace
+from amct_lightning.graph.trace import InputData, Trace, Value
 from amct_lightning.modules.registry import LAYER_TYPES
 
 _PLAN_ATTRIBUTE = "_amct_quant_plan"
@@ -31,6 +32,8 @@ class LayerPlan:
         batch_norm: Name of the BatchNorm that the record folds into its weight scales.
         shares_input_of: Name of the layer that owns its activation quantizer; its own name if that is itself.
         calibrates_input: Whether it is the first of its sharing group to run.
+        fixed_min_hidden: The same as ``fixed_min`` for the hidden state of a recurrent layer.
+        calls: How often the layer is called in one forward.
     """
 
     name: str
@@ -38,23 +41,54 @@ class LayerPlan:
     batch_norm: str | None
     shares_input_of: str
     calibrates_input: bool
+    fixed_min_hidden: bool = False
+    calls: int = 1
+
+
+@dataclass(frozen=True)
+class RefusedLayer:
+    """A layer of a supported type, or of a subclass, that cannot be quantized.
+
+    Attributes:
+        name: Dotted name of the layer in the model.
+        type: Name of its class.
+        reason: Why it stays in float.
+    """
+
+    name: str
+    type: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class QuantPlan:
     """The layers to quantize in order of first execution, and the settings they follow.
 
+    Plans are equal if they quantize a model in the same way; what they tell about other layers does not count.
+
     Attributes:
         config: The complete configuration, every eligible layer listed.
         layers: One plan per enabled layer.
+        search_n: Whether the shifts of the int32 accumulators are searched (``shift_bit`` in the record).
+        refused: The layers that could not be enabled, in module order.
+        ends: Names of the first and the last layer of a supported type to run, quantized or not.
     """
 
     config: RetrainConfig
     layers: tuple[LayerPlan, ...]
+    search_n: bool = False
+    refused: tuple[RefusedLayer, ...] = field(default=(), compare=False)
+    ends: tuple[str, ...] = field(default=(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain dicts, lists, strings and numbers, for a checkpoint."""
-        return {"config": self.config.to_dict(), "layers": [asdict(layer) for layer in self.layers]}
+        return {
+            "config": self.config.to_dict(),
+            "layers": [asdict(layer) for layer in self.layers],
+            "search_n": self.search_n,
+            "refused": [asdict(layer) for layer in self.refused],
+            "ends": list(self.ends),
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str = "checkpoint") -> QuantPlan:
@@ -68,8 +102,13 @@ class QuantPlan:
             ValueError: If it is not the plain form of a plan.
         """
         try:
-            config = RetrainConfig.from_dict(data["config"], source)
-            return cls(config, tuple(LayerPlan(**layer) for layer in data["layers"]))
+            return cls(
+                RetrainConfig.from_dict(data["config"], source),
+                tuple(LayerPlan(**layer) for layer in data["layers"]),
+                data["search_n"],
+                tuple(RefusedLayer(**layer) for layer in data["refused"]),
+                tuple(data["ends"]),
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"The quantization plan in {source} is damaged ({type(error).__name__}: {error}). "
@@ -79,10 +118,12 @@ class QuantPlan:
 
 def make_plan(
     model: nn.Module,
-    config: RetrainConfig | None,
+    config: RetrainConfig | QuantChoices | None,
     input_data: InputData,
     run: nn.Module | None = None,
     source: str = "config",
+    allow_reuse: bool = False,
+    search_n: bool = False,
 ) -> QuantPlan:
     """Decide which layers are quantized and how, from one observed forward and the user's choices.
 
@@ -92,27 +133,36 @@ def make_plan(
         input_data: Input for which the model works.
         run: The module to call, if it is one that contains ``model``.
         source: Where the config comes from, for messages.
+        allow_reuse: Whether layers that are called several times in one forward are quantized, with one set of
+            factors for all calls.
+        search_n: Whether the shifts of the int32 accumulators are searched.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: If the config does not fit the model, or nothing is left to quantize.
-        RuntimeError: If the model is quantized already or fails on the input.
+        ValueError: If the config does not fit the model or names a layer that cannot be quantized, or nothing is
+            left to quantize.
+        RuntimeError: If the model is not a plain float model or fails on the input.
 
     Example:
         >>> plan = make_plan(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), None, torch.ones(1, 2))
         >>> [(layer.name, layer.fixed_min) for layer in plan.layers]
         [('0', False), ('2', True)]
     """
-    candidates, trace = find_candidates(model, input_data, run)
-    eligible = {name: c.layer for name, c in candidates.items() if c.reason is None}
+    candidates, trace = find_candidates(model, input_data, run, allow_reuse)
+    named = frozenset[str]() if config is None else config.named_layers
+    _refuse_named(named, candidates, model, source)
+    refused = _refused_layers(candidates, named)
+    eligible = {name: c.layer for name, c in candidates.items() if name not in refused}
     if not eligible:
         raise ValueError(_nothing_eligible(model, candidates))
     if config is None:
         config = RetrainConfig(layers={name: LayerConfig() for name in eligible})
     resolved = config.resolve(eligible, source)
-    return QuantPlan(resolved, _layer_plans(resolved, candidates, trace, dict(model.named_modules())))
+    layers = _layer_plans(resolved, candidates, trace, dict(model.named_modules()))
+    ends = (trace.calls[0].name, trace.calls[-1].name)
+    return QuantPlan(resolved, layers, search_n, tuple(refused.values()), ends)
 
 
 def attach_plan(model: nn.Module, plan: QuantPlan) -> None:
@@ -133,53 +183,80 @@ def find_plan(model: nn.Module) -> tuple[nn.Module, QuantPlan] | None:
     return None
 
 
+def _refuse_named(named: frozenset[str], candidates: Mapping[str, Candidate], model: nn.Module, source: str) -> None:
+    """Refuse a config that names layers which exist but cannot be quantized, with the reasons."""
+    reasons = {name: c.reason for name, c in candidates.items() if name in named and c.reason}
+    first_names = {id(c.layer): c.name for c in candidates.values()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name in named and first_names.get(id(module), name) != name:
+            reasons[name] = f"it is another name of '{first_names[id(module)]}'; use that one"
+    if reasons:
+        listed = "; ".join(f"'{name}': {reason}" for name, reason in reasons.items())
+        raise ValueError(
+            f"unsupported layer {{{', '.join(map(repr, reasons))}}} in {source}: {listed}. Change the model as said, "
+            "or take the layer out of the config; it then stays in float."
+        )
+
+
+def _refused_layers(candidates: Mapping[str, Candidate], named: frozenset[str]) -> dict[str, RefusedLayer]:
+    refused = {}
+    for name, candidate in candidates.items():
+        kind, reason = type(candidate.layer), candidate.reason
+        if reason is None and name not in named and not LAYER_TYPES[kind].by_default:
+            reason = f"AMCT does not know {kind.__name__}, so it is quantized only if the config names it"
+        if reason is not None:
+            refused[name] = RefusedLayer(name, kind.__name__, reason)
+    return refused
+
+
 def _layer_plans(
     config: RetrainConfig, candidates: dict[str, Candidate], trace: Trace, modules: dict[str, nn.Module]
 ) -> tuple[LayerPlan, ...]:
     enabled = {name: c for name, c in candidates.items() if name in config and config[name].retrain_enable}
     owners = _owners(config, enabled)
-    seen: set[str] = set()
-    plans = []
+    planned: dict[str, LayerPlan] = {}
     for call in trace.calls:
-        if call.name not in enabled:
+        if call.name not in enabled or call.name in planned:
             continue
-        owner = owners[call.name]
-        plans.append(
-            LayerPlan(
-                name=call.name,
-                fixed_min=_fixed_min(config[call.name], call.input.producer),
-                batch_norm=_folded_batch_norm(enabled[call.name], trace, modules),
-                shares_input_of=owner,
-                calibrates_input=owner not in seen,
-            )
+        candidate, settings, owner = enabled[call.name], config[call.name], owners[call.name]
+        planned[call.name] = LayerPlan(
+            name=call.name,
+            fixed_min=_fixed_min(settings, [c.input for c in candidate.calls]),
+            batch_norm=_folded_batch_norm(candidate, trace, modules),
+            shares_input_of=owner,
+            calibrates_input=all(other.shares_input_of != owner for other in planned.values()),
+            fixed_min_hidden=_fixed_min(settings, [c.hidden for c in candidate.calls]),
+            calls=len(candidate.calls),
         )
-        seen.add(owner)
-    return tuple(plans)
+    return tuple(planned.values())
 
 
 def _owners(config: RetrainConfig, enabled: dict[str, Candidate]) -> dict[str, str]:
     """Group layers that read one value with equal settings; the first in the model owns the quantizer."""
-    first: list[tuple[Any, LayerConfig, str]] = []
+    first: list[tuple[Value, LayerConfig, torch.device, str]] = []
     owners = {}
     for name, candidate in enabled.items():
-        value = candidate.call.input if candidate.call else None
-        for other, settings, owner in first:
-            if other is value and settings == config[name]:
+        owners[name] = name
+        value = candidate.calls[0].input
+        if len(candidate.calls) > 1 or len(value.readers) <= LAYER_TYPES[type(candidate.layer)].min_readers:
+            continue
+        device = next(candidate.layer.parameters()).device
+        for other, settings, other_device, owner in first:
+            if other is value and settings == config[name] and other_device == device:
                 owners[name] = owner
                 break
         else:
-            first.append((value, config[name], name))
-            owners[name] = name
+            first.append((value, config[name], device, name))
     return owners
 
 
-def _fixed_min(config: LayerConfig, producer: Any) -> bool:
+def _fixed_min(config: LayerConfig, values: list[Value | None] | list[Value]) -> bool:
     given = config.retrain_data_config.fixed_min
-    return producer in _RELU if given is None else given
+    return all(value is not None and value.producer in _RELU for value in values) if given is None else given
 
 
 def _folded_batch_norm(candidate: Candidate, trace: Trace, modules: dict[str, nn.Module]) -> str | None:
-    output = candidate.call.output if candidate.call else None
+    output = candidate.calls[0].output if len(candidate.calls) == 1 else None
     if output is None or len(output.readers) != 1 or not LAYER_TYPES[type(candidate.layer)].folds_batch_norm:
         return None
     (reader,) = output.readers

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # the documented way
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from amct_lightning.graph.preserve import preserved
+from amct_lightning.graph.tensors import tensors_in
 
 InputData = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -39,7 +40,8 @@ class Value:
     Attributes:
         producer: Operator that made it; ``None`` for a model input or parameter.
         from_layer: Name of the watched layer whose output it is, if any.
-        readers: Who read it: the name of a BatchNorm module, or a running number of the reading operator.
+        readers: Who read it: the name of a watched layer or BatchNorm module, or else a running number of the
+            reading operator.
     """
 
     producer: Any = None
@@ -49,11 +51,22 @@ class Value:
 
 @dataclass
 class Call:
-    """One call of a watched layer: the value it read and the rank of its input."""
+    """One call of a watched layer.
+
+    Attributes:
+        name: Name of the layer.
+        input: The value it read.
+        input_type: Class of its input.
+        input_dims: Rank of its input.
+        hidden: The value of the initial hidden state that a recurrent layer was given.
+        output: The value it returned.
+    """
 
     name: str
     input: Value
+    input_type: type
     input_dims: int
+    hidden: Value | None = None
     output: Value | None = None
 
 
@@ -64,21 +77,25 @@ class Trace:
     Attributes:
         calls: Calls of the watched layers in order of execution.
         batch_norm_calls: How often each BatchNorm module was called, by name.
+        read_from_outside: Names of the watched layers whose parameters were read by other code than their own.
     """
 
     calls: list[Call] = field(default_factory=list)
     batch_norm_calls: dict[str, int] = field(default_factory=dict)
+    read_from_outside: set[str] = field(default_factory=set)
 
 
 def observe(model: nn.Module, watched: Mapping[str, nn.Module], run: nn.Module, input_data: InputData) -> Trace:
     """Run ``run`` once and note the data flow around the watched layers; leave no trace in the model.
 
+    The one thing that stays are layers that only the first forward builds, such as :class:`torch.nn.LazyLinear`.
+
     Args:
         model: The model whose module names are used.
         watched: The layers of interest, by name.
         run: The module to call: ``model`` itself or one that contains it.
-        input_data: A tensor, a tuple of positional arguments or a mapping of keyword arguments. Tensors are
-            moved to the device of the model.
+        input_data: A tensor, a tuple of positional arguments or a mapping of keyword arguments. Tensors that are
+            on none of the model's devices are moved to that of its first parameter.
 
     Returns:
         The observed calls.
@@ -91,18 +108,19 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module], run: nn.Module, 
     handles = [handle for name, layer in watched.items() for handle in observer.watch_layer(name, layer)] + [
         handle
         for name, module in model.named_modules()
-        if isinstance(module, _BATCH_NORM)
+        if issubclass(getattr(module, "cls_to_become", None) or type(module), _BATCH_NORM)
         for handle in observer.watch_batch_norm(name, module)
     ]
     try:
         with preserved(run), observer:
             output = run(*args, **kwargs)
         observer.read_by_user(output)
+        observer.find_outside_readers(watched)
     except Exception as error:
         raise RuntimeError(
             f"{type(run).__name__} failed on the given input_data while its data flow was observed "
             f"({_describe(input_data)}): {type(error).__name__}: {error}. Give input_data with which the model's "
-            "forward runs: a tensor, a tuple of positional arguments or a dict of keyword arguments."
+            f"forward runs: a tensor, a tuple of positional arguments or a dict of keyword arguments.{_hint(run)}"
         ) from error
     finally:
         for handle in handles:
@@ -116,14 +134,14 @@ class _Observer(TorchDispatchMode):
         self.trace = Trace()
         self._values: dict[tuple[int, int], Value] = {}
         self._alive: list[Tensor] = []  # an id is unique only as long as its tensor lives
-        self._inside_batch_norm: list[str] = []
+        self._inside: list[str] = []
         self._open_calls: dict[str, list[Call]] = {}
         self._operators = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self._operators += 1
-        reader = self._inside_batch_norm[-1] if self._inside_batch_norm else self._operators
+        reader = self._inside[0] if self._inside else self._operators
         if func not in _SAME_VALUE:
             for tensor in _tensors((args, kwargs)):
                 self._value(tensor).readers.add(reader)
@@ -135,38 +153,48 @@ class _Observer(TorchDispatchMode):
 
     def watch_layer(self, name: str, layer: nn.Module) -> list[Any]:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-            tensors = _tensors((args, kwargs))
-            call = Call(name, self._value(tensors[0]), tensors[0].dim())
+            given = args[0] if args else kwargs.get("input")
+            read = next(iter(tensors_in([given, args, kwargs])), None)
+            value, dims = (Value(), 0) if read is None else (self._value(read), read.dim())
+            call = Call(name, value, type(given), dims)
+            hidden = tensors_in(args[1] if len(args) > 1 else kwargs.get("hx"))
+            call.hidden = self._value(hidden[0]) if hidden else None
             self.trace.calls.append(call)
             self._open_calls.setdefault(name, []).append(call)
+            self._inside.append(name)
 
         def leave(_: nn.Module, _args: Any, output: Any) -> None:
+            self._inside.pop()
             call = self._open_calls[name].pop()
-            tensors = _tensors(output)
+            tensors = tensors_in(output)
             if tensors:
                 call.output = self._value(tensors[0])
                 call.output.from_layer = name
 
-        return [
-            layer.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
-            layer.register_forward_hook(leave),
-        ]
+        return _around(layer, enter, leave)
 
     def watch_batch_norm(self, name: str, module: nn.Module) -> list[Any]:
-        def enter(_: nn.Module, _args: Any) -> None:
+        def enter(_: nn.Module, _args: Any, _kwargs: Any) -> None:
             calls = self.trace.batch_norm_calls
             calls[name] = calls.get(name, 0) + 1
-            self._inside_batch_norm.append(name)
+            self._inside.append(name)
 
         def leave(_: nn.Module, _args: Any, _output: Any) -> None:
-            self._inside_batch_norm.pop()
+            self._inside.pop()
 
-        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        return _around(module, enter, leave)
 
     def read_by_user(self, output: Any) -> None:
         """Count the model's output as read, so that nothing folded into another layer disappears from it."""
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             self._value(tensor).readers.add("output")
+
+    def find_outside_readers(self, watched: Mapping[str, nn.Module]) -> None:
+        """Note whose parameters other code has read, for example ``F.linear(x, layer.weight)``."""
+        for name, layer in watched.items():
+            values = [self._values.get((id(p), _version(p))) for p in layer.parameters(recurse=False)]
+            if any(value.readers - {name} for value in values if value is not None):
+                self.trace.read_from_outside.add(name)
 
     def _value(self, tensor: Tensor) -> Value:
         return self._values.get((id(tensor), _version(tensor))) or self._bind(tensor, Value())
@@ -179,6 +207,15 @@ class _Observer(TorchDispatchMode):
         return value
 
 
+def _around(module: nn.Module, enter: Any, leave: Any) -> list[Any]:
+    """Hook ``enter`` and ``leave`` directly around the module's own forward, inside of all its other hooks."""
+    return [
+        module.register_forward_pre_hook(enter, with_kwargs=True),
+        # Called also if the forward raises, which the model may catch.
+        module.register_forward_hook(leave, prepend=True, always_call=True),
+    ]
+
+
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
@@ -188,17 +225,26 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _arguments(run: nn.Module, input_data: InputData) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    device = next((p.device for p in run.parameters()), None)
+    devices = list(dict.fromkeys(p.device for p in run.parameters()))
 
     def move(tensor: Tensor) -> Tensor:
-        return tensor if device is None or device.type == "meta" else tensor.to(device)
+        return tensor if not devices or tensor.device in devices else tensor.to(devices[0])
 
+    if isinstance(input_data, Mapping):
+        return (), tree_map_only(Tensor, move, dict(input_data))
     moved = tree_map_only(Tensor, move, input_data)
-    if isinstance(moved, Mapping):
-        return (), dict(moved)
     return (moved if isinstance(moved, tuple) else (moved,)), {}
 
 
 def _describe(input_data: InputData) -> str:
-    shapes = [f"{tuple(t.shape)} {t.dtype}" for t in _tensors(input_data)]
+    shapes = [f"{tuple(t.shape)} {t.dtype}" for t in tensors_in(input_data)]
     return "tensors of shape " + ", ".join(shapes) if shapes else "no tensors"
+
+
+def _hint(run: nn.Module) -> str:
+    if not any(p.is_meta for p in run.parameters()):
+        return ""
+    return (
+        " The model is on the meta device, where no forward works that looks at values; if this one does, convert "
+        "the model after its weights are loaded."
+    )

@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from amct_lightning import QuantRetrainCallback, RetrainConfig
-from amct_lightning.modules import calibration, input_quantizers
+from amct_lightning.modules import calibration, activation_quantizers
 from tests.callbacks.conftest import Net, loader
 
 out, batch_num = Path(sys.argv[1]), int(sys.argv[2])
@@ -33,8 +33,8 @@ def counted(tensor, *args, **kwargs):
 class Compare(pl.Callback):
     steps = []
     def on_train_batch_end(self, trainer, pl_module, *args):
-        factors = [p.detach() for q in input_quantizers(pl_module).values() for p in (q.clip_max, q.clip_min)]
-        factors += [q.scale for q in input_quantizers(pl_module).values()]
+        factors = [p.detach() for q in activation_quantizers(pl_module).values() for p in (q.clip_max, q.clip_min)]
+        factors += [q.scale for q in activation_quantizers(pl_module).values()]
         mine = torch.stack(factors)
         both = [torch.empty_like(mine) for _ in range(2)]
         dist.all_gather(both, mine)

@@ -10,7 +10,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from amct_lightning import QuantRecord, QuantRetrainCallback
-from amct_lightning.modules import input_quantizers
+from amct_lightning.modules import activation_quantizers
 from tests.callbacks.conftest import Net, TrainerFactory, loader
 
 
@@ -23,7 +23,7 @@ def _groups(make_trainer: TrainerFactory, model: Net, **kwargs: Any) -> list[dic
 def test_clips_get_a_group_without_weight_decay(make_trainer: TrainerFactory) -> None:
     model = Net()
     weights, clips = _groups(make_trainer, model)
-    expected = {id(p) for q in input_quantizers(model).values() for p in (q.clip_max, q.clip_min)}
+    expected = {id(p) for q in activation_quantizers(model).values() for p in (q.clip_max, q.clip_min)}
     assert {id(p) for p in clips["params"]} == expected
     assert not expected & {id(p) for p in weights["params"]}
     assert (weights["weight_decay"], clips["weight_decay"]) == (0.1, 0.0)
