@@ -2,9 +2,9 @@
 
 from amct_lightning.quantizers.activation import ActivationQuantizer
 from amct_lightning.quantizers.base import Quantizer
-from amct_lightning.quantizers.functional import ChannelLayout
 from amct_lightning.quantizers.shift_search import ShiftSearch
 from amct_lightning.quantizers.weight import LearnedWeightQuantizer, WeightQuantizer
+from amct_lightning.quantizers.weight_functional import ChannelLayout
 
 __all__ = [
     "ActivationQuantizer",

@@ -58,16 +58,24 @@ class ActivationQuantizer(Quantizer):
         self.num_bits = num_bits
         self.fixed_min = fixed_min
         self.batch_num = batch_num
-        upper, lower = clip or (1.0, -1.0)
-        self.clip_max = nn.Parameter(torch.tensor(upper, dtype=torch.float32))
-        self.clip_min = nn.Parameter(torch.tensor(lower, dtype=torch.float32))
-        self.register_buffer("clip_max_previous", self.clip_max.detach().clone())
-        self.register_buffer("clip_min_previous", self.clip_min.detach().clone())
-        self.register_buffer("calibrated_batches", torch.tensor(batch_num if clip else 0))
-        self.calibrating = clip is None
+        self.clip = clip
+        self.clip_max = nn.Parameter(torch.zeros((), dtype=torch.float32))
+        self.clip_min = nn.Parameter(torch.zeros((), dtype=torch.float32))
+        self.register_buffer("clip_max_previous", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("clip_min_previous", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("calibrated_batches", torch.tensor(0))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set clips and calibration to what they are before training."""
+        upper, lower = self.clip or (1.0, -1.0)
+        self._store(torch.tensor(upper), torch.tensor(lower))
+        self.calibrated_batches.fill_(self.batch_num if self.clip else 0)
+        self.calibrating = self.clip is None
         self.observed: list[Tensor] = []
         # Not a buffer: DDP would overwrite every rank's flag with that of rank zero.
-        self.nonfinite = torch.tensor(False)
+        self.nonfinite = torch.tensor(False, device=self.clip_max.device)
 
     @property
     def scale(self) -> Tensor:
@@ -124,8 +132,9 @@ class ActivationQuantizer(Quantizer):
         Returns:
             The fake-quantized activations.
         """
-        y = fake_quantize_activation(_float32(x), self.clip_max, self.clip_min, upper, lower, self.num_bits)
-        return y if x.dtype == torch.float32 else y.to(x.dtype)
+        return fake_quantize_activation(
+            x, self.clip_max, self.clip_min, upper, lower, self.num_bits, dtype=torch.float32
+        )
 
     @torch.no_grad()
     def finish_calibration(self, clip_max: Tensor, clip_min: Tensor) -> None:
@@ -193,6 +202,7 @@ class ActivationQuantizer(Quantizer):
     def _after_load(self) -> None:
         self.calibrating = int(self.calibrated_batches) < self.batch_num
         self.observed = []
+        self.nonfinite = torch.zeros_like(self.nonfinite, device=self.clip_max.device)
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(model)``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -14,7 +15,12 @@ class Quantizer(nn.Module):
 
     A float model's checkpoint has no quantizer state; loading it leaves the quantizers as they are, also with
     ``strict=True``. A checkpoint that has only part of a quantizer's state is still an error.
+
+    A quantizer that leaves the meta device, where its values were lost, starts afresh.
     """
+
+    def reset_parameters(self) -> None:
+        """Set the state to what it is before training."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move like any module, but keep the dtype of the factors."""
@@ -23,18 +29,29 @@ class Quantizer(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        was_meta = self._is_meta()
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         self._move_extra(keep_dtype)
+        if was_meta and not self._is_meta():
+            self.reset_parameters()
         return self
+
+    def _is_meta(self) -> bool:
+        return any(t is not None and t.is_meta for t in (*self._parameters.values(), *self._buffers.values()))
 
     def _move_extra(self, move: Callable[[Tensor], Tensor]) -> None:
         """Move tensors that are neither parameters nor buffers."""
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         own = (*self._parameters, *self._buffers)
         if any(prefix + name in state_dict for name in own):
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-            self._after_load()
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+            if not self._is_meta():
+                self._after_load()
+        elif self._is_meta() and local_metadata.get("assign_to_params_buffers"):
+            self.to_empty(device=torch.get_default_device())  # nobody else will take it off the meta device
 
     def _after_load(self) -> None:
         """Bring derived Python state in line with newly loaded tensors."""

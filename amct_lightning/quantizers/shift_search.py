@@ -111,6 +111,10 @@ class ShiftSearch(Quantizer):
         self.batches.zero_()
         self.stale = False
 
+    def reset_parameters(self) -> None:
+        """Forget all batches, as :meth:`reset` does."""
+        self.reset()
+
     def shift_bit(self) -> list[int]:
         """Return the best shifts, or nothing if no batch was seen."""
         return best_shifts(self.errors).tolist() if int(self.batches) else []

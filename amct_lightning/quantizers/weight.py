@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_lightning.quantizers.base import Quantizer
-from amct_lightning.quantizers.functional import (
+from amct_lightning.quantizers.weight_functional import (
     ChannelLayout,
     arq_scale,
     fake_quantize_weight,
@@ -52,6 +52,12 @@ class WeightQuantizer(Quantizer):
 
     def _make_scale(self, scale: Tensor) -> None:
         self.register_buffer("scale", scale)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget the scales; the next forward sets them."""
+        self.scale.fill_(1.0)
+        self.offset.zero_()
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the fake-quantized weight in its own shape and dtype.
@@ -117,6 +123,13 @@ class LearnedWeightQuantizer(WeightQuantizer):
 
     def _make_scale(self, scale: Tensor) -> None:
         self.scale = nn.Parameter(scale)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget the learned scales; the next forward starts from those of the weight."""
+        super().reset_parameters()
+        self.initialized.fill_(False)
+        self.starting = True
 
     def _quantize(self, weight: Tensor) -> Tensor:
         if self.starting:

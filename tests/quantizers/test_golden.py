@@ -10,17 +10,19 @@ from torch import nn
 
 from amct_lightning.modules.registry import LAYER_TYPES
 from amct_lightning.quantizers.functional import (
-    ChannelLayout,
     activation_scale_offset,
-    arq_scale,
     fake_quantize_activation,
-    fake_quantize_weight,
-    fake_quantize_weight_learned,
     guard_scale,
     repair_clips,
-    scale_gradient_factor,
 )
 from amct_lightning.quantizers.ifmr import IfmrResult, ifmr
+from amct_lightning.quantizers.weight_functional import (
+    ChannelLayout,
+    arq_scale,
+    fake_quantize_weight,
+    fake_quantize_weight_learned,
+    scale_gradient_factor,
+)
 from tests.golden_data import OperatorCase, operator_cases
 from tests.golden_exceptions import ULQ_ACT_CASES as RANGE_REPAIRED
 

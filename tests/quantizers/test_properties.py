@@ -8,15 +8,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from amct_lightning.quantizers.functional import (
-    ChannelLayout,
     activation_scale_offset,
-    arq_scale,
     fake_quantize_activation,
-    fake_quantize_weight,
     half_range,
     repair_clips,
 )
 from amct_lightning.quantizers.ifmr import ifmr
+from amct_lightning.quantizers.weight_functional import (
+    ChannelLayout,
+    arq_scale,
+    fake_quantize_weight,
+)
 
 activation_bits = st.sampled_from([4, 8, 16])
 weight_bits = st.sampled_from([4, 8])
