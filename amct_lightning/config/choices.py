@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 class QuantChoices:
     """Settings for all layers, exceptions by layer type and by layer name, and what to leave out.
 
-    For each layer the first of these counts: its entry in ``layers``, the entry of its type in ``types``,
-    ``defaults``. An entry replaces ``defaults`` completely and quantizes the layer even if it is to be skipped.
+    The settings of a layer are the first of these: its entry in ``layers``, the entry of its type in ``types``,
+    ``defaults``; an entry replaces ``defaults`` completely. Whether a layer is quantized: names beat types, and
+    skipping beats settings. So ``skip_layers`` always skips, and ``skip_types`` skips what has no entry in ``layers``.
 
     Args:
         batch_num: The number of training batches that calibrate the clip values, at least 1.
@@ -36,7 +37,8 @@ class QuantChoices:
             stands for anything, also with dots. If several patterns match a layer, the last one counts.
         skip_layers: Patterns of the names of layers that are not quantized.
         skip_types: Class names of layers that are not quantized.
-        exact_names: Whether the names in ``layers`` and ``skip_layers`` are meant literally, not as patterns.
+        amct_rules: Whether the choices mean what they do in AMCT's ``.cfg`` files: names are no patterns, and an
+            entry in ``layers`` or ``types`` quantizes its layers whatever is to be skipped.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -57,7 +59,7 @@ class QuantChoices:
     layers: Mapping[str, LayerConfig] = field(default_factory=dict)
     skip_layers: tuple[str, ...] = ()
     skip_types: tuple[str, ...] = ()
-    exact_names: bool = False
+    amct_rules: bool = False
 
     def __post_init__(self) -> None:
         raise_first(self._faults(), lambda key: f"QuantChoices.{key}")
@@ -82,8 +84,8 @@ class QuantChoices:
 
     def _faults(self) -> Iterator[Fault]:
         yield from run_faults(vars(self))
-        if not isinstance(self.exact_names, bool):
-            yield type_fault("exact_names", "true or false", self.exact_names)
+        if not isinstance(self.amct_rules, bool):
+            yield type_fault("amct_rules", "true or false", self.amct_rules)
         yield from _settings_faults("defaults", self.defaults)
         for key in ("types", "layers"):
             yield from _mapping_faults(key, getattr(self, key))

@@ -46,9 +46,11 @@ def expand(choices: QuantChoices, eligible: Mapping[str, nn.Module], source: str
     layers = {}
     for name, module in eligible.items():
         kind = type(module).__name__
-        is_on = name not in skipped and kind not in choices.skip_types
-        override = by_name.get(name) or choices.types.get(kind)
-        layers[name] = override or (defaults if is_on else _left_out(defaults, module))
+        settings = by_name.get(name) or choices.types.get(kind) or defaults
+        is_skipped = name in skipped or (kind in choices.skip_types and name not in by_name)
+        if choices.amct_rules and settings is not defaults:
+            is_skipped = False  # there, an entry quantizes its layers whatever the skip lists say
+        layers[name] = _left_out(settings, module) if is_skipped else settings
     _check_enabled(layers, source)
     _warn_quantized_anyway([name for name in skipped if layers[name].retrain_enable and name not in by_name], source)
     config = RetrainConfig(
@@ -57,17 +59,17 @@ def expand(choices: QuantChoices, eligible: Mapping[str, nn.Module], source: str
     return config.resolve(eligible, source)
 
 
-def _left_out(defaults: LayerConfig, module: nn.Module) -> LayerConfig:
+def _left_out(settings: LayerConfig, module: nn.Module) -> LayerConfig:
     """Give the settings that a skipped layer shows: those that it would get if it were not skipped."""
-    return replace(without_int4(defaults) if int4_obstacle(module) else defaults, retrain_enable=False)
+    return replace(without_int4(settings) if int4_obstacle(module) else settings, retrain_enable=False)
 
 
 def _overrides_by_name(choices: QuantChoices, eligible: Mapping[str, nn.Module], source: str) -> dict[str, LayerConfig]:
     chosen: dict[str, LayerConfig] = {}
     for pattern, settings in choices.layers.items():
-        matches = _matches(pattern, eligible, choices.exact_names)
+        matches = _matches(pattern, eligible, choices.amct_rules)
         if not matches:
-            raise ValueError(_no_match(pattern, eligible, f"{source}: settings are given for", choices.exact_names))
+            raise ValueError(_no_match(pattern, eligible, f"{source}: settings are given for", choices.amct_rules))
         chosen |= dict.fromkeys(matches, settings)
     return chosen
 
@@ -76,9 +78,9 @@ def _skipped_by_name(choices: QuantChoices, eligible: Mapping[str, nn.Module], s
     _warn_repeated(choices.skip_layers, source)
     skipped: dict[str, None] = {}
     for pattern in choices.skip_layers:
-        matches = _matches(pattern, eligible, choices.exact_names)
+        matches = _matches(pattern, eligible, choices.amct_rules)
         if not matches:
-            raise ValueError(_no_match(pattern, eligible, f"{source}: cannot skip", choices.exact_names))
+            raise ValueError(_no_match(pattern, eligible, f"{source}: cannot skip", choices.amct_rules))
         skipped |= dict.fromkeys(matches)
     return list(skipped)
 

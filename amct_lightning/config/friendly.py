@@ -14,8 +14,8 @@
 
 Everything may be left out. The words inside ``activations`` and ``weights`` are those of the JSON form. An entry of
 ``types`` or ``layers`` gives only what differs from the ``activations`` and ``weights`` at the top; in a ``.cfg``
-file it would replace them completely. ``null`` stands for AMCT's default, also against a value at the top. An entry
-quantizes its layers even if they are to be skipped. Which entry counts: see :class:`QuantChoices`.
+file it would replace them completely. ``null`` stands for AMCT's default, also against a value at the top. Which
+entry counts, and what is skipped: see :class:`QuantChoices`.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def parse_simple_config(text: str, source: str = "config") -> QuantChoices:
         layers=_overrides(root.override_layer_configs, "layer_name", f"{source}: override_layer_configs"),
         skip_layers=(*root.skip_layers, *root.quant_skip_layers),
         skip_types=(*root.skip_layer_types, *root.quant_skip_types),
-        exact_names=True,
+        amct_rules=True,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from amct_lightning.config import DataConfig, LayerConfig, QuantChoices, RetrainConfig, WeightConfig
@@ -84,15 +85,22 @@ def test_skipped_layers_show_the_defaults():
     assert config["head"].retrain_data_config.dst_type == "INT16"
 
 
-def test_an_entry_quantizes_a_layer_that_is_to_be_skipped():
-    by_name = QuantChoices(skip_layers=("head",), skip_types=("Linear",), layers={"head": LayerConfig()})
-    assert enabled(by_name) == ["stem", "head"]
-    by_type = QuantChoices(skip_types=("Linear", "Conv2d"), types={"Conv2d": LayerConfig()})
+def test_names_beat_types_and_skipping_beats_settings():
+    assert enabled(QuantChoices(skip_types=("Linear",), layers={"head": LayerConfig()})) == ["stem", "head"]
+    assert "head" not in enabled(QuantChoices(skip_layers=("head",), types={"Linear": LayerConfig()}))
+    assert "head" not in enabled(QuantChoices(skip_layers=("head",), layers={"h*": LayerConfig()}))
+    assert enabled(QuantChoices(skip_types=("Linear",), types={"Linear": LayerConfig()})) == ["stem"]
+
+
+def test_under_amct_s_rules_an_entry_quantizes_a_layer_that_is_to_be_skipped():
+    skip = {"skip_layers": ("head",), "skip_types": ("Linear",), "amct_rules": True}
+    assert enabled(QuantChoices(layers={"head": LayerConfig()}, **skip)) == ["stem", "head"]
+    by_type = QuantChoices(skip_types=("Linear", "Conv2d"), types={"Conv2d": LayerConfig()}, amct_rules=True)
     assert enabled(by_type) == ["stem"]
 
 
-def test_settings_by_type_beat_the_skipping_of_a_name_with_a_warning():
-    choices = QuantChoices(skip_layers=("head", "stem"), types={"Linear": LayerConfig()})
+def test_under_amct_s_rules_settings_by_type_beat_the_skipping_of_a_name_with_a_warning():
+    choices = QuantChoices(skip_layers=("head", "stem"), types={"Linear": LayerConfig()}, amct_rules=True)
     with pytest.warns(UserWarning, match=r"^config: 'head' is to be skipped but is quantized"):
         assert "head" in enabled(choices)
 
@@ -121,9 +129,9 @@ def test_int4_weights_that_cannot_be_packed_become_int8_with_a_warning():
     assert [layer.retrain_weight_config.dst_type for layer in config.values()] == ["INT8", "INT4"]
 
 
-def test_exact_names_are_no_patterns():
+def test_under_amct_s_rules_names_are_no_patterns():
     with pytest.raises(ValueError, match=r"^my\.cfg: cannot skip layer '\*', but the model has no such layer"):
-        QuantChoices(skip_layers=("*",), exact_names=True).resolve(LAYERS, "my.cfg")
+        QuantChoices(skip_layers=("*",), amct_rules=True).resolve(LAYERS, "my.cfg")
 
 
 def test_a_name_with_characters_of_patterns_fits_itself():
@@ -179,7 +187,7 @@ def test_a_repeated_name_in_a_skip_list_only_warns(field: str):
         ("skip_layers", "head", TypeError),
         ("skip_layers", ["head"], TypeError),
         ("skip_types", (1,), TypeError),
-        ("exact_names", 1, TypeError),
+        ("amct_rules", 1, TypeError),
     ],
 )
 def test_choices_check_themselves(field: str, value: Any, kind: type[Exception]):
@@ -205,13 +213,19 @@ def test_choices_do_not_share_the_dicts_they_were_made_from():
 def expected(choices: QuantChoices, name: str) -> LayerConfig:
     """The rule of precedence, written down a second time."""
     kind = type(LAYERS[name]).__name__
-    for pattern in reversed(list(choices.layers)):
-        if fnmatchcase(name, pattern):
-            return choices.layers[pattern]
-    if kind in choices.types:
-        return choices.types[kind]
-    is_skipped = kind in choices.skip_types or any(fnmatchcase(name, pattern) for pattern in choices.skip_layers)
-    return dataclasses.replace(choices.defaults, retrain_enable=not is_skipped)
+    by_name = [settings for pattern, settings in choices.layers.items() if fits(choices, name, pattern)]
+    by_type = choices.types.get(kind)
+    settings = by_name[-1] if by_name else by_type or choices.defaults
+    named = any(fits(choices, name, pattern) for pattern in choices.skip_layers)
+    if choices.amct_rules:
+        is_skipped = not (by_name or by_type) and (named or kind in choices.skip_types)
+    else:
+        is_skipped = named or (not by_name and kind in choices.skip_types)
+    return dataclasses.replace(settings, retrain_enable=not is_skipped)
+
+
+def fits(choices: QuantChoices, name: str, pattern: str) -> bool:
+    return name == pattern if choices.amct_rules else fnmatchcase(name, pattern)
 
 
 def is_channel_wise_linear(choices: QuantChoices) -> bool:
@@ -222,8 +236,15 @@ def is_channel_wise_linear(choices: QuantChoices) -> bool:
 
 @pytest.mark.filterwarnings("ignore")
 @settings(deadline=None)
-@given(choices=quant_choices(["stem", "blocks.0.fc1", "blocks.*", "*.fc1", "head", "*"], ["Conv2d", "Linear", "GRU"]))
-def test_any_choices_follow_the_rule_and_survive_the_way_through_json(choices: QuantChoices):
+@given(
+    choices=quant_choices(["stem", "blocks.0.fc1", "blocks.*", "*.fc1", "head", "*"], ["Conv2d", "Linear", "GRU"]),
+    amct_rules=st.booleans(),
+)
+def test_any_choices_follow_the_rule_and_survive_the_way_through_json(choices: QuantChoices, amct_rules: bool):
+    if amct_rules:
+        literal = {name: settings for name, settings in choices.layers.items() if name in LAYERS}
+        skipped = tuple(name for name in choices.skip_layers if name in LAYERS)
+        choices = dataclasses.replace(choices, layers=literal, skip_layers=skipped, amct_rules=True)
     assume(not is_channel_wise_linear(choices))
     wanted = {name: expected(choices, name) for name in LAYERS}
     if not any(layer.retrain_enable for layer in wanted.values()):

@@ -99,7 +99,7 @@ class TestMeaning:
         assert parse_choices(raw).layers["fc"] == LayerConfig()
 
     @pytest.mark.parametrize("entry", [None, {}, {"weights": None}])
-    def test_an_empty_entry_quantizes_a_layer_that_is_to_be_skipped(self, entry: Any):
+    def test_an_empty_entry_quantizes_a_layer_whose_type_is_to_be_skipped(self, entry: Any):
         choices = parse_choices({"skip_types": ["Linear"], "layers": {"a": entry}})
         config = choices.resolve({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
         assert [layer.retrain_enable for layer in config.values()] == [True, False]

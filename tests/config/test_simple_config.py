@@ -79,7 +79,7 @@ class TestMeaning:
     """What single fields mean."""
 
     def test_an_empty_text_stands_for_the_defaults(self):
-        assert parse_simple_config("") == QuantChoices(exact_names=True)
+        assert parse_simple_config("") == QuantChoices(amct_rules=True)
 
     def test_the_two_skip_lists_of_a_kind_mean_the_same(self, layers: dict[str, nn.Module]):
         text = 'skip_layers: "conv1" quant_skip_layers: "fc" quant_skip_types: ["Linear"] skip_layer_types: "GRU"'
