@@ -31,6 +31,7 @@ class QATLayer(nn.Module):
         input_quantizer: Quantizer of the layer's input; layers that read one tensor share it.
         weight_quantizer: Quantizer of the layer's weight.
         calibrates_input: Whether this layer is the one that feeds a shared quantizer's calibration.
+        float_is_expected: Whether nobody needs to be told that the layer runs in float.
     """
 
     activation_quantizers: ClassVar[tuple[str, ...]] = ("input_quantizer",)
@@ -39,6 +40,7 @@ class QATLayer(nn.Module):
     input_quantizer: ActivationQuantizer
     weight_quantizer: WeightQuantizer
     calibrates_input: bool
+    float_is_expected: bool = False
 
     @classmethod
     def convert(
@@ -72,8 +74,11 @@ class QATLayer(nn.Module):
 
     @property
     def runs_in_float(self) -> bool:
-        """Whether the layer is evaluated before it is calibrated."""
-        return any(q.calibrating and not q.training for q in map(self.get_quantizer, self.activation_quantizers))
+        """Whether the layer is evaluated before it is calibrated; says so once."""
+        early = any(q.calibrating and not q.training for q in map(self.get_quantizer, self.activation_quantizers))
+        if early and not self.float_is_expected:
+            _warn_float()
+        return early
 
     def get_quantizer(self, name: str) -> ActivationQuantizer:
         """Return an activation quantizer by name."""
@@ -82,7 +87,6 @@ class QATLayer(nn.Module):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer on fake-quantized input and weight; arguments are those of the float layer."""
         if self.runs_in_float:
-            warn_float()
             return cast(Tensor, self.float_forward(input, *args, **kwargs))
         x = self.input_quantizer(input, self.calibrates_input)
         return self._operate(x, self.weight_quantizer(cast(Tensor, self.weight)), *args, **kwargs)
@@ -104,11 +108,10 @@ class QATLinear(QATLayer, nn.Linear):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def warn_float() -> None:
-    """Say once that layers run in float."""
+def _warn_float() -> None:
     # One constant text and place, so that Python's default filter shows it once for all layers.
     warnings.warn(
         "The model is evaluated before its activation quantizers are calibrated: un-calibrated layers run in "
         "float. Train for at least `batch_num` batches, or call amct_lightning.calibrate(model, batches), first.",
-        stacklevel=2,
+        stacklevel=3,
     )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from amct_lightning.modules.layers import QATLayer, warn_float
+from amct_lightning.modules.layers import QATLayer
 from amct_lightning.quantizers import ActivationQuantizer, WeightQuantizer
 
 State = tuple[Tensor, ...]
@@ -55,7 +55,6 @@ class _QATRecurrent(QATLayer):
                 "padded tensor (pad_packed_sequence) and mask the outputs, or set retrain_enable to false for it."
             )
         if self.runs_in_float:
-            warn_float()
             return self.float_forward(input, hx)  # type: ignore[no-any-return]
         batched = input.dim() == 3
         time_axis = 1 if self.batch_first and batched else 0
