@@ -5,6 +5,7 @@ In Lightning the callback does both, and these hooks are not installed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,6 +61,7 @@ class _PlainHook:
         state = tuple(number for tensor in _factors_of(model) for number in (id(tensor), tensor._version))
         if state == self.written_state or find_plan(model) is None:
             return
+        _report_nonfinite(model)
         if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
             QuantRecord.from_model(model).save(self.record_file)
         self.written_state = state
@@ -74,3 +76,17 @@ def _factors_of(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         if not isinstance(module, WeightQuantizer):
             yield from module.buffers(recurse=False)
+
+
+def _report_nonfinite(model: nn.Module) -> None:
+    """Name the layers whose input was NaN or infinite in training since the last look."""
+    quantizers = activation_quantizers(model)
+    found = [name for name, quantizer in quantizers.items() if bool(quantizer.nonfinite)]
+    for name in found:
+        quantizers[name].nonfinite.zero_()
+    if found:
+        warnings.warn(
+            f"NaN or infinite values reached the activation quantizers of {', '.join(found[:8])} in training. Check "
+            "the input data, lower the learning rate, or clip gradients.",
+            stacklevel=2,
+        )

@@ -47,10 +47,10 @@ class _QATRecurrent(QATLayer):
             The outputs of all steps and the last state, in the float layer's shapes.
 
         Raises:
-            TypeError: If the input is a packed sequence.
+            ValueError: If the input is a packed sequence.
         """
         if isinstance(input, PackedSequence):
-            raise TypeError(
+            raise ValueError(
                 f"A quantized {type(self).__name__} got a PackedSequence, which the hardware cannot run. Give the "
                 "padded tensor (pad_packed_sequence) and mask the outputs, or set retrain_enable to false for it."
             )

@@ -149,7 +149,7 @@ def test_one_scale_for_all_stands_in_the_record_once_per_gate(kind: type[nn.RNNB
 def test_a_packed_sequence_is_refused_with_the_remedy(kind: type[nn.RNNBase]) -> None:
     x = torch.randn(5, 3, 4)
     model = quantized(Net(kind), x)
-    with pytest.raises(TypeError, match=r"PackedSequence.*pad_packed_sequence"):
+    with pytest.raises(ValueError, match=r"PackedSequence.*pad_packed_sequence"):
         model(pack_padded_sequence(x, torch.tensor([5, 4, 2])))
 
 
