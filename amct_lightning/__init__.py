@@ -1,19 +1,31 @@
 """Quantization-aware training for Ascend hardware in PyTorch Lightning: one callback, AMCT's formats and numbers."""
 
-from amct_lightning.api import create_quant_retrain_config, create_quant_retrain_model, prepare_qat
+from amct_lightning.api import (
+    create_quant_retrain_config,
+    create_quant_retrain_model,
+    prepare_qat,
+    restore_quant_retrain_model,
+)
 from amct_lightning.callbacks import QuantRetrainCallback
+from amct_lightning.callbacks.loading import load_qat_checkpoint
 from amct_lightning.config import RetrainConfig
+from amct_lightning.migrate import convert_amct_state_dict
 from amct_lightning.modules import quantized_layers
 from amct_lightning.modules.calibration import calibrate
 from amct_lightning.record import QuantRecord
+from amct_lightning.report import conversion_report
 
 __all__ = [
     "QuantRecord",
     "QuantRetrainCallback",
     "RetrainConfig",
     "calibrate",
+    "conversion_report",
+    "convert_amct_state_dict",
     "create_quant_retrain_config",
     "create_quant_retrain_model",
+    "load_qat_checkpoint",
     "prepare_qat",
     "quantized_layers",
+    "restore_quant_retrain_model",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from amct_lightning.graph.plan import attach_plan, make_plan
 from amct_lightning.graph.trace import InputData
 from amct_lightning.modules import convert_layers
 from amct_lightning.plain_hooks import install_hooks
+from amct_lightning.report import conversion_report
 from amct_lightning.restore import read_checkpoint, restore_state, select_state_dict
 
 _logger = logging.getLogger(__name__)
@@ -247,10 +249,22 @@ def prepare_qat(
         allow_reuse=allow_reuse,
         search_n=search_n,
     )
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else _copy(model)
     convert_layers(target, plan)
     attach_plan(target, plan)
     return target
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        warnings.warn(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), so it is converted in place, "
+            "as AMCT does. Use the model that is returned, and no longer the one that was given.",
+            stacklevel=3,
+        )
+        return model
 
 
 def _start_record(converted: nn.Module, record_file: str) -> None:
@@ -258,6 +272,7 @@ def _start_record(converted: nn.Module, record_file: str) -> None:
         _logger.warning("Overwriting the existing record file '%s'.", record_file)
     write_text(record_file, "")
     install_hooks(converted, record_file)
+    _logger.info("The record goes to '%s'. %s", record_file, conversion_report(converted))
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -28,7 +28,9 @@ def install_hooks(model: nn.Module, record_file: str) -> None:
         record_file: The file to write after evaluation passes.
     """
     found = find_plan(model)
-    model.register_forward_hook(_PlainHook(record_file, found[1].config.batch_num if found else 1))
+    hook = _PlainHook(record_file, found[1].config.batch_num if found else 1)
+    hook.calibrating = any(quantizer.calibrating for quantizer in activation_quantizers(model).values())
+    model.register_forward_hook(hook)
 
 
 class _PlainHook:

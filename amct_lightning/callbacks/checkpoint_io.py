@@ -8,10 +8,8 @@ from typing import Any, Protocol
 from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
 from typing_extensions import override
 
+from amct_lightning.callbacks.state import CHECKPOINT_KEY
 from amct_lightning.files import atomic_path, write_text
-
-CHECKPOINT_KEY = "amct_lightning"
-"""Entry of a checkpoint that holds the plan, the calibration state and the record."""
 
 
 class CheckpointOwner(Protocol):

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
-from amct_lightning.callbacks.checkpoint_io import CHECKPOINT_KEY, RecordCheckpointIO
+from amct_lightning.callbacks.checkpoint_io import RecordCheckpointIO
 from amct_lightning.callbacks.checks import (
     check_arguments,
-    describe_difference,
     find_submodule,
     refuse_second,
     warn_left_out,
@@ -23,14 +22,15 @@ from amct_lightning.callbacks.checks import (
 from amct_lightning.callbacks.inputs import BatchToInput, calls_forward, find_input
 from amct_lightning.callbacks.nonfinite import NonfiniteWatch
 from amct_lightning.callbacks.param_groups import move_clips
+from amct_lightning.callbacks.state import CHECKPOINT_KEY, adopt_plan, make_entry, record_text, restore_observed
 from amct_lightning.config import QuantChoices, RetrainConfig, config_source, load_config
 from amct_lightning.files import check_writable, write_text
-from amct_lightning.graph.plan import QuantPlan, attach_plan, find_plan, make_plan
+from amct_lightning.graph.plan import attach_plan, find_plan, make_plan
 from amct_lightning.graph.trace import InputData
-from amct_lightning.modules import activation_quantizers, convert_layers, learned_factors
+from amct_lightning.modules import QATLayer, activation_quantizers, convert_layers, learned_factors, quantized_layers
 from amct_lightning.modules.calibration import synchronize_calibration
 from amct_lightning.modules.shift_hook import shift_searches, synchronize_shift_search
-from amct_lightning.record import QuantRecord
+from amct_lightning.report import conversion_report
 
 
 class QuantRetrainCallback(Callback):
@@ -71,6 +71,7 @@ class QuantRetrainCallback(Callback):
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from amct_lightning import QuantRecord, QuantRetrainCallback
         >>> import tempfile
         >>> folder = tempfile.mkdtemp()
         >>> callback = QuantRetrainCallback(record_file=folder + "/record.txt")
@@ -144,6 +145,16 @@ class QuantRetrainCallback(Callback):
         warn_left_out(trainer.optimizers, clips)
 
     @override
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the sanity check run uncalibrated layers in float without a warning."""
+        self._expect_float(True)
+
+    @override
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn again of evaluations before the calibration."""
+        self._expect_float(False)
+
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted; start the search of the shifts anew."""
         self._start_shift_search(enabled=not trainer.sanity_checking)
@@ -206,14 +217,14 @@ class QuantRetrainCallback(Callback):
             self._watch.check()
         self._is_training = False
         if trainer.is_global_zero:
-            self.record_saved(self._record_text())
+            self.record_saved(record_text(self._converted()))
         trainer.strategy.barrier("QuantRetrainCallback.on_train_end")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the record of the last good state: the present one, or the last written if that is unusable."""
         if self._is_training and trainer.is_global_zero:
-            self.record_saved(self._record_text())
+            self.record_saved(record_text(self._converted()))
         self._is_training = False
 
     @override
@@ -230,24 +241,13 @@ class QuantRetrainCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take back batches that a calibration in progress had observed."""
-        state = checkpoint.get(CHECKPOINT_KEY, {})
-        self._calibration_steps = state.get("calibration_steps", 0)
-        observed = state.get("observed", {})
-        for name, quantizer in activation_quantizers(self._converted()).items():
-            quantizer.observed = [batch.to(quantizer.clip_max.device) for batch in observed.get(name, [])]
+        entry = checkpoint.get(CHECKPOINT_KEY, {})
+        self._calibration_steps = entry.get("calibration_steps", 0)
+        restore_observed(self._converted(), entry)
 
     def checkpoint_state(self) -> dict[str, Any] | None:
         """Return what a checkpoint has to hold beside the weights, or ``None`` without a converted model."""
-        found = find_plan(self._model) if self._model is not None else None
-        if found is None:
-            return None
-        observed = {name: q.observed for name, q in activation_quantizers(found[0]).items() if q.observed}
-        return {
-            "plan": found[1].to_dict(),
-            "record": self._record_text(),
-            "calibration_steps": self._calibration_steps,
-            "observed": observed,
-        }
+        return None if self._model is None else make_entry(self._model, self.submodule, self._calibration_steps)
 
     def record_saved(self, text: str | None) -> None:
         """Write ``record_file``; without a usable record the last written one stays.
@@ -268,21 +268,9 @@ class QuantRetrainCallback(Callback):
         Raises:
             ValueError: If model and checkpoint are quantized differently.
         """
-        if state is None or self._model is None:
-            return
-        plan = QuantPlan.from_dict(state["plan"], source)
-        found = find_plan(self._model)
-        if found is None:
-            convert_layers(self._model, plan)
-            attach_plan(self._model, plan)
+        if state is not None and self._model is not None:
+            adopt_plan(self._model, state, source)
             self._missing_config = None
-        elif found[1] != plan:
-            raise ValueError(
-                f"The checkpoint '{source}' was quantized differently from the model: "
-                f"{describe_difference(found[1], plan)}. "
-                "Resume with the configuration of the checkpoint (leave the config file away and it is taken from "
-                "the checkpoint), or start a new run with the new configuration."
-            )
 
     def _convert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
         try:
@@ -294,11 +282,8 @@ class QuantRetrainCallback(Callback):
         plan = make_plan(model, config, input_data, run, source, self.allow_reuse, self.search_n)
         convert_layers(model, plan)
         attach_plan(model, plan)
-        enabled = len(plan.layers)
-        rank_zero_info(
-            f"QuantRetrainCallback: {enabled} of {len(plan.config)} layers are quantized in training; "
-            f"the record goes to '{self._record_path}'."
-        )
+        report = conversion_report(model)
+        rank_zero_info(f"QuantRetrainCallback: the record goes to '{self._record_path}'. {report}")
 
     def _run_and_input(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module
@@ -314,6 +299,10 @@ class QuantRetrainCallback(Callback):
             inner.owner = self
         else:
             trainer.strategy.checkpoint_io = RecordCheckpointIO(inner, self)
+
+    def _expect_float(self, expected: bool) -> None:
+        for layer in quantized_layers(self._converted()).values():
+            cast(QATLayer, layer).float_is_expected = expected
 
     def _start_shift_search(self, enabled: bool) -> None:
         for search in shift_searches(self._converted()):
@@ -337,13 +326,3 @@ class QuantRetrainCallback(Callback):
 
     def _quantizers(self) -> list[Any]:
         return list(activation_quantizers(self._converted()).values())
-
-    def _record_text(self) -> str | None:
-        """Return the present record, or ``None`` while calibrating or when a factor is not finite."""
-        if self._model is None or any(q.calibrating for q in self._quantizers()):
-            return None
-        try:
-            return QuantRecord.from_model(self._model).to_text()
-        except ValueError as error:
-            rank_zero_warn(f"The record was not written, the last good one stays: {error}")
-            return None

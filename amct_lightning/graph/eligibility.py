@@ -14,6 +14,8 @@ from amct_lightning.graph.float_model import check_float_model
 from amct_lightning.graph.trace import Call, InputData, Trace, observe
 from amct_lightning.modules.registry import LAYER_TYPES
 
+NOT_REACHED = "never called with the given input_data"
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -94,6 +96,19 @@ def eligible_layers(model: nn.Module, input_data: InputData) -> dict[str, nn.Mod
     }
 
 
+def supported_class(layer: nn.Module) -> type[nn.Module]:
+    """Return the supported float class that a layer, float or quantized, is of or derives from.
+
+    Args:
+        layer: A candidate, before or after the conversion.
+
+    Example:
+        >>> supported_class(nn.LazyLinear(2)).__name__
+        'Linear'
+    """
+    return next(kind for kind in LAYER_TYPES if isinstance(layer, kind))
+
+
 def _observe_layers(model: nn.Module, run: nn.Module, input_data: InputData) -> Trace:
     """Observe a forward around the layers of exactly the supported types; once more if the first one built some."""
     may_become = _exact_layers(model)
@@ -112,19 +127,18 @@ def _exact_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _class_reason(layer: nn.Module) -> str | None:
-    base = next(kind.__name__ for kind in LAYER_TYPES if isinstance(layer, kind))
     if isinstance(layer, LazyModuleMixin):
-        return "never called, so it is still a lazy layer without weights"
+        return NOT_REACHED
     if parametrize.is_parametrized(layer):
         names = ", ".join(f"'{name}'" for name in layer.parametrizations)  # type: ignore[union-attr]
         return (
-            f"its {names} is computed by a parametrization, such as a weight norm; make it permanent with "
-            "torch.nn.utils.parametrize.remove_parametrizations(layer, name)"
+            f"{names} is computed by a parametrization (e.g. weight norm); remove_parametrizations makes it permanent"
         )
     if type(layer) not in LAYER_TYPES:
+        base = supported_class(layer).__name__
         return f"is a {type(layer).__name__}, a subclass of {base}; only the exact class is quantized, as in AMCT"
     if "forward" in vars(layer):
-        return "its forward was replaced on the object, so a quantized one would never run; remove that wrapper first"
+        return "its forward was replaced on the object, so a quantized one would never run; undo that first"
     return None
 
 
@@ -132,12 +146,11 @@ def _weight_reason(layer: nn.Module) -> str | None:
     for name, weight in zip(LAYER_TYPES[type(layer)].twin.weight_quantizers.values(), _weights(layer), strict=True):
         if not isinstance(weight, nn.Parameter):
             return (
-                f"its '{name}' is not a parameter but computed before each call, as old-style weight norm, spectral "
-                "norm and pruning do; make it permanent with remove_weight_norm, remove_spectral_norm or prune.remove "
-                "of torch.nn.utils"
+                f"'{name}' is no parameter but computed before each call (weight norm, spectral norm, pruning); "
+                "remove_weight_norm, remove_spectral_norm or prune.remove makes it permanent"
             )
         if not weight.is_floating_point():
-            return f"its '{name}' is {weight.dtype}, only real floating-point weights are quantized"
+            return f"'{name}' is {weight.dtype}; only real floating-point weights are quantized"
     return None
 
 
@@ -145,11 +158,11 @@ def _call_reason(name: str, calls: list[Call], trace: Trace, allow_reuse: bool) 
     if not name:
         return "it is the model itself, so it has no name for the record; put it into a module, e.g. nn.Sequential"
     if not calls and name in trace.read_from_outside:
-        return "never called: other code reads its weight, as F.linear(x, layer.weight) does; call the layer instead"
+        return "never called: other code reads its weight, as in F.linear(x, layer.weight); call the layer instead"
     if not calls:
-        return "never called with the given input_data"
+        return NOT_REACHED
     if len(calls) > 1 and not allow_reuse:
-        return f"called {len(calls)} times; allow_reuse=True quantizes it all the same"
+        return f"called {len(calls)} times; quantized only with allow_reuse=True"
     return None
 
 

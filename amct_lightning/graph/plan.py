@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from amct_lightning.config import LayerConfig, QuantChoices, RetrainConfig
-from amct_lightning.graph.eligibility import Candidate, find_candidates
+from amct_lightning.graph.eligibility import Candidate, find_candidates, supported_class
 from amct_lightning.graph.trace import InputData, Trace, Value
 from amct_lightning.modules.registry import LAYER_TYPES
 
@@ -51,7 +51,7 @@ class RefusedLayer:
 
     Attributes:
         name: Dotted name of the layer in the model.
-        type: Name of its class.
+        type: Name of the supported class that it is of or derives from.
         reason: Why it stays in float.
     """
 
@@ -151,7 +151,7 @@ def make_plan(
         [('0', False), ('2', True)]
     """
     candidates, trace = find_candidates(model, input_data, run, allow_reuse)
-    named = frozenset[str]() if config is None else config.named_layers
+    named = frozenset(() if config is None else config.layers)
     _refuse_named(named, candidates, model, source)
     refused = _refused_layers(candidates, named)
     eligible = {name: c.layer for name, c in candidates.items() if name not in refused}
@@ -205,7 +205,7 @@ def _refused_layers(candidates: Mapping[str, Candidate], named: frozenset[str]) 
         if reason is None and name not in named and not LAYER_TYPES[kind].by_default:
             reason = f"AMCT does not know {kind.__name__}, so it is quantized only if the config names it"
         if reason is not None:
-            refused[name] = RefusedLayer(name, kind.__name__, reason)
+            refused[name] = RefusedLayer(name, supported_class(candidate.layer).__name__, reason)
     return refused
 
 

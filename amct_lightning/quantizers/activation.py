@@ -182,7 +182,7 @@ class ActivationQuantizer(Quantizer):
     @torch.no_grad()
     def _observe(self, values: Tensor, observe: bool, preview: Tensor) -> tuple[Tensor, Tensor]:
         values = values.detach()
-        if observe and values.numel():
+        if observe and values.numel() and not _in_backward():
             last = len(self.observed) + 1 >= self.batch_num
             # An in-place operation of the model may rewrite its activations, so batches kept for later are copies.
             self.observed.append(values if last else values.clone())
@@ -208,6 +208,11 @@ class ActivationQuantizer(Quantizer):
         """Show the settings in ``print(model)``."""
         state = "calibrating" if self.calibrating else "calibrated"
         return f"num_bits={self.num_bits}, fixed_min={self.fixed_min}, {state}"
+
+
+def _in_backward() -> bool:
+    """Tell whether this forward repeats an earlier one for the backward pass, as gradient checkpointing does."""
+    return torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself goes by
 
 
 def _float32(x: Tensor) -> Tensor:

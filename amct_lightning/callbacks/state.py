@@ -1,0 +1,88 @@
+"""What a checkpoint holds of a quantized model beside its tensors: writing it, and bringing a model into it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from amct_lightning.callbacks.checks import describe_difference
+from amct_lightning.graph.plan import QuantPlan, attach_plan, find_plan
+from amct_lightning.modules import activation_quantizers, convert_layers
+from amct_lightning.record import QuantRecord
+
+CHECKPOINT_KEY = "amct_lightning"
+"""Entry of a checkpoint that holds the plan, the calibration state and the record."""
+
+
+def make_entry(model: nn.Module, submodule: str | None, calibration_steps: int) -> dict[str, Any] | None:
+    """Return the entry of a checkpoint, plain data and tensors, or ``None`` if ``model`` is not converted.
+
+    Args:
+        model: The converted module.
+        submodule: Its name in the LightningModule, ``None`` if it is all of it.
+        calibration_steps: Number of training batches so far.
+    """
+    found = find_plan(model)
+    if found is None:
+        return None
+    return {
+        "plan": found[1].to_dict(),
+        "submodule": submodule,
+        "record": record_text(model),
+        "calibration_steps": calibration_steps,
+        "observed": {name: q.observed for name, q in activation_quantizers(model).items() if q.observed},
+    }
+
+
+def adopt_plan(model: nn.Module, entry: dict[str, Any], source: str) -> None:
+    """Convert a float model as the checkpoint's plan says; refuse a model that was converted differently.
+
+    Args:
+        model: The module, float or converted.
+        entry: What :func:`make_entry` gave.
+        source: The checkpoint's path, for messages.
+
+    Raises:
+        ValueError: If model and checkpoint are quantized differently, or the plan is damaged.
+    """
+    plan = QuantPlan.from_dict(entry["plan"], source)
+    found = find_plan(model)
+    if found is None:
+        convert_layers(model, plan)
+        attach_plan(model, plan)
+    elif found[1] != plan:
+        raise ValueError(
+            f"The checkpoint '{source}' was quantized differently from the model: "
+            f"{describe_difference(found[1], plan)}. "
+            "Resume with the configuration of the checkpoint (leave the config file away and it is taken from "
+            "the checkpoint), or start a new run with the new configuration."
+        )
+
+
+def restore_observed(model: nn.Module, entry: dict[str, Any]) -> None:
+    """Take back the batches that a calibration in progress had observed.
+
+    Args:
+        model: The converted module, its tensors loaded.
+        entry: What :func:`make_entry` gave.
+    """
+    observed = entry.get("observed", {})
+    for name, quantizer in activation_quantizers(model).items():
+        quantizer.observed = [batch.to(quantizer.clip_max.device) for batch in observed.get(name, [])]
+
+
+def record_text(model: nn.Module) -> str | None:
+    """Return the present record, or ``None`` while calibrating or when a factor is not finite.
+
+    Args:
+        model: The converted module.
+    """
+    if any(quantizer.calibrating for quantizer in activation_quantizers(model).values()):
+        return None
+    try:
+        return QuantRecord.from_model(model).to_text()
+    except ValueError as error:
+        rank_zero_warn(f"The record was not written, the last good one stays: {error}")
+        return None

@@ -1,0 +1,235 @@
+"""What the conversion did to a model, layer by layer, as a table for people; and what of it is worth a second look."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from amct_lightning.config.checks import abbreviated
+from amct_lightning.graph.eligibility import NOT_REACHED, supported_class
+from amct_lightning.graph.plan import LayerPlan, QuantPlan, find_plan
+
+_NARROW = 17
+_WIDTH_OF_LOGS = 120
+_LEAST_WIDTH = 60
+_NOTES_WIDTH = 22
+_GAP = 2
+_LEGEND = "A8W8: bits of activations and weights; ARQ, ULQ: weight scales, /ch: per channel"
+# A line below the titles, in ASCII: any log file can hold it.
+_BOX = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One layer of a supported type. Of a layer in float only the name, the type and the reason are known.
+
+    Attributes:
+        name: Its dotted name, as in the config and the record.
+        type: Name of its float class.
+        bits: Widths of activations and weights, such as ``"A8W8"``.
+        weight_algo: ``"arq_retrain"`` or ``"ulq_retrain"``.
+        channel_wise: Whether each output channel has its own weight scale.
+        fixed_min: Whether the lower end of its input range stays 0.
+        batch_norm: Name of the BatchNorm whose factor its weight scales in the record contain.
+        shares_with: Names of the other layers that use the same activation quantizer.
+        calls: How often it is called in one forward.
+        reason: Why it stays in float; ``None`` if it is quantized.
+    """
+
+    name: str
+    type: str
+    bits: str = ""
+    weight_algo: str = ""
+    channel_wise: bool = False
+    fixed_min: bool = False
+    batch_norm: str | None = None
+    shares_with: tuple[str, ...] = ()
+    calls: int = 1
+    reason: str | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the layer is quantized."""
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """The result of a conversion; ``print`` shows it as a table, rich in colours.
+
+    Attributes:
+        rows: One per layer of a supported type, in module order.
+        warnings: What often costs accuracy or speed, one line per kind.
+    """
+
+    rows: tuple[ReportRow, ...]
+    warnings: tuple[str, ...] = ()
+
+    def __rich__(self) -> RenderableType:
+        """Give rich what it shows."""
+        quantized = sum(row.quantized for row in self.rows)
+        head = f"{quantized} of {len(self.rows)} layers are quantized ({_LEGEND}).\n"
+        notes = "\n".join(f"Note: {warning}." for warning in self.warnings)
+        return Group(Text(head), _LayerTable(self.rows), *([Text(f"\n{notes}", style="yellow")] if notes else []))
+
+    def __str__(self) -> str:
+        """Give the table as plain text that fits the terminal."""
+        width = max(_LEAST_WIDTH, shutil.get_terminal_size((_WIDTH_OF_LOGS, 24)).columns)
+        console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def conversion_report(model: nn.Module) -> ConversionReport:
+    """Tell what the conversion did to each layer of a model.
+
+    Args:
+        model: A converted model, or a wrapper around one such as a LightningModule.
+
+    Returns:
+        The report; ``print`` it.
+
+    Raises:
+        ValueError: If the model is not converted.
+
+    Example:
+        >>> import torch
+        >>> from amct_lightning import prepare_qat
+        >>> model = nn.Sequential(nn.Conv2d(32, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4))
+        >>> report = conversion_report(prepare_qat(model, {"skip_layers": ["4"]}, torch.randn(1, 32, 3, 3)))
+        >>> [(row.name, row.bits, row.batch_norm, row.reason) for row in report.rows]
+        [('0', 'A8W8', '1', None), ('4', '', None, 'disabled in the config')]
+    """
+    found = find_plan(model)
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} is not converted, so there is nothing to report. Convert it first, e.g. with "
+            "prepare_qat(model, config, input_data)."
+        )
+    root, plan = found
+    modules: dict[str, nn.Module] = dict(root.named_modules())
+    rows = {layer.name: ReportRow(layer.name, layer.type, reason=layer.reason) for layer in plan.refused}
+    planned = {layer.name: layer for layer in plan.layers}
+    for name in plan.config:
+        kind = supported_class(modules[name]).__name__
+        rows[name] = (
+            _quantized_row(planned[name], kind, plan)
+            if name in planned
+            else ReportRow(name, kind, reason="disabled in the config")
+        )
+    ordered = tuple(rows[name] for name in modules if name in rows)
+    return ConversionReport(ordered, tuple(_warnings(ordered, plan, modules)))
+
+
+def _quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan) -> ReportRow:
+    data, weight = plan.config[layer.name].retrain_data_config, plan.config[layer.name].retrain_weight_config
+    return ReportRow(
+        name=layer.name,
+        type=kind,
+        bits=f"A{data.num_bits}W{weight.num_bits}",
+        weight_algo=weight.algo,
+        channel_wise=bool(weight.channel_wise),
+        fixed_min=layer.fixed_min,
+        batch_norm=layer.batch_norm,
+        shares_with=tuple(
+            other.name
+            for other in plan.layers
+            if other.shares_input_of == layer.shares_input_of and other.name != layer.name
+        ),
+        calls=layer.calls,
+    )
+
+
+class _LayerTable:
+    """The rows as a table that breaks names at their dots where the width demands it."""
+
+    def __init__(self, rows: tuple[ReportRow, ...]) -> None:
+        self.cells = [(row.name, row.type, _settings(row), _notes(row)) for row in rows]
+        self.quantized = [row.quantized for row in rows]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        longest = [max((len(cell) for cell in column), default=0) for column in zip(*self.cells, strict=True)]
+        free = options.max_width - max(longest[1], 4) - max(longest[2], 9) - 3 * _GAP
+        notes = min(longest[3], max(_NOTES_WIDTH, free - longest[0]))
+        table = Table(box=_BOX, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
+        for title in ("Layer", "Type", "Quantized"):
+            table.add_column(title, no_wrap=True)
+        table.add_column("Notes", overflow="fold")
+        for (name, *others), quantized in zip(self.cells, self.quantized, strict=True):
+            table.add_row(*map(Text, (_broken(name, free - notes), *others)), style=None if quantized else "dim")
+        yield table
+
+
+def _broken(name: str, width: int) -> str:
+    """Break a dotted name before dots so that its lines are no longer than ``width``, if its components allow that."""
+    lines = [""]
+    for part in name.replace(".", "\n.").splitlines():
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append(" ")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _settings(row: ReportRow) -> str:
+    if not row.quantized:
+        return "float"
+    return f"{row.bits} {row.weight_algo.split('_')[0].upper()}{'/ch' if row.channel_wise else ''}"
+
+
+def _notes(row: ReportRow) -> str:
+    if row.reason is not None:
+        return row.reason
+    notes = []
+    if row.fixed_min:
+        notes.append("input >= 0")
+    if row.batch_norm is not None:
+        notes.append(f"folds {_relative(row.batch_norm, row.name)}")
+    if row.shares_with:
+        notes.append(f"shares input with {', '.join(_relative(name, row.name) for name in row.shares_with)}")
+    if row.calls > 1:
+        notes.append(f"called {row.calls} times")
+    return "; ".join(notes)
+
+
+def _relative(name: str, to: str) -> str:
+    """Leave out what a name has in common with its neighbour's, whole components only."""
+    parts, others = name.split("."), to.split(".")
+    common = 0
+    while common < min(len(parts), len(others)) - 1 and parts[common] == others[common]:
+        common += 1
+    return ".".join(parts[common:])
+
+
+def _warnings(rows: tuple[ReportRow, ...], plan: QuantPlan, modules: dict[str, nn.Module]) -> Iterator[str]:
+    def quantized(condition: Callable[[ReportRow, nn.Module], bool]) -> list[str]:
+        return [row.name for row in rows if row.quantized and condition(row, modules[row.name])]
+
+    if names := quantized(lambda _, layer: _input_channels(layer) < _NARROW):
+        yield (
+            f"fewer than {_NARROW} input channels: often loses more accuracy than it saves time: {abbreviated(names)}"
+        )
+    if names := quantized(lambda row, _: row.name in plan.ends):
+        yield f"first or last layer is quantized: these are commonly kept in higher precision: {abbreviated(names)}"
+    if names := quantized(lambda row, layer: _is_depthwise(layer) and not row.channel_wise):
+        yield f"depthwise with one weight scale for all channels: channel_wise is more accurate: {abbreviated(names)}"
+    if names := [row.name for row in rows if row.reason == NOT_REACHED]:
+        yield f"never reached by input_data, so in float: give one that reaches all branches: {abbreviated(names)}"
+
+
+def _input_channels(layer: nn.Module) -> int:
+    sizes = (getattr(layer, name, None) for name in ("in_channels", "in_features", "input_size"))
+    return int(next(size for size in sizes if size is not None))
+
+
+def _is_depthwise(layer: nn.Module) -> bool:
+    groups = getattr(layer, "groups", 1)
+    return bool(groups > 1 and groups == getattr(layer, "in_channels", None))
