@@ -8,7 +8,7 @@ from amct_lightning.api import (
 )
 from amct_lightning.callbacks import QuantRetrainCallback
 from amct_lightning.callbacks.loading import load_qat_checkpoint
-from amct_lightning.config import RetrainConfig
+from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.migrate import convert_amct_state_dict
 from amct_lightning.modules import quantized_layers
 from amct_lightning.modules.calibration import calibrate
@@ -16,6 +16,7 @@ from amct_lightning.record import QuantRecord
 from amct_lightning.report import conversion_report
 
 __all__ = [
+    "QuantChoices",
     "QuantRecord",
     "QuantRetrainCallback",
     "RetrainConfig",

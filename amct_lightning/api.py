@@ -214,7 +214,7 @@ def prepare_qat(
             ``.cfg`` or YAML file, or the content of a JSON or YAML one as a dict. ``None`` quantizes every layer that
             can be, with AMCT's defaults.
         input_data: Input for which the model works: a tensor, a tuple of positional arguments or a mapping of
-            keyword arguments. It only shows the data flow.
+            keyword arguments. It only shows the data flow; layers that it does not reach stay in float.
         inplace: Convert ``model`` itself instead of a copy.
         source: What the config is called in messages; by default its path.
         allow_reuse: Also quantize layers that are called several times in one forward, with one set of factors for

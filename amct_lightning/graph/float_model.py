@@ -54,12 +54,12 @@ def _obstacle(module: nn.Module) -> str | None:
     if "_orig_mod" in module._modules:
         return (
             "was compiled with torch.compile before its layers were replaced. Give the module that was compiled (its "
-            "attribute _orig_mod), and compile the converted model."
+            "attribute _orig_mod), and compile the converted model; with a Trainer, in on_fit_start."
         )
     if module._compiled_call_impl is not None:
         return (
             f"was compiled in place ({kind}.compile()) before its layers were replaced. Call compile() on the "
-            "converted model instead."
+            "converted model instead; with a Trainer, in on_fit_start."
         )
     if isinstance(module, nn.parallel.DistributedDataParallel) or kind == "FullyShardedDataParallel":
         return (

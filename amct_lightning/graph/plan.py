@@ -106,8 +106,8 @@ class QuantPlan:
                 RetrainConfig.from_dict(data["config"], source),
                 tuple(LayerPlan(**layer) for layer in data["layers"]),
                 data["search_n"],
-                tuple(RefusedLayer(**layer) for layer in data["refused"]),
-                tuple(data["ends"]),
+                tuple(RefusedLayer(**layer) for layer in data.get("refused", ())),
+                tuple(data.get("ends", ())),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -130,7 +130,8 @@ def make_plan(
     Args:
         model: The float model.
         config: The user's choices; ``None`` quantizes every eligible layer with the defaults.
-        input_data: Input for which the model works.
+        input_data: Input for which the model works. Layers that it does not reach, such as the experts that it is
+            not routed to, stay in float: the range of their inputs could only be guessed.
         run: The module to call, if it is one that contains ``model``.
         source: Where the config comes from, for messages.
         allow_reuse: Whether layers that are called several times in one forward are quantized, with one set of

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.nn.parameter import is_lazy
 
 from amct_lightning.graph.tensors import tensors_in
 
@@ -89,7 +89,7 @@ def _buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def _copy(buffer: Tensor | None) -> Tensor | None:
-    return None if buffer is None or isinstance(buffer, UninitializedTensorMixin) else buffer.detach().clone()
+    return None if buffer is None or is_lazy(buffer) else buffer.detach().clone()
 
 
 def _same(buffer: Tensor, content: Tensor) -> bool:

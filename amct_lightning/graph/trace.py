@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented way to write a dispatch mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -192,7 +193,8 @@ class _Observer(TorchDispatchMode):
     def find_outside_readers(self, watched: Mapping[str, nn.Module]) -> None:
         """Note whose parameters other code has read, for example ``F.linear(x, layer.weight)``."""
         for name, layer in watched.items():
-            values = [self._values.get((id(p), _version(p))) for p in layer.parameters(recurse=False)]
+            parameters = [p for p in layer.parameters(recurse=False) if not is_lazy(p)]
+            values = [self._values.get((id(p), _version(p))) for p in parameters]
             if any(value.readers - {name} for value in values if value is not None):
                 self.trace.read_from_outside.add(name)
 

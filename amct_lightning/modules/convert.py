@@ -40,6 +40,8 @@ def convert_layers(model: nn.Module, plan: QuantPlan) -> None:
             # Its fused evaluation path would read the weights directly and pass the quantizers by; this public
             # attribute is one of the conditions of that path.
             module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # nested tensors cannot be rounded
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
