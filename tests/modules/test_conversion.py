@@ -216,3 +216,15 @@ def test_calibrate_leaves_calibrated_quantizers_alone(model: Branches, x: Tensor
     before = state(converted)
     calibrate(converted, [x * 5])
     assert same(state(converted), before)
+
+
+def test_a_transformer_encoder_evaluates_with_padding_as_it_trains() -> None:
+    """Its nested-tensor path, which a padding mask switches on in evaluation, has no rounding."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    converted = prepare_qat(nn.TransformerEncoder(layer, 2), None, (x,)).train()
+    calibrate(converted, [x])
+    trained = converted.train()(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        evaluated = converted.eval()(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(evaluated[~padding], trained[~padding], rtol=1e-4, atol=1e-4)
