@@ -48,7 +48,7 @@ def test_the_lightning_script(tmp_path: Path) -> None:
 
 def test_the_script_without_lightning(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(blocks("plain"))
-    assert "INT8" in run(tmp_path, "script.py")
+    assert "A8W8" in run(tmp_path, "script.py")
     assert list(QuantRecord.load(tmp_path / "record.txt")) == ["0", "4"]
 
 
