@@ -163,6 +163,13 @@ def test_autocast_trains_with_the_factors_of_float32(qat: Converted, dtype: torc
         assert torch.equal(quantizer.scale, quantizer.compute_scale(getattr(qat.layer, parameter)))
 
 
+def test_differentiating_twice_is_refused_clearly(qat8: Converted) -> None:
+    x = qat8.x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(qat8.model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
 @pytest.fixture(params=[case for case in LAYERS if len(case.shape) > 1], ids=lambda case: case.name)
 def batched(request: pytest.FixtureRequest) -> Converted:
     return converted(request.param)
