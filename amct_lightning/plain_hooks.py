@@ -85,7 +85,7 @@ def _report_nonfinite(model: nn.Module) -> None:
     quantizers = activation_quantizers(model)
     found = [name for name, quantizer in quantizers.items() if bool(quantizer.nonfinite)]
     for name in found:
-        quantizers[name].nonfinite.zero_()
+        quantizers[name].forget_nonfinite()
     if found:
         warnings.warn(
             f"NaN or infinite values reached the activation quantizers of {', '.join(found[:8])} in training. Check "

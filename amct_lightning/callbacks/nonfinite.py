@@ -60,14 +60,14 @@ class NonfiniteWatch:
         self.steps.clear()
         self._ages = torch.zeros_like(self._ages)
         for quantizer in self.quantizers.values():
-            quantizer.nonfinite.zero_()
+            quantizer.forget_nonfinite()
         if found:
             self.reported.update(found)
             self._report(found)
 
     def _flags(self) -> Tensor:
-        flags = [quantizer.nonfinite for quantizer in self.quantizers.values()]
-        return torch.stack([flag.to(flags[0].device, non_blocking=True) for flag in flags])
+        poisons = [quantizer.poison for quantizer in self.quantizers.values()]
+        return torch.isnan(torch.stack([poison.to(poisons[0].device, non_blocking=True) for poison in poisons]))
 
     def _report(self, found: dict[str, int]) -> None:
         first = min(found.values())

@@ -35,7 +35,7 @@ class ActivationQuantizer(Quantizer):
         clip_max: Learned upper clip, 0-d float32 parameter.
         clip_min: Learned lower clip, 0-d float32 parameter.
         calibrating: Whether batches are still to be observed.
-        nonfinite: Whether a NaN or infinite value was seen in training, 0-d bool; whoever reads it resets it.
+        poison: 0, or NaN once a NaN or infinite value was seen in training, 0-d float32.
 
     Example:
         >>> quantizer = ActivationQuantizer(num_bits=8, clip=(2.55, -1e-9), fixed_min=True)
@@ -75,7 +75,7 @@ class ActivationQuantizer(Quantizer):
         self.calibrating = self.clip is None
         self.observed: list[Tensor] = []
         # Not a buffer: DDP would overwrite every rank's flag with that of rank zero.
-        self.nonfinite = torch.tensor(False, device=self.clip_max.device)
+        self.poison = torch.zeros((), device=self.clip_max.device)
 
     @property
     def scale(self) -> Tensor:
@@ -161,22 +161,38 @@ class ActivationQuantizer(Quantizer):
 
     @torch.no_grad()
     def _store(self, upper: Tensor, lower: Tensor) -> None:
-        self.clip_max.copy_(upper)
-        self.clip_min.copy_(lower)
-        self.clip_max_previous.copy_(upper)
-        self.clip_min_previous.copy_(lower)
+        # One launch for the four; a foreach operator is native on every device that the package is for.
+        torch._foreach_copy_(
+            [self.clip_max, self.clip_min, self.clip_max_previous, self.clip_min_previous],
+            [upper, lower, upper, lower],
+        )
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Whether a NaN or infinite value was seen in training, 0-d bool; :meth:`forget_nonfinite` resets it."""
+        return torch.isnan(self.poison)
 
     @torch.no_grad()
-    def watch(self, *tensors: Tensor) -> None:
-        """Raise the flag ``nonfinite``, without reading it, if a value is NaN or infinite.
+    def forget_nonfinite(self) -> None:
+        """Start anew to look for NaN and infinite values."""
+        self.poison.zero_()
+
+    @torch.no_grad()
+    def watch(self, values: Tensor, upper: Tensor | None = None, lower: Tensor | None = None) -> None:
+        """Poison the quantizer's flag, without reading it, if a value is NaN or infinite.
 
         Args:
-            tensors: Floating tensors on the quantizer's device.
+            values: Floating tensor on the quantizer's device.
+            upper: Upper clip that belongs to it.
+            lower: Lower clip.
         """
-        ends = [end for t in tensors if t.numel() for end in (torch.aminmax(t) if t.dim() else (t,))]
-        if ends:
-            bad = torch.logical_not(torch.isfinite(torch.stack(ends)).all())
-            self.nonfinite.logical_or_(bad)
+        if values.numel() == 0:
+            return
+        smallest, largest = torch.aminmax(values)
+        width = largest - smallest
+        if upper is not None and lower is not None:
+            width = width.add_(upper).sub_(lower)
+        self.poison.add_(width.mul_(0))  # 0 times anything is 0, but for infinity and NaN, of which it is NaN
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -196,13 +212,13 @@ class ActivationQuantizer(Quantizer):
         return repair_clips(upper, lower, upper, lower, self.fixed_min)
 
     def _move_extra(self, move: Callable[[Tensor], Tensor]) -> None:
-        self.nonfinite = move(self.nonfinite)
+        self.poison = move(self.poison)
         self.observed = [move(batch) for batch in self.observed]
 
     def _after_load(self) -> None:
         self.calibrating = int(self.calibrated_batches) < self.batch_num
         self.observed = []
-        self.nonfinite = torch.zeros_like(self.nonfinite, device=self.clip_max.device)
+        self.poison = torch.zeros((), device=self.clip_max.device)
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(model)``."""

@@ -97,7 +97,7 @@ def guard_scale(scale: Tensor, offset: Tensor, num_bits: int) -> tuple[Tensor, T
         (tensor([0.5000, 1.0000]), tensor([   3., -128.]))
     """
     tiny = scale < EPS
-    return torch.where(tiny, 1.0, scale), torch.where(tiny, float(-half_range(num_bits)), offset)
+    return scale.masked_fill(tiny, 1.0), offset.masked_fill(tiny, float(-half_range(num_bits)))
 
 
 def fake_quantize_activation(
@@ -136,7 +136,7 @@ def fake_quantize_activation(
 
 
 class _FakeQuantizeActivation(torch.autograd.Function):
-    """Keeps only ``x`` and the clips for backward; everything else is cheap to rebuild."""
+    """Keeps only ``x`` and single numbers for backward; everything else is cheap to rebuild."""
 
     @staticmethod
     def forward(
@@ -149,20 +149,19 @@ class _FakeQuantizeActivation(torch.autograd.Function):
         num_bits: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(x, upper, lower)
-        ctx.settings = num_bits, dtype
         h = half_range(num_bits)
         scale, offset = activation_scale_offset(upper, lower, num_bits)
+        ctx.save_for_backward(x, upper, lower, scale, offset)
+        ctx.settings = num_bits, dtype
         y = torch.div(x.to(dtype), scale).add_(offset).round_().clamp_(-h, h - 1).sub_(offset).mul_(scale)
         return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, upper, lower = ctx.saved_tensors
+        saved, upper, lower, scale, offset = ctx.saved_tensors
         num_bits, dtype = ctx.settings
         h, x, grad = half_range(num_bits), saved.to(dtype), grad.to(dtype)
-        scale, offset = activation_scale_offset(upper, lower, num_bits)
         above = x > scale * ((h - 1) - offset)
         below = x < scale * (-h - offset)
         codes = torch.where(above, upper, torch.where(below, lower, x)) / scale

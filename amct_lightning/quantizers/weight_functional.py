@@ -67,7 +67,7 @@ def arq_scale(weight: Tensor, layout: ChannelLayout, num_bits: int, channel_wise
     dims = layout.reduced_dims(view, channel_wise)
     high, low = view.amax(dims, keepdim=True).abs(), view.amin(dims, keepdim=True).abs()
     scale = torch.maximum(high, low) / (half_range(num_bits) - 1 + (high < low).to(weight.dtype))
-    return torch.where(scale < EPS, 1.0, scale)
+    return scale.masked_fill(scale < EPS, 1.0)
 
 
 def fake_quantize_weight(weight: Tensor, scale: Tensor, layout: ChannelLayout, num_bits: int) -> Tensor:
