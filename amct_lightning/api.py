@@ -116,6 +116,7 @@ def create_quant_retrain_model(
     _check_input(input_data)
     config = RetrainConfig.from_json(config_file)
     check_writable(record_file, "record file")
+    _refuse_same_file(record_file, config_file, "configuration file")
     converted = prepare_qat(
         _unwrap(model), config, input_data, source=config_file, allow_reuse=allow_reuse, search_n=search_n
     )
@@ -185,6 +186,8 @@ def restore_quant_retrain_model(
     _check_input(input_data)
     config = RetrainConfig.from_json(config_file)
     check_writable(record_file, "record file")
+    _refuse_same_file(record_file, config_file, "configuration file")
+    _refuse_same_file(record_file, pth_file, "checkpoint")
     state_dict = select_state_dict(read_checkpoint(pth_file), state_dict_name, pth_file)
     converted = prepare_qat(
         _unwrap(model), config, input_data, source=config_file, allow_reuse=allow_reuse, search_n=search_n
@@ -265,6 +268,13 @@ def _copy(model: nn.Module) -> nn.Module:
             stacklevel=3,
         )
         return model
+
+
+def _refuse_same_file(record_file: str, other: str, what: str) -> None:
+    if Path(record_file).resolve() == Path(other).resolve():
+        raise ValueError(
+            f"record_file '{record_file}' is the {what}, which would be overwritten. Give the record a path of its own."
+        )
 
 
 def _start_record(converted: nn.Module, record_file: str) -> None:

@@ -30,7 +30,7 @@ def make_parent(path: Path) -> None:
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, mode: int | None = FILE_MODE) -> Iterator[Path]:
     """Give a temporary path beside ``path``; move it to ``path`` when the block ends without an error.
 
     The temporary file is flushed to disk before the rename and the folder after it, so that neither a kill nor
@@ -38,7 +38,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     old file stays.
 
     Args:
-        path: The final file. Missing folders are created.
+        path: The final file; of a symbolic link, what it points to. Missing folders are created.
+        mode: Permissions of the file; ``None`` leaves them to the process's umask, as ``open`` does.
 
     Yields:
         A path in the same folder, to be written by the caller.
@@ -51,7 +52,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         >>> target.read_text()
         'done'
     """
-    final = Path(path)
+    final = Path(os.path.realpath(path))
     make_parent(final)
     _remove_leftovers(final)
     prefix = f".{final.name}.{_host()}-{os.getpid()}-"
@@ -61,7 +62,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
-        temporary.chmod(FILE_MODE)
+        temporary.chmod(_umask_mode() if mode is None else mode)
         temporary.replace(final)
         _sync(final.parent)
     finally:
@@ -116,6 +117,12 @@ def _remove_leftovers(final: Path) -> None:
         pid = leftover.name.removeprefix(prefix).split("-")[0]
         if pid.isdigit() and not _is_alive(int(pid)):
             leftover.unlink(missing_ok=True)
+
+
+def _umask_mode() -> int:
+    umask = os.umask(0)  # the only way to read it
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def _host() -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,19 +35,30 @@ def install_hooks(model: nn.Module, record_file: str) -> None:
 
 
 class _PlainHook:
-    """Forward hook of the converted model; a class, so that it survives deepcopy and pickle."""
+    """Forward hook of the converted model; a class, so that it survives pickle.
 
-    def __init__(self, record_file: str, batch_num: int) -> None:
+    A deep copy of the model agrees on its calibration as well, but writes no record: the file is the original's.
+    """
+
+    def __init__(self, record_file: str | None, batch_num: int) -> None:
         self.record_file = record_file
         self.batch_num = batch_num
         self.forwards = 0
         self.calibrating = True
         self.written_state: tuple[int, ...] | None = None
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> _PlainHook:
+        twin = _PlainHook(None, self.batch_num)
+        twin.forwards, twin.calibrating = self.forwards, self.calibrating
+        return twin
+
     def __call__(self, model: nn.Module, _args: Any, _output: Any) -> None:
         if not model.training:
             self._write_record(model)
-        elif self.calibrating:
+            return
+        if self.written_state is not None:
+            self.written_state = None  # whatever the training changes, and however: the next evaluation writes
+        if self.calibrating:
             self._finish_calibration(model)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -58,10 +70,12 @@ class _PlainHook:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _write_record(self, model: nn.Module) -> None:
-        if any(quantizer.calibrating for quantizer in activation_quantizers(model).values()):
+        if self.record_file is None or any(
+            quantizer.calibrating for quantizer in activation_quantizers(model).values()
+        ):
             return
         state = tuple(number for tensor in _factors_of(model) for number in (id(tensor), tensor._version))
-        if state == self.written_state or find_plan(model) is None:
+        if (state == self.written_state and Path(self.record_file).exists()) or find_plan(model) is None:
             return
         _report_nonfinite(model)
         if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:

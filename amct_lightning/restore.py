@@ -62,6 +62,10 @@ def select_state_dict(content: Mapping[str, Any], name: str | None, path: str | 
         >>> select_state_dict({"model": {"weight": 1}, "epoch": 3}, "model", "last.pth")
         {'weight': 1}
     """
+    if name is None and "pytorch-lightning_version" in content:
+        raise RuntimeError(
+            f"The pth_file '{path}' is a Lightning checkpoint. Load it with load_qat_checkpoint(model_or_class, path)."
+        )
     if name is None:
         return content
     if name not in content:

@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--qat-epochs", type=int, default=10, help="epochs of each quantized fine-tuning")
     args = parser.parse_args()
 
+    torch.set_num_threads(1)  # a network this small is not faster with more, and much slower on a busy machine
     pl.seed_everything(args.seed)
     float_model = Digits(lr=1e-2, epochs=args.epochs)
     fit("fp32", float_model, args.out, args.seed, [])

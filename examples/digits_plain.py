@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15, help="epochs of FP32 training")
     parser.add_argument("--qat-epochs", type=int, default=5, help="epochs of quantized fine-tuning")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     torch.manual_seed(7)
     train_loader, test_loader = digits(seed=7)
 

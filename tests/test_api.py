@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import stat
 import warnings
@@ -109,6 +110,40 @@ class TestRecordFile:
         converted.record.write_text("touched")
         converted.evaluate()
         assert converted.record.read_text() == "touched"
+
+    def test_a_weight_that_changed_behind_torch_s_back_in_training_is_recorded(self, converted: Script) -> None:
+        """``p.data = ...``, as some optimizers do, leaves a tensor's version alone."""
+        converted.train()
+        converted.evaluate()
+        first = converted.record.read_text()
+        converted.model.train()(converted.x)
+        converted.model.fc.weight.data = converted.model.fc.weight.data * 2
+        converted.evaluate()
+        assert converted.record.read_text() != first
+        assert QuantRecord.load(converted.record) == QuantRecord.from_model(converted.model)
+
+    def test_a_deleted_record_is_written_again(self, converted: Script) -> None:
+        converted.train()
+        converted.evaluate()
+        converted.record.unlink()
+        converted.evaluate()
+        assert QuantRecord.load(converted.record) == QuantRecord.from_model(converted.model)
+
+    def test_a_deep_copy_leaves_the_record_to_the_original(self, converted: Script) -> None:
+        converted.train()
+        converted.evaluate()
+        before = converted.record.read_text()
+        twin = copy.deepcopy(converted.model)
+        with torch.no_grad():
+            twin.fc.weight.mul_(3)
+            twin.eval()(converted.x)
+        assert converted.record.read_text() == before
+
+    def test_the_configuration_file_is_not_taken_for_the_record(self, script: Script) -> None:
+        before = script.config.read_bytes()
+        with pytest.raises(ValueError, match="is the configuration file"):
+            amct.create_quant_retrain_model(str(script.config), script.float_model, str(script.config), script.x)
+        assert script.config.read_bytes() == before
 
     def test_evaluation_before_training_writes_nothing(self, converted: Script) -> None:
         with pytest.warns(UserWarning, match="run in float"):

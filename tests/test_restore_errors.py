@@ -72,6 +72,11 @@ BAD_FILES: dict[str, tuple[Callable[[Script, dict[str, Tensor]], object], type[E
         RuntimeError,
         r"as AMCT converts it.*missing \(\d+\): 'conv1\.scale_w'",
     ),
+    "lightning_checkpoint": (
+        lambda s, state: s.save({"state_dict": state, "pytorch-lightning_version": "2.6.6"}),
+        RuntimeError,
+        r"model\.pth' is a Lightning checkpoint.*load_qat_checkpoint",
+    ),
     "tensor": (lambda s, _: s.save(torch.ones(1)), RuntimeError, "of type Tensor instead of a state_dict"),
     "text": (lambda s, _: s.pth.write_text("not a checkpoint"), RuntimeError, "cannot be read as a checkpoint"),
     "empty": (lambda s, _: s.pth.write_bytes(b""), RuntimeError, "cannot be read as a checkpoint"),
@@ -167,3 +172,12 @@ class TestBadFiles:
     def test_a_model_that_is_quantized_already(self, script: Script) -> None:
         with pytest.raises(RuntimeError, match="quantized already"):
             script.restore(script.trained)
+
+
+def test_the_checkpoint_is_not_taken_for_the_record(script: Script) -> None:
+    before = script.pth.read_bytes()
+    with pytest.raises(ValueError, match="is the checkpoint"):
+        amct.restore_quant_retrain_model(
+            str(script.config), script.float_model, str(script.pth), script.x, str(script.pth)
+        )
+    assert script.pth.read_bytes() == before

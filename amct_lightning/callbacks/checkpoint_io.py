@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from amct_lightning.callbacks.state import CHECKPOINT_KEY
@@ -44,7 +47,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not _is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with atomic_path(path) as temporary:
+        with atomic_path(path, mode=None) as temporary:
             super().save_checkpoint(checkpoint, temporary, storage_options)
 
 
@@ -81,8 +84,14 @@ class RecordCheckpointIO(CheckpointIO):
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint and let the callback convert the model before the weights are loaded into it."""
-        checkpoint = self.inner.load_checkpoint(path, *args, **kwargs)
+        try:
+            checkpoint = self.inner.load_checkpoint(path, *args, **kwargs)
+        except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise RuntimeError(f"The checkpoint '{path}' cannot be read: {type(error).__name__}: {error}") from error
         self.owner.checkpoint_loaded(checkpoint.get(CHECKPOINT_KEY), str(path))
+        _heal_record(path, checkpoint)
         return checkpoint
 
     @override
@@ -107,6 +116,16 @@ def record_path(checkpoint_path: str | Path) -> Path:
     """
     path = Path(checkpoint_path)
     return path.with_name(path.name.removesuffix(".ckpt") + ".record.txt")
+
+
+@rank_zero_only
+def _heal_record(path: Any, checkpoint: dict[str, Any]) -> None:
+    """Write the record beside a checkpoint again if a kill between the two writes has left another one there."""
+    text = checkpoint.get(CHECKPOINT_KEY, {}).get("record")
+    record = record_path(path)
+    if text is not None and _is_local(path) and record.exists() and record.read_bytes() != text.encode():
+        with suppress(OSError):  # a folder that may only be read is no reason not to load from it
+            write_text(record, text)
 
 
 def _is_local(path: Any) -> bool:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from amct_lightning.config import QuantChoices, RetrainConfig
-from amct_lightning.graph.plan import QuantPlan
+from amct_lightning.config import ConfigLike, QuantChoices, RetrainConfig, load_config
+from amct_lightning.graph.plan import QuantPlan, find_plan
+from amct_lightning.modules import activation_quantizers
+from amct_lightning.modules.registry import LAYER_TYPES
 
 
 def find_submodule(pl_module: pl.LightningModule, name: str | None) -> nn.Module:
@@ -37,10 +41,18 @@ def refuse_second(callbacks: Iterable[object], callback: object) -> None:
         )
 
 
-def check_arguments(
-    config: object, input_data: object, lr_scale: object, weight_decay: object, on_nonfinite: object
-) -> None:
+def check_arguments(callback: Any) -> None:
     """Refuse arguments of the callback that have a wrong type or value."""
+    config, input_data, on_nonfinite = callback.config, callback.input_data, callback.on_nonfinite
+    for name in ("record_file", "submodule"):
+        value = getattr(callback, name)
+        if value is not None and (not isinstance(value, (str, Path)) or not str(value)):
+            raise TypeError(f"QuantRetrainCallback({name}={value!r}): must be a non-empty text or None.")
+    for name in ("allow_reuse", "search_n"):
+        if not isinstance(getattr(callback, name), bool):
+            raise TypeError(f"QuantRetrainCallback({name}={getattr(callback, name)!r}): must be True or False.")
+    if callback.batch_to_input is not None and not callable(callback.batch_to_input):
+        raise TypeError("QuantRetrainCallback(batch_to_input=...) must be a function of a batch, or None.")
     if config is not None and not isinstance(config, (str, Path, RetrainConfig, QuantChoices, Mapping)):
         raise TypeError(
             "QuantRetrainCallback(config=...) must be the path of a .json, .cfg or .yaml file, a dict, RetrainConfig, "
@@ -51,7 +63,8 @@ def check_arguments(
             "QuantRetrainCallback(input_data=...) must be a tensor, a tuple of positional or a dict of keyword "
             f"arguments, got {type(input_data).__name__}."
         )
-    for name, value in (("quant_lr_scale", lr_scale), ("quant_weight_decay", weight_decay)):
+    for name in ("quant_lr_scale", "quant_weight_decay"):
+        value = getattr(callback, name)
         if value is None and name == "quant_weight_decay":
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
@@ -76,8 +89,76 @@ def describe_difference(model: QuantPlan, checkpoint: QuantPlan) -> str:
     for name in dict.fromkeys([*model.config, *checkpoint.config]):
         if model.config.get(name) != checkpoint.config.get(name):
             return f"layer '{name}' is {checkpoint.config.get(name)} there and {model.config.get(name)} here"
-    if model.config != checkpoint.config:
-        return (
-            f"batch_num or precision mode differ ({checkpoint.config.batch_num} there, {model.config.batch_num} here)"
-        )
+    for key in ("batch_num", "fakequant_precision_mode"):
+        here, there = getattr(model.config, key), getattr(checkpoint.config, key)
+        if here != there:
+            return f"{key} is {there} there and {here} here"
+    if model.search_n != checkpoint.search_n:
+        return f"search_n is {checkpoint.search_n} there and {model.search_n} here"
     return "the data flow between the layers is not the same"
+
+
+def refuse_config_as_record(record: Path, config: object) -> None:
+    """Refuse to write the record over the configuration file."""
+    if isinstance(config, (str, Path)) and Path(config).resolve() == record.resolve():
+        raise ValueError(
+            f"record_file '{record}' is the configuration file, which would be overwritten. Give the record a path of "
+            "its own."
+        )
+
+
+def check_unchanged(model: nn.Module, config: ConfigLike, source: str) -> None:
+    """Refuse a configuration that is not the one by which a model was converted before.
+
+    Args:
+        model: The converted module.
+        config: What the user gave; ``None`` goes on with what there is.
+        source: What it is called in messages.
+
+    Raises:
+        ValueError: If it would quantize the model differently.
+    """
+    found = find_plan(model)
+    if found is None or config is None:
+        return
+    root, plan = found
+    layers = {name: _as_float(root.get_submodule(name)) for name in plan.config}
+    wanted = replace(plan, config=load_config(config).resolve(layers, source))
+    if wanted != plan:
+        raise ValueError(
+            f"{type(model).__name__} is quantized already, and {source} would do it differently: "
+            f"{describe_difference(wanted, plan)} (there: as it is; here: as configured). Leave `config` out to go on "
+            "with the layers as they are, or begin with the float model."
+        )
+
+
+def warn_spawned(trainer: pl.Trainer) -> None:
+    """Warn that the model of the main process stays float when others are started to train theirs."""
+    # Private in Lightning (2.5, 2.6): nothing public tells a strategy that spawns or forks from the others.
+    if getattr(trainer.strategy, "_start_method", "popen") != "popen" and trainer.is_global_zero:
+        rank_zero_warn(
+            "This strategy trains in processes of its own, so the model in the main process stays float. Get the "
+            "trained one with load_qat_checkpoint(MyModule, trainer.checkpoint_callback.best_model_path)."
+        )
+
+
+def warn_unfinished(model: nn.Module, steps: int, record: Path) -> None:
+    """Say at the end of a training why there is no record."""
+    quantizers = activation_quantizers(model)
+    waiting = [name for name, quantizer in quantizers.items() if quantizer.calibrating]
+    found = find_plan(model)
+    if waiting and found is not None:
+        old = " The file that is there is an older one." if record.exists() else ""
+        rank_zero_warn(
+            f"No record was written: {len(waiting)} of {len(quantizers)} activation quantizers are not calibrated "
+            f"after {steps} training batches ({', '.join(map(repr, waiting[:8]))}); batch_num is "
+            f"{found[1].config.batch_num}. Train longer, or lower batch_num.{old}"
+        )
+
+
+def _as_float(layer: nn.Module) -> nn.Module:
+    """View a QAT layer as one of its float class, which the rules of configurations go by."""
+    kind = next(kind for kind in LAYER_TYPES if isinstance(layer, kind))
+    view = kind.__new__(kind)
+    view.__dict__ = layer.__dict__
+    return view

@@ -43,21 +43,26 @@ class NonfiniteWatch:
         if len(self.steps) >= self.interval:
             self.check()
 
-    def check(self) -> None:
+    def check(self, interval_goes_on: bool = False) -> None:
         """Look at the flags now, with one read for all layers.
+
+        Args:
+            interval_goes_on: Whether this is an extra look, in the batch that is not ended yet.
 
         Raises:
             RuntimeError: If a flag is up and the reaction is ``"raise"``.
         """
         if not self.quantizers or not self.steps:
             return
-        ages = [int(age) for age in (self._ages + torch.zeros(len(self.quantizers), device=self._ages.device)).tolist()]
+        counted = self._ages + self._flags() if interval_goes_on else self._ages.expand(len(self.quantizers))
+        ages = [int(age) for age in counted.tolist()]
         found = {
             name: self.steps[max(0, len(self.steps) - age)]
             for name, age in zip(self.quantizers, ages, strict=True)
             if age and name not in self.reported
         }
-        self.steps.clear()
+        if not interval_goes_on:
+            self.steps.clear()
         self._ages = torch.zeros_like(self._ages)
         for quantizer in self.quantizers.values():
             quantizer.forget_nonfinite()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -15,11 +16,16 @@ from typing_extensions import override
 from amct_lightning.callbacks.checkpoint_io import RecordCheckpointIO
 from amct_lightning.callbacks.checks import (
     check_arguments,
+    check_unchanged,
     find_submodule,
+    refuse_config_as_record,
     refuse_second,
     warn_left_out,
+    warn_spawned,
+    warn_unfinished,
 )
 from amct_lightning.callbacks.inputs import BatchToInput, calls_forward, find_input
+from amct_lightning.callbacks.modes import expect_float, start_shift_search, train_quantizers
 from amct_lightning.callbacks.nonfinite import NonfiniteWatch
 from amct_lightning.callbacks.param_groups import move_clips
 from amct_lightning.callbacks.state import CHECKPOINT_KEY, adopt_plan, make_entry, record_text, restore_observed
@@ -27,9 +33,9 @@ from amct_lightning.config import QuantChoices, RetrainConfig, config_source, lo
 from amct_lightning.files import check_writable, write_text
 from amct_lightning.graph.plan import attach_plan, find_plan, make_plan
 from amct_lightning.graph.trace import InputData
-from amct_lightning.modules import QATLayer, activation_quantizers, convert_layers, learned_factors, quantized_layers
+from amct_lightning.modules import activation_quantizers, convert_layers, learned_factors
 from amct_lightning.modules.calibration import synchronize_calibration
-from amct_lightning.modules.shift_hook import shift_searches, synchronize_shift_search
+from amct_lightning.modules.shift_hook import synchronize_shift_search
 from amct_lightning.report import conversion_report
 
 
@@ -86,7 +92,7 @@ class QuantRetrainCallback(Callback):
 
     def __init__(
         self,
-        config: str | Path | dict[str, Any] | RetrainConfig | QuantChoices | None = None,
+        config: dict[str, Any] | str | Path | RetrainConfig | QuantChoices | None = None,
         record_file: str | Path | None = None,
         input_data: Any = None,
         submodule: str | None = None,
@@ -98,7 +104,6 @@ class QuantRetrainCallback(Callback):
         search_n: bool = False,
     ) -> None:
         super().__init__()
-        check_arguments(config, input_data, quant_lr_scale, quant_weight_decay, on_nonfinite)
         self.config = config
         self.record_file = record_file
         self.input_data = input_data
@@ -109,11 +114,13 @@ class QuantRetrainCallback(Callback):
         self.on_nonfinite = on_nonfinite
         self.allow_reuse = allow_reuse
         self.search_n = search_n
+        check_arguments(self)
         self._model: nn.Module | None = None
         self._record_path: Path | None = None
         self._missing_config: FileNotFoundError | None = None
         self._calibrated_everywhere = False
         self._calibration_steps = 0
+        self._is_fitting = False
         self._is_training = False
         self._watch: NonfiniteWatch | None = None
 
@@ -128,8 +135,13 @@ class QuantRetrainCallback(Callback):
         self._missing_config = None
         if trainer.is_global_zero:
             check_writable(self._record_path, "record file")
+            refuse_config_as_record(self._record_path, self.config)
         if find_plan(self._model) is None:
             self._convert(trainer, pl_module, self._model)
+        else:
+            self._keep(self._model)
+        self._is_fitting = stage == "fit"
+        warn_spawned(trainer)
         self._wrap_checkpoint_io(trainer)
 
     @override
@@ -147,41 +159,42 @@ class QuantRetrainCallback(Callback):
     @override
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the sanity check run uncalibrated layers in float without a warning."""
-        self._expect_float(True)
+        expect_float(self._converted(), True)
 
     @override
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn again of evaluations before the calibration."""
-        self._expect_float(False)
+        expect_float(self._converted(), False)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted; start the search of the shifts anew."""
-        self._start_shift_search(enabled=not trainer.sanity_checking)
+        start_shift_search(self._converted(), enabled=not trainer.sanity_checking)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add up what the processes have found for the shifts."""
-        synchronize_shift_search(self._converted())
+        """Add up what the processes have found for the shifts; outside of a training, write it down."""
+        self._finish_shift_search(trainer)
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted; start the search of the shifts anew."""
-        self._start_shift_search(enabled=True)
+        start_shift_search(self._converted(), enabled=True)
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add up what the processes have found for the shifts."""
-        synchronize_shift_search(self._converted())
+        """Add up what the processes have found for the shifts; outside of a training, write it down."""
+        self._finish_shift_search(trainer)
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted."""
-        self._start_shift_search(enabled=False)
+        start_shift_search(self._converted(), enabled=False)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start to watch for NaN and infinite activations."""
+        """Let all quantizers train, also those of layers in eval mode; watch for NaN and infinite activations."""
+        train_quantizers(self._converted())
         self._calibrated_everywhere = not any(q.calibrating for q in self._quantizers())
         self._is_training = True
         self._watch = NonfiniteWatch(
@@ -194,7 +207,9 @@ class QuantRetrainCallback(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note which step the coming forwards belong to."""
+        """Note which step the coming forwards belong to; until then, let no quantizer miss its calibration."""
+        if not self._calibrated_everywhere:
+            train_quantizers(self._converted())
         if self._watch is not None:
             self._watch.start_batch(trainer.global_step)
 
@@ -207,6 +222,8 @@ class QuantRetrainCallback(Callback):
         # Counting batches, not looking at quantizers, makes all ranks enter the collective at the same batch.
         if not self._calibrated_everywhere and self._calibration_steps >= self._batch_num():
             self._calibrated_everywhere = synchronize_calibration(self._converted())
+            if self._calibrated_everywhere and self._watch is not None:
+                self._watch.check(interval_goes_on=True)
         if self._watch is not None:
             self._watch.end_batch()
 
@@ -218,6 +235,7 @@ class QuantRetrainCallback(Callback):
         self._is_training = False
         if trainer.is_global_zero:
             self.record_saved(record_text(self._converted()))
+            warn_unfinished(self._converted(), self._calibration_steps, self._path())
         trainer.strategy.barrier("QuantRetrainCallback.on_train_end")
 
     @override
@@ -268,9 +286,16 @@ class QuantRetrainCallback(Callback):
         Raises:
             ValueError: If model and checkpoint are quantized differently.
         """
-        if state is not None and self._model is not None:
-            adopt_plan(self._model, state, source)
+        if self._model is None:
+            return
+        if state is not None:
+            adopt_plan(self._model, state, source, replace=self.config is None)
             self._missing_config = None
+        elif self._is_fitting:
+            raise ValueError(
+                f"'{source}' was written without QuantRetrainCallback, so the state of its optimizer does not fit the "
+                "quantized model. Load the float weights into the LightningModule, and fit without ckpt_path."
+            )
 
     def _convert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
         try:
@@ -284,6 +309,12 @@ class QuantRetrainCallback(Callback):
         attach_plan(model, plan)
         report = conversion_report(model)
         rank_zero_info(f"QuantRetrainCallback: the record goes to '{self._record_path}'. {report}")
+
+    def _keep(self, model: nn.Module) -> None:
+        """Go on with a model that is converted already, unless it is to be quantized differently now."""
+        with suppress(FileNotFoundError):
+            check_unchanged(model, self.config, config_source(self.config))
+        rank_zero_info(f"QuantRetrainCallback: the model is quantized already and stays so. {conversion_report(model)}")
 
     def _run_and_input(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module
@@ -300,15 +331,10 @@ class QuantRetrainCallback(Callback):
         else:
             trainer.strategy.checkpoint_io = RecordCheckpointIO(inner, self)
 
-    def _expect_float(self, expected: bool) -> None:
-        for layer in quantized_layers(self._converted()).values():
-            cast(QATLayer, layer).float_is_expected = expected
-
-    def _start_shift_search(self, enabled: bool) -> None:
-        for search in shift_searches(self._converted()):
-            search.enabled = enabled
-            if enabled:
-                search.reset()
+    def _finish_shift_search(self, trainer: pl.Trainer) -> None:
+        synchronize_shift_search(self._converted())
+        if self.search_n and not self._is_fitting and trainer.is_global_zero:
+            self.record_saved(record_text(self._converted()))
 
     def _require_conversion(self) -> None:
         if self._missing_config is not None:
@@ -319,6 +345,9 @@ class QuantRetrainCallback(Callback):
         if self._model is None:
             raise RuntimeError("QuantRetrainCallback has no model yet: it is used outside of a Trainer run.")
         return self._model
+
+    def _path(self) -> Path:
+        return self._record_path or Path("record.txt")
 
     def _batch_num(self) -> int:
         found = find_plan(self._converted())

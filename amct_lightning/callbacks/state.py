@@ -9,7 +9,7 @@ from torch import nn
 
 from amct_lightning.callbacks.checks import describe_difference
 from amct_lightning.graph.plan import QuantPlan, attach_plan, find_plan
-from amct_lightning.modules import activation_quantizers, convert_layers
+from amct_lightning.modules import activation_quantizers, convert_layers, revert_layers
 from amct_lightning.record import QuantRecord
 
 CHECKPOINT_KEY = "amct_lightning"
@@ -36,19 +36,23 @@ def make_entry(model: nn.Module, submodule: str | None, calibration_steps: int) 
     }
 
 
-def adopt_plan(model: nn.Module, entry: dict[str, Any], source: str) -> None:
+def adopt_plan(model: nn.Module, entry: dict[str, Any], source: str, replace: bool = False) -> None:
     """Convert a float model as the checkpoint's plan says; refuse a model that was converted differently.
 
     Args:
         model: The module, float or converted.
         entry: What :func:`make_entry` gave.
         source: The checkpoint's path, for messages.
+        replace: Convert a model that was converted differently again, instead of refusing it.
 
     Raises:
         ValueError: If model and checkpoint are quantized differently, or the plan is damaged.
     """
     plan = QuantPlan.from_dict(entry["plan"], source)
     found = find_plan(model)
+    if found is not None and found[1] != plan and replace:
+        revert_layers(model)
+        found = None
     if found is None:
         convert_layers(model, plan)
         attach_plan(model, plan)
@@ -56,8 +60,7 @@ def adopt_plan(model: nn.Module, entry: dict[str, Any], source: str) -> None:
         raise ValueError(
             f"The checkpoint '{source}' was quantized differently from the model: "
             f"{describe_difference(found[1], plan)}. "
-            "Resume with the configuration of the checkpoint (leave the config file away and it is taken from "
-            "the checkpoint), or start a new run with the new configuration."
+            "Leave `config` out to have it taken from the checkpoint, or start a new run with the new configuration."
         )
 
 

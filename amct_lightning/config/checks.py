@@ -8,7 +8,6 @@ the model (which layers exist, what their type allows) are in ``resolve.py`` and
 from __future__ import annotations
 
 import difflib
-import math
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +18,10 @@ NUM_BITS = {"INT4": 4, "INT8": 8, "INT16": 16}
 DATA_TYPES = ("INT4", "INT8", "INT16")
 WEIGHT_TYPES = ("INT4", "INT8")
 TYPE_PAIRS = (("INT4", "INT4"), ("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4"))
+_FLOAT32_MAX = 3.4028234663852886e38
+_SMALLEST_RANGE = 1.192092896e-7
+"""Below it (the float32 machine epsilon) a range has no scale."""
+_LARGEST_BATCH_NUM = 2**31 - 1
 PRECISION_MODES = ("DEFAULT", "FORCE_FP16_QUANT")
 _NAMES_SHOWN = 8
 
@@ -94,6 +97,8 @@ def run_faults(values: Mapping[str, object]) -> Iterator[Fault]:
     batch_num = values.get("batch_num", 1)
     if isinstance(batch_num, int) and batch_num < 1:
         yield Fault(ValueError, "batch_num", f"must be at least 1, found {found(batch_num)}")
+    if isinstance(batch_num, int) and batch_num > _LARGEST_BATCH_NUM:
+        yield Fault(ValueError, "batch_num", f"must be at most {_LARGEST_BATCH_NUM}, found {found(batch_num)}")
     yield from _choice_faults(values, "fakequant_precision_mode", PRECISION_MODES)
 
 
@@ -161,7 +166,7 @@ def _clip_faults(key: str, value: object) -> Iterator[Fault]:
         return
     sign = 1.0 if key == "clip_max" else -1.0
     side = "above" if key == "clip_max" else "below"
-    if not math.isfinite(value) or value * sign <= 0.0:
+    if not abs(value) <= _FLOAT32_MAX or value * sign <= 0.0:
         yield Fault(ValueError, key, f"must be a finite number {side} 0, found {found(value)}")
 
 
@@ -170,3 +175,10 @@ def _clip_pair_faults(values: Mapping[str, object]) -> Iterator[Fault]:
     if len(given) == 1:
         missing = "clip_min" if given == ["clip_max"] else "clip_max"
         yield Fault(ValueError, given[0], f"comes without {missing}; give both, or neither to have them calibrated")
+    elif given and _both_float(values) and values["clip_max"] - values["clip_min"] < _SMALLEST_RANGE:  # type: ignore[operator]
+        text = f"and clip_min are closer than {_SMALLEST_RANGE}, found {found(values['clip_max'])}"
+        yield Fault(ValueError, "clip_max", f"{text} and {found(values['clip_min'])}")
+
+
+def _both_float(values: Mapping[str, object]) -> bool:
+    return all(isinstance(values[key], float) for key in ("clip_max", "clip_min"))

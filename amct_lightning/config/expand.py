@@ -91,7 +91,7 @@ def _matches(pattern: str, eligible: Iterable[str], exact: bool) -> list[str]:
 
 def _no_match(pattern: str, eligible: Mapping[str, nn.Module], problem: str, exact: bool) -> str:
     reason = (
-        "the model has no such layer, or it cannot be quantized" if exact else "no layer that can be quantized fits"
+        "the model has no such layer, or it cannot be quantized" if exact else "it fits no layer that can be quantized"
     )
     return (
         f"{problem} layer '{pattern}', but {reason}.{closest(pattern, eligible)} "

@@ -136,7 +136,7 @@ def _entry_faults(key: str, entries: object) -> Iterator[Fault]:
         return
     for name in entries:
         if not isinstance(name, str):
-            yield type_fault(key, "a mapping from names to settings; put the name in quotes:", name)
+            yield type_fault(key, "a mapping from names to settings whose names are text (in quotes)", name)
 
 
 def _overrides(given: Mapping[str, Any], key: str, defaults: _Settings, source: str) -> dict[str, LayerConfig]:

@@ -1,6 +1,12 @@
 """The QAT layers and the conversion of a float model to them."""
 
-from amct_lightning.modules.convert import activation_quantizers, convert_layers, learned_factors, quantized_layers
+from amct_lightning.modules.convert import (
+    activation_quantizers,
+    convert_layers,
+    learned_factors,
+    quantized_layers,
+    revert_layers,
+)
 from amct_lightning.modules.convolutions import (
     QATConv1d,
     QATConv2d,
@@ -27,4 +33,5 @@ __all__ = [
     "convert_layers",
     "learned_factors",
     "quantized_layers",
+    "revert_layers",
 ]

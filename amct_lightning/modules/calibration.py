@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from amct_lightning.modules.convert import activation_quantizers
+from amct_lightning.quantizers import ActivationQuantizer
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -23,7 +24,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             than the configured ``batch_num`` are used.
 
     Raises:
-        ValueError: If the batches end before every quantizer that they reach is calibrated.
+        TypeError: If a batch is none of these; a DataLoader of ``(x, y)`` gives lists, pass ``(x for x, _ in loader)``.
+        ValueError: If the model has no quantized layers, a batch leads to NaN or infinite activations, or the batches
+            end before every quantizer is calibrated.
 
     Example:
         >>> from amct_lightning import RetrainConfig, prepare_qat
@@ -34,15 +37,20 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         >>> model[0].input_quantizer.calibrating
         False
     """
+    quantizers = activation_quantizers(model)
+    if not quantizers:
+        raise ValueError(f"{type(model).__name__} has no quantized layers; convert it first, e.g. with prepare_qat().")
+    if isinstance(batches, Tensor):
+        raise TypeError("calibrate(model, batches) takes an iterable of batches, got one tensor; pass [tensor].")
     flags = [(module, module.training) for module in model.modules()]
-    waiting = [quantizer for quantizer in activation_quantizers(model).values() if quantizer.calibrating]
+    waiting = {name: quantizer for name, quantizer in quantizers.items() if quantizer.calibrating}
     try:
         model.eval()
-        for quantizer in waiting:
+        for quantizer in waiting.values():
             quantizer.train()
         supply = iter(batches)
         with torch.no_grad():
-            while any(quantizer.calibrating for quantizer in waiting):
+            while any(quantizer.calibrating for quantizer in waiting.values()):
                 batch = next(supply, None)
                 if batch is None:
                     break
@@ -51,7 +59,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     finally:
         for module, training in flags:
             module.training = training
-    left = [name for name, quantizer in activation_quantizers(model).items() if quantizer.calibrating]
+    _refuse_nonfinite(waiting)
+    left = [name for name, quantizer in quantizers.items() if quantizer.calibrating]
     if left:
         raise ValueError(
             f"The batches ended before these layers were calibrated: {', '.join(left[:8])}. Give at least `batch_num` "
@@ -90,10 +99,26 @@ def _row(clip_max: Tensor, clip_min: Tensor, calibrated: bool) -> Tensor:
     return row if calibrated else torch.zeros_like(row)
 
 
+def _refuse_nonfinite(quantizers: Mapping[str, ActivationQuantizer]) -> None:
+    found = [name for name, quantizer in quantizers.items() if bool(quantizer.nonfinite)]
+    for name in found:
+        quantizers[name].forget_nonfinite()
+    if found:
+        raise ValueError(
+            f"NaN or infinite values reached the activation quantizers of {', '.join(map(repr, found[:8]))} in the "
+            "calibration; they were left out. Check the batches, convert again and calibrate on finite ones."
+        )
+
+
 def _call(model: nn.Module, batch: Any) -> None:
     if isinstance(batch, Mapping):
         model(**batch)
     elif isinstance(batch, tuple):
         model(*batch)
-    else:
+    elif isinstance(batch, Tensor):
         model(batch)
+    else:
+        raise TypeError(
+            f"A calibration batch must be a tensor, a tuple of positional or a mapping of keyword arguments, got a "
+            f"{type(batch).__name__}. From a DataLoader of (x, y) batches pass (x for x, _ in loader)."
+        )

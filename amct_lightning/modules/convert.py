@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from amct_lightning.modules.layers import QATLayer
 from amct_lightning.modules.registry import LAYER_TYPES
-from amct_lightning.modules.shift_hook import install_shift_search
+from amct_lightning.modules.shift_hook import install_shift_search, remove_shift_search
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, Quantizer, WeightQuantizer
 
 if TYPE_CHECKING:
@@ -42,6 +42,30 @@ def convert_layers(model: nn.Module, plan: QuantPlan) -> None:
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # nested tensors cannot be rounded
+
+
+def revert_layers(model: nn.Module) -> None:
+    """Turn the QAT layers of ``model`` back into float layers, in place; weights stay, quantizers are dropped.
+
+    Args:
+        model: A converted model.
+
+    Example:
+        >>> from amct_lightning import prepare_qat
+        >>> model = prepare_qat(nn.Sequential(nn.Linear(4, 2)), None, torch.ones(1, 4))
+        >>> revert_layers(model)
+        >>> model
+        Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+        )
+    """
+    remove_shift_search(model)
+    for layer in list(quantized_layers(model).values()):
+        twin = cast(QATLayer, layer)
+        for name in (*twin.activation_quantizers, *twin.weight_quantizers):
+            delattr(twin, name)
+        del twin.calibrates_input
+        layer.__class__ = next(kind for kind, entry in LAYER_TYPES.items() if type(layer) is entry.twin)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -26,6 +26,15 @@ def install_shift_search(layer: QATLayer, batch_norm: nn.Module | None) -> None:
     (batch_norm or layer).register_forward_hook(_ShiftHook(layer, batch_norm))
 
 
+def remove_shift_search(model: nn.Module) -> None:
+    """Take back all that :func:`install_shift_search` did in a model."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _ShiftHook)]:
+            del module._forward_hooks[key]
+        if isinstance(module, QATLayer) and hasattr(module, "shift_search"):
+            del module.shift_search
+
+
 def shift_searches(model: nn.Module) -> list[ShiftSearch]:
     """Return the searches of a model."""
     return [module for module in model.modules() if isinstance(module, ShiftSearch)]

@@ -197,11 +197,11 @@ class ActivationQuantizer(Quantizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _observe(self, values: Tensor, observe: bool, preview: Tensor) -> tuple[Tensor, Tensor]:
-        values = values.detach()
+        # A single NaN would make the range NaN for good; it is told by the flag and left out here.
+        values, preview = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in (values, preview))
         if observe and values.numel() and not _in_backward():
             last = len(self.observed) + 1 >= self.batch_num
-            # An in-place operation of the model may rewrite its activations, so batches kept for later are copies.
-            self.observed.append(values if last else values.clone())
+            self.observed.append(values)  # a copy: the model may rewrite its activations in place
             self.calibrated_batches.fill_(len(self.observed))
             if last:
                 result = ifmr(self.observed, self.num_bits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -14,7 +15,8 @@ from amct_lightning.graph.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.modules.folding import deployed_scale
 from amct_lightning.modules.layers import QATLayer
 from amct_lightning.modules.registry import LAYER_TYPES
-from amct_lightning.quantizers import ShiftSearch, WeightQuantizer
+from amct_lightning.quantizers import LearnedWeightQuantizer, ShiftSearch, WeightQuantizer
+from amct_lightning.quantizers.functional import EPS
 from amct_lightning.record.layer_record import LayerRecord
 
 _FP16_MAX = 65504.0
@@ -52,7 +54,27 @@ def derive_layers(model: nn.Module) -> dict[str, LayerRecord]:
             f"{len(waiting)} of {len(layers)} quantized layers are not calibrated yet: {shown}. Train for at least "
             f"{plan.config.batch_num} batch(es) that reach them, or call amct_lightning.calibrate(model, batches)."
         )
+    _warn_unusable_scales(layers)
     return {layer.name: _derive(root, layers[layer.name], layer, plan) for layer in plan.layers}
+
+
+def _warn_unusable_scales(layers: Mapping[str, QATLayer]) -> None:
+    """Tell of learned weight scales that no hardware can use; AMCT trains with them and records 1 in their place."""
+    wrong = {}
+    for name, layer in layers.items():
+        quantizers = [getattr(layer, attribute) for attribute in layer.weight_quantizers]
+        learned = [quantizer for quantizer in quantizers if isinstance(quantizer, LearnedWeightQuantizer)]
+        count = sum(int((quantizer.scale < EPS).sum()) for quantizer in learned if not quantizer.starting)
+        if count:
+            wrong[name] = count
+    if wrong:
+        listed = ", ".join(f"'{name}' ({count})" for name, count in list(wrong.items())[:8])
+        warnings.warn(
+            f"Learned weight scales became negative or zero in {listed}. The deployed network cannot use them and will "
+            "differ from the trained one. Train the scales with a smaller learning rate (quant_lr_scale=0.01 in "
+            "QuantRetrainCallback), or use arq_retrain.",
+            stacklevel=2,
+        )
 
 
 @torch.no_grad()

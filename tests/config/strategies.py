@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from amct_lightning.config import DataConfig, LayerConfig, QuantChoices, RetrainConfig, WeightConfig
 from amct_lightning.config.json_format import RUN_KEYS
 
-POSITIVE = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
+POSITIVE = st.floats(min_value=1e-6, max_value=3e38)
 CLIPS = st.one_of(st.just((None, None)), st.tuples(POSITIVE, POSITIVE.map(lambda value: -value)))
 TYPE_PAIRS = st.sampled_from([("INT4", "INT4"), ("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4")])
 BOOL = st.booleans()

@@ -142,7 +142,9 @@ def test_a_name_with_characters_of_patterns_fits_itself():
 @pytest.mark.parametrize("place", ["skip_layers", "layers"])
 def test_a_pattern_that_fits_no_layer_is_refused_with_the_closest_names(place: str):
     names: Any = ("haed",) if place == "skip_layers" else {"haed": INT16}
-    message = r"^my\.yaml: .*layer 'haed', but no layer.* Did you mean 'head'\? Layers that can be quantized: 'stem'"
+    message = (
+        r"^my\.yaml: .*layer 'haed', but it fits no layer.* Did you mean 'head'\? Layers that can be quantized: 'stem'"
+    )
     with pytest.raises(ValueError, match=message):
         QuantChoices(**{place: names}).resolve(LAYERS, "my.yaml")
 

@@ -93,3 +93,9 @@ def test_other_type_pairs_are_refused(pair: tuple[str, str]):
 def test_a_layer_refuses_parts_of_the_wrong_type(arguments: tuple[Any, ...]):
     with pytest.raises(TypeError, match=r"^LayerConfig\.retrain_"):
         LayerConfig(*arguments)
+
+
+@pytest.mark.parametrize("clips", [(1e300, -1.0), (1.0, -1e39), (1e-9, -1e-9), (float("inf"), -1.0)])
+def test_clips_that_give_no_float32_scale_are_refused(clips: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=r"DataConfig\.clip_(max|min)"):
+        DataConfig(clip_max=clips[0], clip_min=clips[1])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from amct_lightning import RetrainConfig, calibrate, prepare_qat, quantized_layers
 from amct_lightning.config import LayerConfig, WeightConfig
-from amct_lightning.modules import QATConv2d, QATLinear, activation_quantizers
+from amct_lightning.modules import QATConv2d, QATLinear, activation_quantizers, revert_layers
 
 
 class Branches(nn.Module):
@@ -201,6 +201,41 @@ def test_calibrate_finishes_calibration_without_training_anything(model: Branche
     assert not any(q.calibrating for q in activation_quantizers(converted).values())
     assert all(torch.equal(converted.state_dict()[key], value) for key, value in weights.items())
     assert {module.training for module in converted.modules()} == {True}
+
+
+def test_calibrate_leaves_nan_out_and_names_the_layer(model: Branches, x: Tensor) -> None:
+    converted = prepare_qat(model, None, x)
+    bad = x.clone()
+    bad[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="'stem'"):
+        calibrate(converted, [bad])
+    assert all(torch.isfinite(q.clip_max) for q in activation_quantizers(converted).values())
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [("tensor", r"pass \[tensor\]"), ("lists", r"\(x for x, _ in loader\)")],
+)
+def test_calibrate_says_what_batches_have_to_be(model: Branches, x: Tensor, batches: str, message: str) -> None:
+    given = x if batches == "tensor" else [[x, torch.zeros(2)]]
+    with pytest.raises(TypeError, match=message):
+        calibrate(prepare_qat(model, None, x), given)
+
+
+def test_calibrate_refuses_a_float_model(model: Branches, x: Tensor) -> None:
+    with pytest.raises(ValueError, match="no quantized layers"):
+        calibrate(model, [x])
+
+
+def test_reverting_gives_back_the_float_model(model: Branches, x: Tensor) -> None:
+    before = state(model)
+    converted = prepare_qat(model, None, x, inplace=True, search_n=True).train()
+    converted(x)
+    revert_layers(converted)
+    assert list(converted.state_dict()) == list(before)
+    assert [type(layer) for layer in (model.stem, model.owner)] == [nn.Conv2d, nn.Conv2d]
+    assert not any(module._forward_hooks for module in model.modules())
+    assert list(quantized_layers(prepare_qat(model, None, x))) == ["stem", "owner", "member"]
 
 
 def test_calibrate_says_which_layers_got_too_few_batches(model: Branches, x: Tensor) -> None:

@@ -5,9 +5,11 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from amct_lightning import prepare_qat
 from amct_lightning.record import QuantRecord
 from tests.record.conftest import full_layer, make_layer, records
 
@@ -203,3 +205,15 @@ def test_differences_notice_the_entries_of_other_features() -> None:
 def test_copies_of_a_record_are_equal(clone: object) -> None:
     record = QuantRecord.from_text(RECORD + PRUNE)
     assert clone(record) == record  # type: ignore[operator]
+
+
+def test_negative_learned_scales_are_told_with_the_layer() -> None:
+    """AMCT trains with them as they are, and records 1."""
+    x = torch.randn(4, 4)
+    config = {"weights": {"algo": "ulq_retrain"}}
+    model = prepare_qat(torch.nn.Sequential(torch.nn.Linear(4, 2)), config, x).train()
+    model(x)
+    with torch.no_grad():
+        model[0].weight_quantizer.scale.neg_()
+    with pytest.warns(UserWarning, match=r"negative or zero in '0' \(1\).*quant_lr_scale"):
+        assert QuantRecord.from_model(model)["0"].scale_w == [1.0]
