@@ -201,12 +201,12 @@ def _notes(row: ReportRow) -> str:
 
 
 def _relative(name: str, to: str) -> str:
-    """Leave out what a name has in common with its neighbour's, whole components only."""
+    """Leave out what a name has in common with its neighbour's, whole components only; a dot stands for it."""
     parts, others = name.split("."), to.split(".")
     common = 0
     while common < min(len(parts), len(others)) - 1 and parts[common] == others[common]:
         common += 1
-    return ".".join(parts[common:])
+    return ("." if common else "") + ".".join(parts[common:])
 
 
 def _warnings(rows: tuple[ReportRow, ...], plan: QuantPlan, modules: dict[str, nn.Module]) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,4 +67,4 @@ def test_a_path_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path
     path = tmp_path if place == "folder" else tmp_path / "file" / "record.txt"
     with pytest.raises(OSError, match="record file"):
         check_writable(path, "record file")
-    assert os.listdir(tmp_path) == ["file"]
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
