@@ -203,7 +203,7 @@ class TestText:
         monkeypatch.setenv("COLUMNS", "120")
         text = str(report_of(allow_reuse=True))
         assert "stem         Conv2d  A8W8 ARQ/ch  folds bn" in text
-        assert "block.left   Conv2d  A8W8 ARQ/ch  input >= 0; shares input with right" in text
+        assert "block.left   Conv2d  A8W8 ARQ/ch  input >= 0; shares input with .right" in text
         assert "twice        Linear  A8W8 ARQ     called 2 times" in text
         assert "unused       Linear  float        never called with the given input_data" in text
         assert "\nNote: fewer than 17 input channels" in text

@@ -33,7 +33,7 @@ from amct_lightning.config import QuantChoices, RetrainConfig, config_source, lo
 from amct_lightning.files import check_writable, write_text
 from amct_lightning.graph.plan import attach_plan, find_plan, make_plan
 from amct_lightning.graph.trace import InputData
-from amct_lightning.modules import activation_quantizers, convert_layers, learned_factors
+from amct_lightning.modules import activation_quantizers, convert_layers, learned_factors, quantized_layers
 from amct_lightning.modules.calibration import synchronize_calibration
 from amct_lightning.modules.shift_hook import synchronize_shift_search
 from amct_lightning.report import conversion_report
@@ -314,7 +314,7 @@ class QuantRetrainCallback(Callback):
         """Go on with a model that is converted already, unless it is to be quantized differently now."""
         with suppress(FileNotFoundError):
             check_unchanged(model, self.config, config_source(self.config))
-        rank_zero_info(f"QuantRetrainCallback: the model is quantized already and stays so. {conversion_report(model)}")
+        rank_zero_info(f"QuantRetrainCallback: going on with {len(quantized_layers(model))} quantized layers.")
 
     def _run_and_input(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module
