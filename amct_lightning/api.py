@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config
+from amct_lightning.data_parallel import unwrap, wrap_like
 from amct_lightning.files import check_writable, write_text
 from amct_lightning.graph.float_model import check_float_model
 from amct_lightning.graph.plan import attach_plan, make_plan
@@ -61,9 +61,9 @@ def create_quant_retrain_config(
     _check_input(input_data)
     check_writable(config_file, "config file")
     if config_defination is None:
-        config = RetrainConfig.default(_unwrap(model), input_data)
+        config = RetrainConfig.default(unwrap(model), input_data)
     else:
-        config = RetrainConfig.from_simple_config(config_defination, _unwrap(model), input_data)
+        config = RetrainConfig.from_simple_config(config_defination, unwrap(model), input_data)
     config.to_json(config_file)
 
 
@@ -79,11 +79,13 @@ def create_quant_retrain_model(
     r"""Make a copy of a model that trains with quantization, as a configuration file says.
 
     The record file is created empty. It is written by the first evaluation pass after calibration, and again by
-    an evaluation pass whenever the factors have changed since.
+    an evaluation pass whenever the factors have changed since. A pass is a call of the model itself; a deep copy of
+    it leaves the file alone.
 
     Args:
         config_file: A configuration file, e.g. from :func:`create_quant_retrain_config`.
-        model: The float model; it is not changed.
+        model: The float model; it is not changed. One that is wrapped in DistributedDataParallel is converted inside,
+            and the copy is wrapped alike.
         record_file: The file for the quantization factors. An existing one is emptied.
         input_data: Input for which the model works, see :func:`create_quant_retrain_config`.
         allow_reuse: See :func:`prepare_qat`.
@@ -118,10 +120,10 @@ def create_quant_retrain_model(
     check_writable(record_file, "record file")
     _refuse_same_file(record_file, config_file, "configuration file")
     converted = prepare_qat(
-        _unwrap(model), config, input_data, source=config_file, allow_reuse=allow_reuse, search_n=search_n
+        unwrap(model), config, input_data, source=config_file, allow_reuse=allow_reuse, search_n=search_n
     )
     _start_record(converted, record_file)
-    return converted
+    return wrap_like(converted, model)
 
 
 def restore_quant_retrain_model(
@@ -143,7 +145,8 @@ def restore_quant_retrain_model(
 
     Args:
         config_file: The configuration file that the saved model was converted with.
-        model: The float model; it is not changed.
+        model: The float model; it is not changed. One that is wrapped in DistributedDataParallel is converted inside,
+            and the copy is wrapped alike.
         record_file: The file for the quantization factors. An existing one is emptied, once the state is loaded.
         input_data: Input for which the model works, see :func:`create_quant_retrain_config`.
         pth_file: A file written with ``torch.save``. All names in the state may begin with ``module.``.
@@ -190,11 +193,11 @@ def restore_quant_retrain_model(
     _refuse_same_file(record_file, pth_file, "checkpoint")
     state_dict = select_state_dict(read_checkpoint(pth_file), state_dict_name, pth_file)
     converted = prepare_qat(
-        _unwrap(model), config, input_data, source=config_file, allow_reuse=allow_reuse, search_n=search_n
+        unwrap(model), config, input_data, source=config_file, allow_reuse=allow_reuse, search_n=search_n
     )
     restore_state(converted, state_dict, pth_file)
     _start_record(converted, record_file)
-    return converted
+    return wrap_like(converted, model)
 
 
 def prepare_qat(
@@ -283,10 +286,6 @@ def _start_record(converted: nn.Module, record_file: str) -> None:
     write_text(record_file, "")
     install_hooks(converted, record_file)
     _logger.info("The record goes to '%s'. %s", record_file, conversion_report(converted))
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _check_type(function: str, argument: str, value: object, allowed: type | tuple[type, ...]) -> None:

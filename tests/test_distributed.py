@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,26 @@ def test_only_rank_zero_writes_the_record(outcome: Outcome) -> None:
     written, other = outcome.of_both("record")
     assert list(amct.QuantRecord.from_text(written)) == ["0", "4"]
     assert other == ""
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_wrapped_model_comes_back_wrapped_alike_with_its_clips_reduced(tmp_path: Path) -> None:
+    """AMCT converts what is inside the wrapper, which then does not know the clips."""
+    config, record, x = str(tmp_path / "config.json"), str(tmp_path / "record.txt"), local_batch(0)
+    wrapped = DistributedDataParallel(network(), find_unused_parameters=True)
+    amct.create_quant_retrain_config(config, wrapped, x)
+    converted = amct.create_quant_retrain_model(config, wrapped, record, x)
+    assert isinstance(converted, DistributedDataParallel)
+    assert converted.find_unused_parameters
+    assert "module.0.input_quantizer.clip_max" in dict(converted.named_parameters())
+    assert not any("quantizer" in name for name, _ in wrapped.named_parameters())
+    converted.train()(x).sum().backward()
+    converted.eval()(x)
+    assert list(amct.QuantRecord.load(record)) == ["0", "4"]

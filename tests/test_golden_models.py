@@ -129,11 +129,7 @@ def test_the_scales_in_the_record(name: str, field: str, run_of: Callable[[str],
     expect(name, field, error <= SCALE_TOLERANCE, error)
 
 
-def learns_weight_scales(name: str) -> bool:
-    return "ulq_retrain" in model_case(name).meta["config_used"]
-
-
-@pytest.mark.parametrize("name", [n for n in MODEL_CASES if n not in EXCEPTIONS and not learns_weight_scales(n)])
+@pytest.mark.parametrize("name", [n for n in MODEL_CASES if n not in EXCEPTIONS])
 def test_the_record_file_equals_amct_s_to_the_byte(name: str, run_of: Callable[[str], Run]) -> None:
     assert run_of(name).record_text == model_case(name).meta["record_text"]
 

@@ -102,7 +102,8 @@ def _no_match(pattern: str, eligible: Mapping[str, nn.Module], problem: str, exa
 def _check_types(choices: QuantChoices, eligible: Mapping[str, nn.Module], source: str) -> None:
     _warn_repeated(choices.skip_types, source)
     present = [type(module).__name__ for module in eligible.values()]
-    allowed = list(dict.fromkeys([*(kind.__name__ for kind in LAYER_TYPES), *present]))
+    known = [kind.__name__ for kind, entry in LAYER_TYPES.items() if entry.by_default or not choices.amct_rules]
+    allowed = list(dict.fromkeys([*known, *present]))
     for problem, names in (("cannot skip", choices.skip_types), ("settings are given for", choices.types)):
         for name in names:
             if name not in allowed:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented way to write a dispatch mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -32,6 +33,11 @@ _SAME_VALUE = (
     torch.ops.aten.detach.default,
     torch.ops.aten.lift_fresh.default,
 )
+
+
+# Functions that may return their argument itself, so that no operator is seen, but are nodes of an exported graph.
+_CASTS = (Tensor.to, Tensor.type)
+_NODES = (torch.flatten, Tensor.flatten, Tensor.float, Tensor.cpu)
 
 
 @dataclass
@@ -113,7 +119,7 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module], run: nn.Module, 
         for handle in observer.watch_batch_norm(name, module)
     ]
     try:
-        with preserved(run), observer:
+        with preserved(run), observer, _VisibleNodes():
             output = run(*args, **kwargs)
         observer.read_by_user(output)
         observer.find_outside_readers(watched)
@@ -127,6 +133,18 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module], run: nn.Module, 
         for handle in handles:
             handle.remove()
     return observer.trace
+
+
+class _VisibleNodes(TorchFunctionMode):
+    """Make a new tensor of what a node of the exported graph would return unchanged."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not args or result is not args[0] or not isinstance(result, Tensor):
+            return result
+        casts = func in _CASTS and any(isinstance(arg, (torch.dtype, str)) for arg in (*args[1:], *kwargs.values()))
+        return result.view(result.shape) if func in _NODES or casts else result
 
 
 class _Observer(TorchDispatchMode):

@@ -108,12 +108,18 @@ LAYER_TYPES: Mapping[type[nn.Module], LayerType] = MappingProxyType(
         nn.LSTM: LayerType(
             QATLSTM,
             packed=("input_size", "hidden_size"),
+            finds_shared_weights=False,
             gates=(0, 3, 1, 2),
             min_readers=3,
             obstacle=_recurrent_obstacle,
         ),
         nn.GRU: LayerType(
-            QATGRU, packed=("input_size", "hidden_size"), gates=(1, 0, 2), min_readers=2, obstacle=_recurrent_obstacle
+            QATGRU,
+            packed=("input_size", "hidden_size"),
+            finds_shared_weights=False,
+            gates=(1, 0, 2),
+            min_readers=2,
+            obstacle=_recurrent_obstacle,
         ),
     }
 )

@@ -168,8 +168,9 @@ class _FakeQuantizeWeightLearned(torch.autograd.Function):
         codes = view / scale
         above = (view > scale * (h - 1)).to(view.dtype)
         below = (view < scale * -h).to(view.dtype)
-        # With a negative scale a value is above and below at once; AMCT's sum of the three terms is kept for it.
-        step = above * (h - 1) - below * h + (1 - above - below) * (torch.round(codes) - codes)
+        # With a negative scale a value is above and below at once. AMCT's sum of the three terms is kept for it, and
+        # its order, which decides the last bit.
+        step = (1 - above - below) * (torch.round(codes) - codes) - below * h + above * (h - 1)
         terms = step * factor * layout.view(grad)
         grad_scale = terms.sum().view(scale.shape) if scale.numel() == 1 else terms.sum_to_size(scale.shape)
         return grad, grad_scale, None, None, None

@@ -39,6 +39,52 @@ def layers(model: nn.Module, input_data: object = None) -> dict[str, LayerPlan]:
     return {layer.name: layer for layer in plan_of(model, input_data).layers}
 
 
+class Mlp(nn.Module):
+    """Two linear layers with any code in between."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(4, 4), nn.Linear(4, 4), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(torch.relu(self.a(x))))
+
+
+@pytest.mark.parametrize(
+    ("between", "fixed"),
+    [
+        (nn.Flatten(), False),
+        (lambda x: torch.flatten(x, 1), False),
+        (lambda x: x.float(), False),
+        (lambda x: x.to(torch.float32), False),
+        (lambda x: x.to(dtype=torch.float32), False),
+        (lambda x: x.cpu(), False),
+        (lambda x: x.to("cpu", torch.float32), False),
+        (nn.Identity(), True),
+        (nn.Dropout(), True),
+        (lambda x: x.contiguous(), True),
+        (lambda x: x.clone(), True),
+        (lambda x: x.detach(), True),
+    ],
+)
+def test_nodes_of_the_exported_graph_count_also_where_they_return_their_input(
+    between: Callable[[Tensor], Tensor], fixed: bool
+) -> None:
+    assert layers(Mlp(between), torch.randn(2, 4))["b"].fixed_min is fixed
+
+
+def test_readers_of_two_nodes_do_not_share() -> None:
+    class Net2(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(torch.flatten(x, 1)) + self.b(torch.flatten(x, 1))
+
+    assert layers(Net2(), torch.randn(2, 4))["b"].shares_input_of == "b"
+
+
 @pytest.mark.parametrize(
     "between",
     [
