@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 
 from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 from typing_extensions import override
 
 from amct_lightning.callbacks.state import CHECKPOINT_KEY
@@ -20,6 +22,9 @@ class CheckpointOwner(Protocol):
 
     def checkpoint_state(self) -> dict[str, Any] | None:
         """Return the entry for :data:`CHECKPOINT_KEY`, or ``None`` if the model is not converted."""
+
+    def record_of(self, tensors: Mapping[str, Tensor], text: str | None) -> str | None:
+        """Return the record that belongs to the tensors of a checkpoint; ``text`` is that of the live model."""
 
     def record_saved(self, text: str | None) -> None:
         """Take note that a checkpoint with this record is being saved."""
@@ -73,7 +78,10 @@ class RecordCheckpointIO(CheckpointIO):
             state = self.owner.checkpoint_state()
             if state is not None:
                 checkpoint[CHECKPOINT_KEY] = state
-        text = checkpoint.get(CHECKPOINT_KEY, {}).get("record")
+        entry = checkpoint.get(CHECKPOINT_KEY, {})
+        if entry:
+            entry["record"] = self.owner.record_of(checkpoint.get("state_dict", {}), entry["record"])
+        text = entry.get("record")
         self.owner.record_saved(text)
         if _is_local(path) and text is not None:
             write_text(record_path(path), text)

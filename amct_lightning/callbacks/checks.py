@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,20 @@ def find_submodule(pl_module: pl.LightningModule, name: str | None) -> nn.Module
         ) from None
 
 
-def refuse_second(callbacks: Iterable[object], callback: object) -> None:
-    """Refuse a Trainer with two callbacks of this kind: they would write one record."""
+def check_neighbours(callbacks: Sequence[object], callback: object) -> None:
+    """Refuse a Trainer with two callbacks of this kind, or with one before it that copies the float model."""
     if any(type(other) is type(callback) and other is not callback for other in callbacks):
         raise ValueError(
             "The Trainer has two QuantRetrainCallbacks. Use one; to quantize several parts of a LightningModule, "
             "convert all of it and disable the other layers in the config."
         )
+    for other in callbacks[: callbacks.index(callback)]:
+        # By name: Lightning before 2.6 has no WeightAveraging.
+        if {kind.__name__ for kind in type(other).__mro__} & {"WeightAveraging", "StochasticWeightAveraging"}:
+            raise ValueError(
+                f"{type(other).__name__} stands before QuantRetrainCallback and would average the float model. Put "
+                "QuantRetrainCallback first in the Trainer's callbacks."
+            )
 
 
 def check_arguments(callback: Any) -> None:

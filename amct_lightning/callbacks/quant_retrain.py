@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -10,16 +11,16 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from amct_lightning.callbacks.checkpoint_io import RecordCheckpointIO
 from amct_lightning.callbacks.checks import (
     check_arguments,
+    check_neighbours,
     check_unchanged,
     find_submodule,
     refuse_config_as_record,
-    refuse_second,
     warn_left_out,
     warn_spawned,
     warn_unfinished,
@@ -28,7 +29,14 @@ from amct_lightning.callbacks.inputs import BatchToInput, calls_forward, find_in
 from amct_lightning.callbacks.modes import expect_float, start_shift_search, train_quantizers
 from amct_lightning.callbacks.nonfinite import NonfiniteWatch
 from amct_lightning.callbacks.param_groups import move_clips
-from amct_lightning.callbacks.state import CHECKPOINT_KEY, adopt_plan, make_entry, record_text, restore_observed
+from amct_lightning.callbacks.state import (
+    CHECKPOINT_KEY,
+    adopt_plan,
+    make_entry,
+    record_of,
+    record_text,
+    restore_observed,
+)
 from amct_lightning.config import QuantChoices, RetrainConfig, config_source, load_config
 from amct_lightning.files import check_writable, write_text
 from amct_lightning.graph.plan import attach_plan, find_plan, make_plan
@@ -122,12 +130,13 @@ class QuantRetrainCallback(Callback):
         self._calibration_steps = 0
         self._is_fitting = False
         self._is_training = False
+        self._has_trained = False
         self._watch: NonfiniteWatch | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Convert the model, before its weights are restored, moved or wrapped and optimizers are made."""
-        refuse_second(trainer.callbacks, self)  # type: ignore[attr-defined]
+        check_neighbours(trainer.callbacks, self)  # type: ignore[attr-defined]
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # idempotent by Lightning's contract; the layers must exist now
         self._model = find_submodule(pl_module, self.submodule)
@@ -229,14 +238,20 @@ class QuantRetrainCallback(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the record of the final state; all ranks wait for it."""
+        """Look a last time for NaN and infinite activations."""
         if self._watch is not None:
             self._watch.check()
         self._is_training = False
-        if trainer.is_global_zero:
+        self._has_trained = True
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the record of the final state, which other callbacks may have averaged; all ranks wait for it."""
+        if self._has_trained and trainer.is_global_zero:
             self.record_saved(record_text(self._converted()))
             warn_unfinished(self._converted(), self._calibration_steps, self._path())
-        trainer.strategy.barrier("QuantRetrainCallback.on_train_end")
+        self._has_trained = False
+        trainer.strategy.barrier("QuantRetrainCallback.on_fit_end")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -266,6 +281,17 @@ class QuantRetrainCallback(Callback):
     def checkpoint_state(self) -> dict[str, Any] | None:
         """Return what a checkpoint has to hold beside the weights, or ``None`` without a converted model."""
         return None if self._model is None else make_entry(self._model, self.submodule, self._calibration_steps)
+
+    def record_of(self, tensors: Mapping[str, Tensor], text: str | None) -> str | None:
+        """Return the record that belongs to the tensors of a checkpoint.
+
+        Args:
+            tensors: The ``state_dict`` in the checkpoint.
+            text: The record of the model as it is.
+        """
+        prefix = f"{self.submodule}." if self.submodule else ""
+        own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        return record_of(self._converted(), own, text)
 
     def record_saved(self, text: str | None) -> None:
         """Write ``record_file``; without a usable record the last written one stays.

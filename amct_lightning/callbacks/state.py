@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from amct_lightning.callbacks.checks import describe_difference
 from amct_lightning.graph.plan import QuantPlan, attach_plan, find_plan
@@ -74,6 +75,32 @@ def restore_observed(model: nn.Module, entry: dict[str, Any]) -> None:
     observed = entry.get("observed", {})
     for name, quantizer in activation_quantizers(model).items():
         quantizer.observed = [batch.to(quantizer.clip_max.device) for batch in observed.get(name, [])]
+
+
+def record_of(model: nn.Module, tensors: Mapping[str, Tensor], text: str | None) -> str | None:
+    """Return the record of a checkpoint, whose tensors weight averaging may have put in place of the model's.
+
+    Args:
+        model: The converted module.
+        tensors: What the checkpoint holds of its state_dict.
+        text: The record of the model as it is.
+    """
+    live = model.state_dict()
+    is_plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in live.values())
+    if not is_plain or not live.keys() <= tensors.keys():
+        return text  # a sharded or partial state, which this process cannot look into
+    if all(tensors[name].data_ptr() == tensor.data_ptr() for name, tensor in live.items()):
+        return text
+    quantizers = activation_quantizers(model).values()
+    kept = {name: tensor.clone() for name, tensor in live.items()}
+    books = [(quantizer.observed, quantizer.poison) for quantizer in quantizers]
+    try:
+        model.load_state_dict({name: tensors[name] for name in live})
+        return record_text(model)
+    finally:
+        model.load_state_dict(kept)
+        for quantizer, (observed, poison) in zip(quantizers, books, strict=True):
+            quantizer.observed, quantizer.poison = observed, poison
 
 
 def record_text(model: nn.Module) -> str | None:
