@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
-from amct_lightning.callbacks.checkpoint_io import RecordCheckpointIO
+from amct_lightning.callbacks.checkpoint_side import CheckpointSide
 from amct_lightning.callbacks.checks import (
     check_arguments,
     check_neighbours,
@@ -30,15 +28,10 @@ from amct_lightning.callbacks.modes import expect_float, start_shift_search, tra
 from amct_lightning.callbacks.nonfinite import NonfiniteWatch
 from amct_lightning.callbacks.param_groups import move_clips
 from amct_lightning.callbacks.state import (
-    CHECKPOINT_KEY,
-    adopt_plan,
-    make_entry,
-    record_of,
     record_text,
-    restore_observed,
 )
 from amct_lightning.config import QuantChoices, RetrainConfig, config_source, load_config
-from amct_lightning.files import check_writable, write_text
+from amct_lightning.files import check_writable
 from amct_lightning.graph.plan import attach_plan, find_plan, make_plan
 from amct_lightning.graph.trace import InputData
 from amct_lightning.modules import activation_quantizers, convert_layers, learned_factors, quantized_layers
@@ -47,7 +40,7 @@ from amct_lightning.modules.shift_hook import synchronize_shift_search
 from amct_lightning.report import conversion_report
 
 
-class QuantRetrainCallback(Callback):
+class QuantRetrainCallback(CheckpointSide):
     """Quantization-aware training of a LightningModule; nothing in the module changes.
 
     In ``setup``, for every stage, the layers named by ``config`` are converted in place (once; a second ``fit`` or
@@ -123,12 +116,7 @@ class QuantRetrainCallback(Callback):
         self.allow_reuse = allow_reuse
         self.search_n = search_n
         check_arguments(self)
-        self._model: nn.Module | None = None
-        self._record_path: Path | None = None
-        self._missing_config: FileNotFoundError | None = None
         self._calibrated_everywhere = False
-        self._calibration_steps = 0
-        self._is_fitting = False
         self._is_training = False
         self._has_trained = False
         self._watch: NonfiniteWatch | None = None
@@ -249,7 +237,7 @@ class QuantRetrainCallback(Callback):
         """Write the record of the final state, which other callbacks may have averaged; all ranks wait for it."""
         if self._has_trained and trainer.is_global_zero:
             self.record_saved(record_text(self._converted()))
-            warn_unfinished(self._converted(), self._calibration_steps, self._path())
+            warn_unfinished(self._converted(), self._calibration_steps, self._record_path)
         self._has_trained = False
         trainer.strategy.barrier("QuantRetrainCallback.on_fit_end")
 
@@ -259,69 +247,6 @@ class QuantRetrainCallback(Callback):
         if self._is_training and trainer.is_global_zero:
             self.record_saved(record_text(self._converted()))
         self._is_training = False
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Put plan, calibration state and record into the checkpoint."""
-        state = self.checkpoint_state()
-        if state is not None:
-            checkpoint[CHECKPOINT_KEY] = state
-
-    @override
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Take back batches that a calibration in progress had observed."""
-        entry = checkpoint.get(CHECKPOINT_KEY, {})
-        self._calibration_steps = entry.get("calibration_steps", 0)
-        restore_observed(self._converted(), entry)
-
-    def checkpoint_state(self) -> dict[str, Any] | None:
-        """Return what a checkpoint has to hold beside the weights, or ``None`` without a converted model."""
-        return None if self._model is None else make_entry(self._model, self.submodule, self._calibration_steps)
-
-    def record_of(self, tensors: Mapping[str, Tensor], text: str | None) -> str | None:
-        """Return the record that belongs to the tensors of a checkpoint.
-
-        Args:
-            tensors: The ``state_dict`` in the checkpoint.
-            text: The record of the model as it is.
-        """
-        prefix = f"{self.submodule}." if self.submodule else ""
-        own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        return record_of(self._converted(), own, text)
-
-    def record_saved(self, text: str | None) -> None:
-        """Write ``record_file``; without a usable record the last written one stays.
-
-        Args:
-            text: The record, or ``None``.
-        """
-        if text is not None and self._record_path is not None:
-            write_text(self._record_path, text)
-
-    def checkpoint_loaded(self, state: dict[str, Any] | None, source: str) -> None:
-        """Convert a model that waits for the plan of its checkpoint; refuse a checkpoint with another plan.
-
-        Args:
-            state: The checkpoint's entry of this package, ``None`` if it has none.
-            source: The checkpoint's path.
-
-        Raises:
-            ValueError: If model and checkpoint are quantized differently.
-        """
-        if self._model is None:
-            return
-        if state is not None:
-            adopt_plan(self._model, state, source, replace=self.config is None)
-            self._missing_config = None
-        elif self._is_fitting:
-            raise ValueError(
-                f"'{source}' was written without QuantRetrainCallback, so the state of its optimizer does not fit the "
-                "quantized model. Load the float weights into the LightningModule, and fit without ckpt_path."
-            )
 
     def _convert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
         try:
@@ -350,30 +275,10 @@ class QuantRetrainCallback(Callback):
         run = pl_module if calls_forward(pl_module) else model
         return run, find_input(trainer, pl_module, self.batch_to_input)
 
-    def _wrap_checkpoint_io(self, trainer: pl.Trainer) -> None:
-        inner = trainer.strategy.checkpoint_io
-        if isinstance(inner, RecordCheckpointIO):
-            inner.owner = self
-        else:
-            trainer.strategy.checkpoint_io = RecordCheckpointIO(inner, self)
-
     def _finish_shift_search(self, trainer: pl.Trainer) -> None:
         synchronize_shift_search(self._converted())
         if self.search_n and not self._is_fitting and trainer.is_global_zero:
             self.record_saved(record_text(self._converted()))
-
-    def _require_conversion(self) -> None:
-        if self._missing_config is not None:
-            raise self._missing_config
-
-    def _converted(self) -> nn.Module:
-        self._require_conversion()
-        if self._model is None:
-            raise RuntimeError("QuantRetrainCallback has no model yet: it is used outside of a Trainer run.")
-        return self._model
-
-    def _path(self) -> Path:
-        return self._record_path or Path("record.txt")
 
     def _batch_num(self) -> int:
         found = find_plan(self._converted())

@@ -8,17 +8,15 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 
 from amct_lightning import QuantRecord, QuantRetrainCallback, load_qat_checkpoint
 from tests.callbacks.conftest import Net, TrainerFactory, loader
 
-weight_averaging = pytest.importorskip("lightning.pytorch.callbacks.weight_averaging", reason="needs Lightning 2.6")
-
 
 def ema() -> pl.Callback:
-    return weight_averaging.EMAWeightAveraging(decay=0.6, update_starting_at_step=2)
+    return EMAWeightAveraging(decay=0.6, update_starting_at_step=2)
 
 
 class NoBatchNorm(Net):
