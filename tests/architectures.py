@@ -6,11 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-
-transformers = pytest.importorskip("transformers")
 
 LABELS, WORDS = 3, 20
 SMALL = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}

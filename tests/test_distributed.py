@@ -20,7 +20,6 @@ from amct_lightning.modules import activation_quantizers
 
 STEPS = 3
 WORLD = 2
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs the gloo backend")
 
 
 def network() -> nn.Module:

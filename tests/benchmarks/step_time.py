@@ -6,28 +6,14 @@ python -m tests.benchmarks.step_time
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from amct_lightning import RetrainConfig, calibrate, prepare_qat
 from tests.benchmarks.timing import medians
-
-
-class Operators(TorchDispatchMode):
-    """Count the dispatched operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
+from tests.operators import Operators
 
 
 def resnet(width: int = 32, blocks: int = 6) -> nn.Module:
@@ -81,7 +67,7 @@ def main() -> None:
             print(
                 f"{name}: {variant} {times[variant] / times['float']:.2f}x ({1000 * times[variant]:.1f} ms), "
                 f"{sum(operators.counts.values())} operators, "
-                f"{operators.counts['aten::_local_scalar_dense']} host reads, "
+                f"{sum(operators.host_reads.values())} host reads, "
                 f"{saved_bytes(step) / saved_bytes(steps['float']):.2f}x bytes kept for backward"
             )
 

@@ -193,7 +193,6 @@ def test_disabled_layers_are_not_downgraded(eligible: dict[str, nn.Module]):
 
 
 def test_the_default_configuration_lists_all_eligible_layers():
-    pytest.importorskip("amct_lightning.graph.eligibility")
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
     config = RetrainConfig.default(model, torch.ones(1, 2, 4, 4))
     assert list(config) == ["0", "3"]
@@ -202,6 +201,5 @@ def test_the_default_configuration_lists_all_eligible_layers():
 
 
 def test_a_model_without_eligible_layers_has_no_default():
-    pytest.importorskip("amct_lightning.graph.eligibility")
     with pytest.raises(ValueError, match=r"No supported layers in ReLU.*input_data"):
         RetrainConfig.default(nn.ReLU(), torch.ones(1))
