@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from amct_lightning import prepare_qat
-from amct_lightning.modules import learned_factors
+from amct_lightning.modules import activation_quantizers, learned_factors
 from amct_lightning.quantizers import Quantizer
 from tests.modules import reference
 from tests.modules.cases import COMBINATIONS, LAYERS, Converted, LayerCase, Width, converted
+from tests.operators import Operators
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -93,6 +94,21 @@ def test_the_gradients_of_input_and_parameters_follow_the_formulas(qat: Converte
     for name, expected in twin.parameter_gradients().items():
         close = CLOSE if name.endswith(".scale") else tolerance(qat)
         torch.testing.assert_close(gradients(qat.model)[f"layer.{name}"], expected, **close)
+
+
+def test_a_training_step_reads_nothing_on_the_host(qat: Converted) -> None:
+    with Operators() as operators:
+        qat.model(qat.x).square().mean().backward()
+    assert operators.counts
+    assert operators.host_reads == {}
+
+
+def test_calibration_reads_nothing_on_the_host(qat8: Converted) -> None:
+    fresh = prepare_qat(qat8.float_model, qat8.width.config(), qat8.x).train()
+    with Operators() as operators:
+        fresh(qat8.x).square().mean().backward()
+    assert not any(q.calibrating for q in activation_quantizers(fresh).values())
+    assert operators.host_reads == {}
 
 
 def test_every_factor_learns(qat: Converted) -> None:

@@ -1,0 +1,26 @@
+"""Counting the operators that a piece of code dispatches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+HOST_READS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero")
+
+
+class Operators(TorchDispatchMode):
+    """Count the dispatched operators, and those among them that wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def host_reads(self) -> dict[str, int]:
+        return {name: count for name, count in self.counts.items() if name in HOST_READS}
