@@ -112,13 +112,12 @@ class ActivationQuantizer(Quantizer):
         """
         if not self.training:
             return self._usable_clips()
-        values = _float32(x)
         if self.calibrating:
-            upper, lower = self._observe(values, observe, values if preview is None else _float32(preview))
+            upper, lower = self._observe(_float32(x), observe, _float32(x if preview is None else preview))
         else:
             upper, lower = self._usable_clips()
             self._store(upper, lower)
-        self.watch(values, upper, lower)
+        self.watch(x, upper, lower)
         return upper, lower
 
     def quantize(self, x: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
@@ -189,7 +188,7 @@ class ActivationQuantizer(Quantizer):
         if values.numel() == 0:
             return
         smallest, largest = torch.aminmax(values)
-        width = largest - smallest
+        width = largest.float() - smallest.float()
         if upper is not None and lower is not None:
             width = width.add_(upper).sub_(lower)
         self.poison.add_(width.mul_(0))  # 0 times anything is 0, but for infinity and NaN, of which it is NaN
