@@ -164,9 +164,9 @@ class _FakeQuantizeActivation(torch.autograd.Function):
         h, x, grad = half_range(num_bits), saved.to(dtype), grad.to(dtype)
         above = x > scale * ((h - 1) - offset)
         below = x < scale * (-h - offset)
-        codes = torch.where(above, upper, torch.where(below, lower, x)) / scale
-        error = (torch.round(codes) - codes) / (2**num_bits - 1)
+        codes = torch.where(above, upper, torch.where(below, lower, x)).div_(scale)
+        error = torch.round(codes).sub_(codes).div_(2**num_bits - 1)
         grad_x = torch.where(above | below, 0.0, grad).to(saved.dtype) if ctx.needs_input_grad[0] else None
-        grad_max = ((error + above) * grad).sum().to(upper.dtype)
-        grad_min = ((below.to(error.dtype) - error) * grad).sum().to(lower.dtype)
+        grad_max = (error + above).mul_(grad).sum().to(upper.dtype)
+        grad_min = below.to(error.dtype).sub_(error).mul_(grad).sum().to(lower.dtype)
         return grad_x, grad_max, grad_min, None, None, None, None
