@@ -28,9 +28,10 @@ def make_entry(model: nn.Module, submodule: str | None, calibration_steps: int) 
     found = find_plan(model)
     if found is None:
         return None
+    root = next(name for name, module in model.named_modules() if module is found[0])  # one converted by hand is inside
     return {
         "plan": found[1].to_dict(),
-        "submodule": submodule,
+        "submodule": ".".join(filter(None, (submodule, root))) or None,
         "record": record_text(model),
         "calibration_steps": calibration_steps,
         "observed": {name: q.observed for name, q in activation_quantizers(model).items() if q.observed},

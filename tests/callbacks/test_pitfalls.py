@@ -10,7 +10,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from amct_lightning import QuantRecord, QuantRetrainCallback, RetrainConfig, prepare_qat, quantized_layers
+from amct_lightning import (
+    QuantRecord,
+    QuantRetrainCallback,
+    RetrainConfig,
+    load_qat_checkpoint,
+    prepare_qat,
+    quantized_layers,
+)
 from amct_lightning.callbacks.checks import warn_spawned
 from amct_lightning.config import DataConfig, LayerConfig
 from amct_lightning.modules import activation_quantizers
@@ -69,6 +76,17 @@ class TestModelThatIsQuantizedAlready:
         prepare_qat(model.net, None, torch.randn(2, 2, 4, 4), inplace=True)
         make_trainer(callbacks=[QuantRetrainCallback(submodule="net")]).fit(model, loader())
         assert not model.net[0].input_quantizer.calibrating
+
+    def test_its_checkpoint_is_loaded_without_a_trainer_also_if_nobody_named_the_part(
+        self, make_trainer: TrainerFactory, tmp_path: Path
+    ) -> None:
+        model = Net()
+        prepare_qat(model.net, None, torch.randn(2, 2, 4, 4), inplace=True)
+        trainer = make_trainer(callbacks=[QuantRetrainCallback()])
+        trainer.fit(model, loader())
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        loaded = load_qat_checkpoint(Net, tmp_path / "a.ckpt")
+        assert QuantRecord.from_model(loaded) == QuantRecord.from_model(model)
 
 
 class TestConfigurationOfTheCheckpoint:
