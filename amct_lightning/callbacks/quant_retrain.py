@@ -245,7 +245,8 @@ class QuantRetrainCallback(CheckpointSide):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the record of the last good state: the present one, or the last written if that is unusable."""
         if self._is_training and trainer.is_global_zero:
-            self.record_saved(record_text(self._converted()))
+            with suppress(RuntimeError, OSError):  # a device or disk that failed must not hide the exception itself
+                self.record_saved(record_text(self._converted()))
         self._is_training = False
 
     def _convert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
@@ -276,6 +277,8 @@ class QuantRetrainCallback(CheckpointSide):
         return run, find_input(trainer, pl_module, self.batch_to_input)
 
     def _finish_shift_search(self, trainer: pl.Trainer) -> None:
+        if trainer.sanity_checking:
+            return
         synchronize_shift_search(self._converted())
         if self.search_n and not self._is_fitting and trainer.is_global_zero:
             self.record_saved(record_text(self._converted()))
