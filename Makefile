@@ -41,5 +41,5 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv (once; downloads PyTorch and Lightning) ..."
 	@[ -x $(BIN)/pip ] && $(BIN)/pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,examples]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,examples,docs]'
 	@touch $@

@@ -6,7 +6,7 @@ from amct_lightning.api import (
     prepare_qat,
     restore_quant_retrain_model,
 )
-from amct_lightning.callbacks import QuantRetrainCallback
+from amct_lightning.callbacks import QuantRetrainCallback, QuantSchedule
 from amct_lightning.callbacks.loading import load_qat_checkpoint
 from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.migrate import convert_amct_state_dict
@@ -19,6 +19,7 @@ __all__ = [
     "QuantChoices",
     "QuantRecord",
     "QuantRetrainCallback",
+    "QuantSchedule",
     "RetrainConfig",
     "calibrate",
     "conversion_report",

@@ -181,7 +181,7 @@ def _latest_factors(ours: str, amct: str, quantizer: ActivationQuantizer) -> lis
     def factors(state: State) -> tuple[Tensor, Tensor]:
         clip_max, clip_min, *previous = (state[f"{ours}.{name}"].detach() for name in (*CLIPS, *PREVIOUS))
         usable = repair_clips(clip_max, clip_min, previous[0], previous[1], quantizer.fixed_min)
-        if int(state[f"{ours}.calibrated_batches"]) < quantizer.batch_num:
+        if 0 <= int(state[f"{ours}.calibrated_batches"]) < quantizer.batch_num:
             return torch.tensor(torch.nan), torch.tensor(torch.nan)
         return activation_scale_offset(*usable, quantizer.num_bits)
 
@@ -191,6 +191,8 @@ def _latest_factors(ours: str, amct: str, quantizer: ActivationQuantizer) -> lis
 def _forwards(layer: PlannedLayer, state: State) -> int:
     """Return AMCT's counter of forwards, which tells whether clips are calibrated and learned scales initialized."""
     batches = int(state[layer.path("input_quantizer.calibrated_batches")])
+    if batches < 0:  # AMCT does not calibrate twice, so it has no count for the second time
+        batches = layer.module.input_quantizer.batch_num
     batches = min(batches, COUNTED if batches >= layer.module.input_quantizer.batch_num else COUNTED - 1)
     initialized = state.get(layer.path("weight_quantizer.initialized"))
     if initialized is None:

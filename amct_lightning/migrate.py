@@ -24,7 +24,7 @@ from amct_lightning.amct_layout import (
 )
 from amct_lightning.graph.plan import QuantPlan, find_plan
 from amct_lightning.modules.registry import LAYER_TYPES
-from amct_lightning.quantizers import ShiftSearch, WeightQuantizer
+from amct_lightning.quantizers import LearnedWeightQuantizer, ShiftSearch, WeightQuantizer
 
 
 def convert_amct_state_dict(state_dict: State, model: nn.Module, *, to_amct: bool = False) -> dict[str, Tensor]:
@@ -145,11 +145,13 @@ def _complete_layer(result: dict[str, Tensor], layer: PlannedLayer, forwards: fl
         weights, path = cast(WeightQuantizer, getattr(layer.module, name)), layer.path(name)
         # A single scale of a recurrent layer is stored there once per gate.
         scale, offset = (result[f"{path}.{field}"][: weights.scale.numel()] for field in ("scale", "offset"))
-        fresh = WeightQuantizer.compute_scale(weights, result[layer.path(parameter)])
+        fresh = weights.max_abs_scale(result[layer.path(parameter)])
         result[f"{path}.scale"] = torch.where(scale.isnan(), fresh.to(scale.device), scale)
         result[f"{path}.offset"] = torch.nan_to_num(offset)
-        if hasattr(weights, "initialized"):
+        if isinstance(weights, LearnedWeightQuantizer):
             result[f"{path}.initialized"] = torch.tensor(forwards > 0)
+        else:
+            result[f"{path}.scale_frozen"] = torch.tensor(False)
 
 
 def _refuse_unknown_layers(root: nn.Module, plan: QuantPlan) -> None:

@@ -70,8 +70,8 @@ class _PlainHook:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _write_record(self, model: nn.Module) -> None:
-        if self.record_file is None or any(
-            quantizer.calibrating for quantizer in activation_quantizers(model).values()
+        if self.record_file is None or not all(
+            quantizer.has_range for quantizer in activation_quantizers(model).values()
         ):
             return
         state = tuple(number for tensor in _factors_of(model) for number in (id(tensor), tensor._version))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -16,15 +13,12 @@ from torch import nn
 from amct_lightning.config.checks import abbreviated
 from amct_lightning.graph.eligibility import NOT_REACHED, supported_class
 from amct_lightning.graph.plan import LayerPlan, QuantPlan, find_plan
+from amct_lightning.text_table import TEXT_BOX, as_text
 
 _NARROW = 17
-_WIDTH_OF_LOGS = 120
-_LEAST_WIDTH = 60
 _NOTES_WIDTH = 22
 _GAP = 2
 _LEGEND = "A8W8: bits of activations and weights; ARQ, ULQ: weight scales, /ch: per channel"
-# A line below the titles, in ASCII: any log file can hold it.
-_BOX = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
 @dataclass(frozen=True)
@@ -82,11 +76,7 @@ class ConversionReport:
 
     def __str__(self) -> str:
         """Give the table as plain text that fits the terminal."""
-        width = max(_LEAST_WIDTH, shutil.get_terminal_size((_WIDTH_OF_LOGS, 24)).columns)
-        console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+        return as_text(self)
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:
@@ -160,7 +150,7 @@ class _LayerTable:
         longest = [max((len(cell) for cell in column), default=0) for column in zip(*self.cells, strict=True)]
         free = options.max_width - max(longest[1], 4) - max(longest[2], 9) - 3 * _GAP
         notes = min(longest[3], max(_NOTES_WIDTH, free - longest[0]))
-        table = Table(box=_BOX, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
+        table = Table(box=TEXT_BOX, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
         for title in ("Layer", "Type", "Quantized"):
             table.add_column(title, no_wrap=True)
         table.add_column("Notes", overflow="fold")

@@ -2,5 +2,6 @@
 
 from amct_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from amct_lightning.callbacks.quant_retrain import QuantRetrainCallback
+from amct_lightning.callbacks.schedule import QuantSchedule
 
-__all__ = ["AtomicCheckpointIO", "QuantRetrainCallback"]
+__all__ = ["AtomicCheckpointIO", "QuantRetrainCallback", "QuantSchedule"]

@@ -11,8 +11,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from typing_extensions import override
 
+from amct_lightning.callbacks.calibration_count import CalibrationCount
 from amct_lightning.callbacks.checkpoint_io import RecordCheckpointIO
 from amct_lightning.callbacks.state import CHECKPOINT_KEY, adopt_plan, make_entry, record_of, restore_observed
+from amct_lightning.callbacks.training import Training
 from amct_lightning.files import write_text
 
 
@@ -32,8 +34,9 @@ class CheckpointSide(Callback):
         self._model: nn.Module | None = None
         self._record_path = Path("record.txt")
         self._missing_config: FileNotFoundError | None = None
-        self._calibration_steps = 0
+        self._calibration = CalibrationCount()
         self._is_fitting = False
+        self._training: Training | None = None
 
     @override
     def on_save_checkpoint(
@@ -50,12 +53,14 @@ class CheckpointSide(Callback):
     ) -> None:
         """Take back batches that a calibration in progress had observed."""
         entry = checkpoint.get(CHECKPOINT_KEY, {})
-        self._calibration_steps = entry.get("calibration_steps", 0)
+        self._calibration.steps = entry.get("calibration_steps", 0)
         restore_observed(self._converted(), entry)
+        if self._training is not None:  # as the searches for learning rate and batch size do
+            self._training.forget()
 
     def checkpoint_state(self) -> dict[str, Any] | None:
         """Return what a checkpoint has to hold beside the weights, or ``None`` without a converted model."""
-        return None if self._model is None else make_entry(self._model, self.submodule, self._calibration_steps)
+        return None if self._model is None else make_entry(self._model, self.submodule, self._calibration.steps)
 
     def record_of(self, tensors: Mapping[str, Tensor], text: str | None) -> str | None:
         """Return the record that belongs to the tensors of a checkpoint.

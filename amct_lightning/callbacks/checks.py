@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from amct_lightning.callbacks.schedule import QuantSchedule
 from amct_lightning.config import ConfigLike, QuantChoices, RetrainConfig, load_config
 from amct_lightning.graph.plan import QuantPlan, find_plan
 from amct_lightning.modules import activation_quantizers
@@ -114,13 +115,22 @@ def refuse_config_as_record(record: Path, config: object) -> None:
         )
 
 
-def check_unchanged(model: nn.Module, config: ConfigLike, source: str) -> None:
+def with_batches(plan: QuantPlan, schedule: QuantSchedule | None) -> QuantPlan:
+    """Return a plan whose calibrations take as many batches as a schedule says."""
+    if schedule is None or schedule.calibrate_batches is None:
+        return plan
+    settings = plan.config.to_dict() | {"batch_num": schedule.calibrate_batches}
+    return replace(plan, config=RetrainConfig.from_dict(settings, "QuantSchedule"))
+
+
+def check_unchanged(model: nn.Module, config: ConfigLike, source: str, schedule: QuantSchedule | None = None) -> None:
     """Refuse a configuration that is not the one by which a model was converted before.
 
     Args:
         model: The converted module.
         config: What the user gave; ``None`` goes on with what there is.
         source: What it is called in messages.
+        schedule: The schedule, which may set the number of calibration batches.
 
     Raises:
         ValueError: If it would quantize the model differently.
@@ -130,7 +140,7 @@ def check_unchanged(model: nn.Module, config: ConfigLike, source: str) -> None:
         return
     root, plan = found
     layers = {name: _as_float(root.get_submodule(name)) for name in plan.config}
-    wanted = replace(plan, config=load_config(config).resolve(layers, source))
+    wanted = with_batches(replace(plan, config=load_config(config).resolve(layers, source)), schedule)
     if wanted != plan:
         raise ValueError(
             f"{type(model).__name__} is quantized already, and {source} would do it differently: "
@@ -152,7 +162,7 @@ def warn_spawned(trainer: pl.Trainer) -> None:
 def warn_unfinished(model: nn.Module, steps: int, record: Path) -> None:
     """Say at the end of a training why there is no record."""
     quantizers = activation_quantizers(model)
-    waiting = [name for name, quantizer in quantizers.items() if quantizer.calibrating]
+    waiting = [name for name, quantizer in quantizers.items() if not quantizer.has_range]
     found = find_plan(model)
     if waiting and found is not None:
         old = " The file that is there is an older one." if record.exists() else ""

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from itertools import compress
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 _LEARNING_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 # What torch's schedulers keep per parameter group, beside the groups themselves.
@@ -24,8 +25,9 @@ def move_clips(
 ) -> None:
     """Move the clips out of groups that they share with other parameters, into groups of their own.
 
-    A group that holds nothing but clips was made by the user and stays as it is. A new group has the settings of
-    the one it came from, apart from learning rate and weight decay; the schedulers follow it like that one.
+    A group that holds nothing but clips was made by the user and stays as it is, and so does one whose settings are
+    those that the clips are to have. A new group has the settings of the one it came from, apart from learning rate
+    and weight decay; the schedulers follow it like that one. LBFGS takes a single group: its clips are not moved.
 
     Args:
         optimizer: An optimizer that has not stepped yet.
@@ -38,7 +40,11 @@ def move_clips(
     schedulers = list(schedulers)
     for index, group in enumerate(list(optimizer.param_groups)):
         is_clip = [id(p) in wanted for p in group["params"]]
-        if not any(is_clip) or all(is_clip):
+        has_decay = weight_decay is not None and group.get("weight_decay", weight_decay) != weight_decay
+        if not any(is_clip) or all(is_clip) or (lr_scale == 1 and not has_decay):
+            continue
+        if isinstance(optimizer, LBFGS):
+            rank_zero_warn("LBFGS takes one parameter group, so quant_lr_scale does not count for its clips.")
             continue
         optimizer.add_param_group(_split(group, is_clip, lr_scale, weight_decay))
         for scheduler in schedulers:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -22,20 +23,19 @@ from amct_lightning.callbacks.checks import (
     warn_left_out,
     warn_spawned,
     warn_unfinished,
+    with_batches,
 )
 from amct_lightning.callbacks.inputs import BatchToInput, calls_forward, find_input
-from amct_lightning.callbacks.modes import expect_float, start_shift_search, train_quantizers
-from amct_lightning.callbacks.nonfinite import NonfiniteWatch
+from amct_lightning.callbacks.modes import expect_float, start_shift_search
 from amct_lightning.callbacks.param_groups import move_clips
-from amct_lightning.callbacks.state import (
-    record_text,
-)
+from amct_lightning.callbacks.schedule import QuantSchedule
+from amct_lightning.callbacks.state import record_text
+from amct_lightning.callbacks.training import Training, show_schedule
 from amct_lightning.config import QuantChoices, RetrainConfig, config_source, load_config
 from amct_lightning.files import check_writable
 from amct_lightning.graph.plan import attach_plan, find_plan, make_plan
 from amct_lightning.graph.trace import InputData
-from amct_lightning.modules import activation_quantizers, convert_layers, learned_factors, quantized_layers
-from amct_lightning.modules.calibration import synchronize_calibration
+from amct_lightning.modules import convert_layers, learned_factors, quantized_layers
 from amct_lightning.modules.shift_hook import synchronize_shift_search
 from amct_lightning.report import conversion_report
 
@@ -70,6 +70,9 @@ class QuantRetrainCallback(CheckpointSide):
             device and reported, with layer and step, every ``log_every_n_steps`` batches: ``"warn"`` or ``"raise"``.
         allow_reuse: Also quantize layers that are called several times in one forward.
         search_n: Search the shifts of the int32 sums in evaluation passes; see :func:`amct_lightning.prepare_qat`.
+        schedule: When to start, calibrate, update and freeze: a :class:`QuantSchedule`, or its fields as a mapping.
+            ``None`` calibrates on the first batches and learns all factors until the end. The phase is logged as
+            ``quant_phase`` (0 float, 1 calibrating, 2 learning, 3 frozen) and shown in the progress bar.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -103,6 +106,7 @@ class QuantRetrainCallback(CheckpointSide):
         on_nonfinite: Literal["warn", "raise"] = "warn",
         allow_reuse: bool = False,
         search_n: bool = False,
+        schedule: QuantSchedule | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -115,11 +119,9 @@ class QuantRetrainCallback(CheckpointSide):
         self.on_nonfinite = on_nonfinite
         self.allow_reuse = allow_reuse
         self.search_n = search_n
+        self.schedule = schedule if schedule is None else QuantSchedule.of(schedule)
         check_arguments(self)
-        self._calibrated_everywhere = False
-        self._is_training = False
         self._has_trained = False
-        self._watch: NonfiniteWatch | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -145,6 +147,7 @@ class QuantRetrainCallback(CheckpointSide):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the clips their own treatment in the optimizers, before their states are restored."""
         self._require_conversion()
+        show_schedule(trainer, self._converted(), self.schedule)
         if self.quant_lr_scale == 1 and self.quant_weight_decay is None:
             return
         clips = learned_factors(self._converted())
@@ -190,46 +193,40 @@ class QuantRetrainCallback(CheckpointSide):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let all quantizers train, also those of layers in eval mode; watch for NaN and infinite activations."""
-        train_quantizers(self._converted())
-        self._calibrated_everywhere = not any(q.calibrating for q in self._quantizers())
-        self._is_training = True
-        self._watch = NonfiniteWatch(
-            self._converted(),
-            trainer.log_every_n_steps,  # type: ignore[attr-defined]
-            self.on_nonfinite,
-        )
+        """Begin with the schedule, and to watch for NaN and infinite activations."""
+        schedule = self.schedule or QuantSchedule()
+        self._training = Training(trainer, self._converted(), schedule, self._calibration, self.on_nonfinite)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note which step the coming forwards belong to; until then, let no quantizer miss its calibration."""
-        if not self._calibrated_everywhere:
-            train_quantizers(self._converted())
-        if self._watch is not None:
-            self._watch.start_batch(trainer.global_step)
+        """Bring the layers into the phase that the schedule wants."""
+        if self._training is not None:
+            self._training.start_batch(trainer, pl_module, batch_idx)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Keep the optimizer off frozen factors."""
+        if self._training is not None:
+            self._training.before_step(optimizer)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let the processes agree on fresh calibrations, once; report non-finite activations at the interval."""
-        self._calibration_steps += 1
-        # Counting batches, not looking at quantizers, makes all ranks enter the collective at the same batch.
-        if not self._calibrated_everywhere and self._calibration_steps >= self._batch_num():
-            self._calibrated_everywhere = synchronize_calibration(self._converted())
-            if self._calibrated_everywhere and self._watch is not None:
-                self._watch.check(interval_goes_on=True)
-        if self._watch is not None:
-            self._watch.end_batch()
+        if self._training is not None:
+            self._training.end_batch(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look a last time for NaN and infinite activations."""
-        if self._watch is not None:
-            self._watch.check()
-        self._is_training = False
+        if self._training is not None:
+            self._training.end()
+        self._training = None
         self._has_trained = True
 
     @override
@@ -237,17 +234,19 @@ class QuantRetrainCallback(CheckpointSide):
         """Write the record of the final state, which other callbacks may have averaged; all ranks wait for it."""
         if self._has_trained and trainer.is_global_zero:
             self.record_saved(record_text(self._converted()))
-            warn_unfinished(self._converted(), self._calibration_steps, self._record_path)
+            warn_unfinished(self._converted(), self._calibration.steps, self._record_path)
         self._has_trained = False
         trainer.strategy.barrier("QuantRetrainCallback.on_fit_end")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the record of the last good state: the present one, or the last written if that is unusable."""
-        if self._is_training and trainer.is_global_zero:
+        if self._training is not None and trainer.is_global_zero:
             with suppress(RuntimeError, OSError):  # a device or disk that failed must not hide the exception itself
                 self.record_saved(record_text(self._converted()))
-        self._is_training = False
+        if self._training is not None:
+            self._training.close()
+        self._training = None
 
     def _convert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
         try:
@@ -257,6 +256,7 @@ class QuantRetrainCallback(CheckpointSide):
             return
         run, input_data = self._run_and_input(trainer, pl_module, model)
         plan = make_plan(model, config, input_data, run, source, self.allow_reuse, self.search_n)
+        plan = with_batches(plan, self.schedule)
         convert_layers(model, plan)
         attach_plan(model, plan)
         report = conversion_report(model)
@@ -265,7 +265,7 @@ class QuantRetrainCallback(CheckpointSide):
     def _keep(self, model: nn.Module) -> None:
         """Go on with a model that is converted already, unless it is to be quantized differently now."""
         with suppress(FileNotFoundError):
-            check_unchanged(model, self.config, config_source(self.config))
+            check_unchanged(model, self.config, config_source(self.config), self.schedule)
         rank_zero_info(f"QuantRetrainCallback: going on with {len(quantized_layers(model))} quantized layers.")
 
     def _run_and_input(
@@ -282,10 +282,3 @@ class QuantRetrainCallback(CheckpointSide):
         synchronize_shift_search(self._converted())
         if self.search_n and not self._is_fitting and trainer.is_global_zero:
             self.record_saved(record_text(self._converted()))
-
-    def _batch_num(self) -> int:
-        found = find_plan(self._converted())
-        return found[1].config.batch_num if found else 1
-
-    def _quantizers(self) -> list[Any]:
-        return list(activation_quantizers(self._converted()).values())

@@ -110,7 +110,7 @@ def record_text(model: nn.Module) -> str | None:
     Args:
         model: The converted module.
     """
-    if any(quantizer.calibrating for quantizer in activation_quantizers(model).values()):
+    if not all(quantizer.has_range for quantizer in activation_quantizers(model).values()):
         return None
     try:
         return QuantRecord.from_model(model).to_text()

@@ -72,8 +72,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 def synchronize_calibration(model: nn.Module) -> bool:
     """Give every process the mean of the freshly calibrated clips, with one collective for all layers.
 
-    A layer that only some processes have calibrated takes the mean of those. Without a process group nothing
-    is to be done.
+    A layer that only some processes have calibrated takes the mean of those; clips that the processes have agreed on
+    before stay as they are. Without a process group nothing is to be done.
 
     Args:
         model: A converted model; the same on every process.
@@ -82,21 +82,22 @@ def synchronize_calibration(model: nn.Module) -> bool:
         Whether every quantizer is calibrated on every process now.
     """
     quantizers = list(activation_quantizers(model).values())
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and quantizers):
-        return not any(quantizer.calibrating for quantizer in quantizers)
-    # Observing is Python state, so building this table costs no host synchronization.
-    table = torch.stack([_row(q.clip_max, q.clip_min, not q.calibrating) for q in quantizers])
-    dist.all_reduce(table)
-    counts = table[:, 2].tolist()
-    for quantizer, row, count in zip(quantizers, table, counts, strict=True):
-        if count:
-            quantizer.finish_calibration(row[0] / count, row[1] / count)
-    return all(counts)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and quantizers:
+        # Observing is Python state, so building this table costs no host synchronization.
+        table = torch.stack([_row(quantizer) for quantizer in quantizers])
+        dist.all_reduce(table)
+        counts = table[:, 2].tolist()
+        for quantizer, row, count in zip(quantizers, table, counts, strict=True):
+            if count:
+                quantizer.finish_calibration(row[0] / count, row[1] / count)
+    for quantizer in quantizers:
+        quantizer.fresh = False
+    return not any(quantizer.calibrating for quantizer in quantizers)
 
 
-def _row(clip_max: Tensor, clip_min: Tensor, calibrated: bool) -> Tensor:
-    row = torch.stack((clip_max, clip_min, torch.ones_like(clip_max)))
-    return row if calibrated else torch.zeros_like(row)
+def _row(quantizer: ActivationQuantizer) -> Tensor:
+    row = torch.stack((quantizer.clip_max, quantizer.clip_min, torch.ones_like(quantizer.clip_max)))
+    return row if quantizer.fresh else torch.zeros_like(row)
 
 
 def _refuse_nonfinite(quantizers: Mapping[str, ActivationQuantizer]) -> None:

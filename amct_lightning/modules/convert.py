@@ -64,7 +64,8 @@ def revert_layers(model: nn.Module) -> None:
         twin = cast(QATLayer, layer)
         for name in (*twin.activation_quantizers, *twin.weight_quantizers):
             delattr(twin, name)
-        del twin.calibrates_input
+        for attribute in ("calibrates_input", "float_is_expected", "quant_mode"):
+            twin.__dict__.pop(attribute, None)
         layer.__class__ = next(kind for kind, entry in LAYER_TYPES.items() if type(layer) is entry.twin)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ class QATLayer(nn.Module):
         weight_quantizer: Quantizer of the layer's weight.
         calibrates_input: Whether this layer is the one that feeds a shared quantizer's calibration.
         float_is_expected: Whether nobody needs to be told that the layer runs in float.
+        quant_mode: ``"quantized"``; ``"float"`` to run as before the conversion; ``"observe"`` to do so and calibrate on the
+            way.
     """
 
     activation_quantizers: ClassVar[tuple[str, ...]] = ("input_quantizer",)
@@ -41,6 +43,7 @@ class QATLayer(nn.Module):
     weight_quantizer: WeightQuantizer
     calibrates_input: bool
     float_is_expected: bool = False
+    quant_mode: Literal["quantized", "float", "observe"] = "quantized"
 
     @classmethod
     def convert(
@@ -74,8 +77,10 @@ class QATLayer(nn.Module):
 
     @property
     def runs_in_float(self) -> bool:
-        """Whether the layer is evaluated before it is calibrated; says so once."""
-        early = any(q.calibrating and not q.training for q in map(self.get_quantizer, self.activation_quantizers))
+        """Whether the layer is to run in float, or is evaluated before it is calibrated; of that it says so once."""
+        if self.quant_mode != "quantized":
+            return True
+        early = any(not (q.has_range or q.training) for q in map(self.get_quantizer, self.activation_quantizers))
         if early and not self.float_is_expected:
             _warn_float()
         return early
@@ -87,7 +92,9 @@ class QATLayer(nn.Module):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer on fake-quantized input and weight; arguments are those of the float layer."""
         if self.runs_in_float:
-            return cast(Tensor, self.float_forward(input, *args, **kwargs))
+            if self.quant_mode == "observe":
+                self._observe(input)
+            return self.keep_in_graph(cast(Tensor, self.float_forward(input, *args, **kwargs)))
         x = self.input_quantizer(input, self.calibrates_input)
         return self._operate(x, self.weight_quantizer(cast(Tensor, self.weight)), *args, **kwargs)
 
@@ -95,9 +102,35 @@ class QATLayer(nn.Module):
         """Run the layer as it was before the conversion."""
         return super().forward(*args, **kwargs)
 
+    def keep_in_graph(self, output: Tensor) -> Tensor:
+        """Let the factors of a layer that is told to run in float have a gradient, of zero, as DDP wants them to."""
+        if self.quant_mode == "quantized" or not torch.is_grad_enabled():
+            return output
+        names = (*self.activation_quantizers, *self.weight_quantizers)
+        factors = [p for name in names for p in getattr(self, name).parameters()]
+        return cast(Tensor, _KeepInGraph.apply(output, *factors))  # type: ignore[no-untyped-call]
+
+    def _observe(self, input: Tensor) -> None:
+        """Calibrate on an input without quantizing it."""
+        if self.input_quantizer.calibrating:
+            self.input_quantizer.update_range(input, self.calibrates_input)
+
     def _operate(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The float layer's operation with a given weight."""
         raise TypeError(f"{type(self).__name__} is not a complete QAT layer: it defines no _operate().")
+
+
+class _KeepInGraph(torch.autograd.Function):
+    """The first tensor as it is; the gradient of the others is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *factors: Tensor) -> Tensor:
+        ctx.save_for_backward(*factors)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return (grad, *map(torch.zeros_like, ctx.saved_tensors))
 
 
 class QATLinear(QATLayer, nn.Linear):

@@ -54,15 +54,16 @@ class _QATRecurrent(QATLayer):
                 f"A quantized {type(self).__name__} got a PackedSequence, which the hardware cannot run. Give the "
                 "padded tensor (pad_packed_sequence) and mask the outputs, or set retrain_enable to false for it."
             )
-        if self.runs_in_float:
-            return self.float_forward(input, hx)  # type: ignore[no-any-return]
         batched = input.dim() == 3
         time_axis = 1 if self.batch_first and batched else 0
+        if self.runs_in_float:
+            if self.quant_mode == "observe" and self.hidden_quantizer.calibrating:
+                self._ranges(input, hx, self._initial_state(input, hx, batched)[0], time_axis)
+            output, last = self.float_forward(input, hx)
+            return self.keep_in_graph(output), last
         state = self._initial_state(input, hx, batched)
-        hidden_range = self._hidden_range(input, hx, state[0], time_axis)
-        x = self.input_quantizer.quantize(
-            input, *self.input_quantizer.update_range(input, self.calibrates_input, input[:1])
-        )
+        input_range, hidden_range = self._ranges(input, hx, state[0], time_axis)
+        x = self.input_quantizer.quantize(input, *input_range)
         steps, state = self._loop(x.movedim(time_axis, 0), state, hidden_range)
         if self.training:
             self.hidden_quantizer.watch(steps)
@@ -80,6 +81,11 @@ class _QATRecurrent(QATLayer):
         whole = input if batched else input.unsqueeze(0 if self.batch_first else 1)
         self.check_forward_args(whole, full if len(full) > 1 else full[0], None)
         return tuple(part.squeeze(0) for part in parts)
+
+    def _ranges(self, input: Tensor, hx: Any, h: Tensor, time_axis: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Return the clips of hidden state and input, calibrated on them where that is due."""
+        hidden_range = self._hidden_range(input, hx, h, time_axis)
+        return self.input_quantizer.update_range(input, self.calibrates_input, input[:1]), hidden_range
 
     def _hidden_range(self, input: Tensor, hx: Any, h: Tensor, time_axis: int) -> tuple[Tensor, Tensor]:
         if not (self.hidden_quantizer.calibrating and self.training):

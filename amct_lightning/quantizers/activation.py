@@ -35,6 +35,9 @@ class ActivationQuantizer(Quantizer):
         clip_max: Learned upper clip, 0-d float32 parameter.
         clip_min: Learned lower clip, 0-d float32 parameter.
         calibrating: Whether batches are still to be observed.
+        recalibrating: Whether it calibrates although it has clips from before, with which it is evaluated meanwhile.
+        frozen: Whether training leaves the stored clips alone.
+        fresh: Whether a calibration has ended since the processes agreed on the clips.
         poison: 0, or NaN once a NaN or infinite value was seen in training, 0-d float32.
 
     Example:
@@ -73,9 +76,15 @@ class ActivationQuantizer(Quantizer):
         self._store(torch.tensor(upper), torch.tensor(lower))
         self.calibrated_batches.fill_(self.batch_num if self.clip else 0)
         self.calibrating = self.clip is None
+        self.recalibrating = self.frozen = self.fresh = False
         self.observed: list[Tensor] = []
         # Not a buffer: DDP would overwrite every rank's flag with that of rank zero.
         self.poison = torch.zeros((), device=self.clip_max.device)
+
+    @property
+    def has_range(self) -> bool:
+        """Whether there are clips to evaluate with: given, or from a calibration."""
+        return self.recalibrating or not self.calibrating
 
     @property
     def scale(self) -> Tensor:
@@ -116,7 +125,8 @@ class ActivationQuantizer(Quantizer):
             upper, lower = self._observe(_float32(x), observe, _float32(x if preview is None else preview))
         else:
             upper, lower = self._usable_clips()
-            self._store(upper, lower)
+            if not self.frozen:
+                self._store(upper, lower)
         self.watch(x, upper, lower)
         return upper, lower
 
@@ -145,8 +155,30 @@ class ActivationQuantizer(Quantizer):
         """
         self._store(*repair_clips(clip_max, clip_min, clip_max, clip_min, self.fixed_min))
         self.calibrated_batches.fill_(self.batch_num)
-        self.calibrating = False
+        self.calibrating = self.recalibrating = False
+        self.fresh = True
         self.observed = []
+
+    @torch.no_grad()
+    def recalibrate(self) -> None:
+        """Calibrate anew, on the training batches to come; a range that the configuration gives stays."""
+        if self.clip is not None or (self.calibrating and not self.recalibrating):
+            return
+        # A negative count in the state tells a calibration that goes over an old one from the first.
+        self.calibrated_batches.fill_(-self.batch_num)
+        self.calibrating = self.recalibrating = True
+        self.observed = []
+
+    @torch.no_grad()
+    def freeze(self, frozen: bool = True) -> None:
+        """Let training leave the clips alone, or learn them again; a calibration goes on in any case.
+
+        Args:
+            frozen: Whether to leave them alone.
+        """
+        if frozen and not self.frozen:
+            self._store(*self._usable_clips())
+        self.frozen = frozen
 
     @torch.no_grad()
     def _factors(self) -> tuple[Tensor, Tensor]:
@@ -201,7 +233,7 @@ class ActivationQuantizer(Quantizer):
         if observe and values.numel() and not _in_backward():
             last = len(self.observed) + 1 >= self.batch_num
             self.observed.append(values)  # a copy: the model may rewrite its activations in place
-            self.calibrated_batches.fill_(len(self.observed))
+            self.calibrated_batches.fill_(len(self.observed) - (self.batch_num if self.recalibrating else 0))
             if last:
                 result = ifmr(self.observed, self.num_bits)
                 self.finish_calibration(result.clip_max, result.clip_min)
@@ -215,7 +247,8 @@ class ActivationQuantizer(Quantizer):
         self.observed = [move(batch) for batch in self.observed]
 
     def _after_load(self) -> None:
-        self.calibrating = int(self.calibrated_batches) < self.batch_num
+        batches = int(self.calibrated_batches)
+        self.calibrating, self.recalibrating, self.fresh = batches < self.batch_num, batches < 0, False
         self.observed = []
         self.poison = torch.zeros((), device=self.clip_max.device)
 

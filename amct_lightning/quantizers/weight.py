@@ -27,6 +27,7 @@ class WeightQuantizer(Quantizer):
     Attributes:
         scale: Scales of the last forward, 1-d float32: one per output channel, or a single one.
         offset: Their offsets, always 0, 1-d float32.
+        frozen: Whether the scales are kept, whatever becomes of the weight.
 
     Example:
         >>> weight = torch.tensor([[1.27, 0.014], [0.127, 0.02]])
@@ -40,24 +41,58 @@ class WeightQuantizer(Quantizer):
 
     scale: Tensor
     offset: Tensor
+    scale_frozen: Tensor
 
     def __init__(self, num_bits: int, channel_wise: bool, layout: ChannelLayout, weight: Tensor) -> None:
         super().__init__()
         self.num_bits = num_bits
         self.channel_wise = channel_wise
         self.layout = layout
-        scale = arq_scale(weight.detach().float(), layout, num_bits, channel_wise).flatten()
+        self.frozen = False
+        scale = self.max_abs_scale(weight)
         self._make_scale(scale)
         self.register_buffer("offset", torch.zeros_like(scale))
 
     def _make_scale(self, scale: Tensor) -> None:
         self.register_buffer("scale", scale)
+        # Part of the state, because a frozen scale cannot be had from the weight again.
+        self.register_buffer("scale_frozen", torch.tensor(False, device=scale.device))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Forget the scales; the next forward sets them."""
         self.scale.fill_(1.0)
         self.offset.zero_()
+        self.scale_frozen.fill_(False)
+        self.frozen = False
+
+    @torch.no_grad()
+    def freeze(self, weight: Tensor) -> None:
+        """Keep the scales that belong to ``weight`` as it is now; those that are kept already stay.
+
+        Args:
+            weight: The weight of the layer.
+        """
+        if not self.frozen:
+            self.refresh(weight)
+            self.scale_frozen.fill_(True)
+            self.frozen = True
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> None:
+        """Set the scales to those of ``weight`` as it is now, also if they are kept.
+
+        Args:
+            weight: The weight of the layer.
+        """
+        self.scale.copy_(self.max_abs_scale(weight))
+
+    @torch.no_grad()
+    def unfreeze(self) -> None:
+        """Compute the scales in every forward again."""
+        if self.frozen:
+            self.scale_frozen.fill_(False)
+            self.frozen = False
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the fake-quantized weight in its own shape and dtype.
@@ -73,15 +108,25 @@ class WeightQuantizer(Quantizer):
         return y if weight.dtype == torch.float32 else y.to(weight.dtype)
 
     def _quantize(self, weight: Tensor) -> Tensor:
-        with torch.no_grad():
-            scale = arq_scale(weight, self.layout, self.num_bits, self.channel_wise)
-            self.scale.copy_(scale.flatten())
+        if self.frozen:
+            scale = self.layout.spread(self.scale, self.layout.view(weight), self.channel_wise)
+        else:
+            with torch.no_grad():
+                scale = arq_scale(weight, self.layout, self.num_bits, self.channel_wise)
+                self.scale.copy_(scale.flatten())
         return fake_quantize_weight(weight, scale, self.layout, self.num_bits)
 
     @torch.no_grad()
     def compute_scale(self, weight: Tensor) -> Tensor:
-        """Return the scales that belong to ``weight`` as it is now, 1-d float32."""
-        return arq_scale(weight.float(), self.layout, self.num_bits, self.channel_wise).flatten()
+        """Return the scales that belong to ``weight`` as it is now, or those that are kept; 1-d float32."""
+        return self.scale.clone() if self.frozen else self.max_abs_scale(weight)
+
+    def max_abs_scale(self, weight: Tensor) -> Tensor:
+        """Return the max-abs scales of ``weight``, 1-d float32."""
+        return arq_scale(weight.detach().float(), self.layout, self.num_bits, self.channel_wise).flatten()
+
+    def _after_load(self) -> None:
+        self.frozen = bool(self.scale_frozen)
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(model)``."""
@@ -127,9 +172,26 @@ class LearnedWeightQuantizer(WeightQuantizer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Forget the learned scales; the next forward starts from those of the weight."""
-        super().reset_parameters()
+        self.scale.fill_(1.0)
+        self.offset.zero_()
         self.initialized.fill_(False)
         self.starting = True
+
+    @torch.no_grad()
+    def freeze(self, weight: Tensor) -> None:
+        """Start from the max-abs scales of ``weight`` if training has not begun; an optimizer is kept off elsewhere.
+
+        Args:
+            weight: The weight of the layer.
+        """
+        if self.starting:
+            self._begin(weight)
+
+    def refresh(self, weight: Tensor) -> None:
+        """Do nothing: learned scales do not follow the weight."""
+
+    def unfreeze(self) -> None:
+        """Do nothing: what is learned again is the optimizer's business."""
 
     def _quantize(self, weight: Tensor) -> Tensor:
         if self.starting:
@@ -140,15 +202,20 @@ class LearnedWeightQuantizer(WeightQuantizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _start(self, weight: Tensor) -> None:
-        self.scale.copy_(super().compute_scale(weight))
         if self.training:
-            self.initialized.fill_(True)
-            self.starting = False
+            self._begin(weight)
+        else:
+            self.scale.copy_(self.max_abs_scale(weight))
+
+    def _begin(self, weight: Tensor) -> None:
+        self.scale.copy_(self.max_abs_scale(weight))
+        self.initialized.fill_(True)
+        self.starting = False
 
     @torch.no_grad()
     def compute_scale(self, weight: Tensor) -> Tensor:
         """Return the learned scales, before training the max-abs scales of ``weight``; 1-d float32."""
-        return super().compute_scale(weight) if self.starting else self.scale.detach().clone()
+        return self.max_abs_scale(weight) if self.starting else self.scale.detach().clone()
 
     def _after_load(self) -> None:
         self.starting = not bool(self.initialized)

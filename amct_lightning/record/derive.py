@@ -46,7 +46,7 @@ def derive_layers(model: nn.Module) -> dict[str, LayerRecord]:
     waiting = [
         name
         for name, layer in layers.items()
-        if any(layer.get_quantizer(attribute).calibrating for attribute in layer.activation_quantizers)
+        if not all(layer.get_quantizer(attribute).has_range for attribute in layer.activation_quantizers)
     ]
     if waiting:
         shown = ", ".join(f"'{name}'" for name in waiting[:8]) + (", ..." if len(waiting) > 8 else "")

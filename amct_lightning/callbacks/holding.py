@@ -1,0 +1,95 @@
+"""Keep parameters bit-identical whatever their optimizer does, without touching ``requires_grad`` or the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+class Holder:
+    """Holds parameters at their values.
+
+    Their gradients are dropped before an optimizer steps, so that neither its state nor a clipping of norms notices
+    them. As some optimizers move parameters without a gradient (LBFGS, or one with a momentum of its own), they are
+    also put back after each step.
+
+    Example:
+        >>> held, free = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+        >>> optimizer = torch.optim.SGD([held, free], lr=0.5, weight_decay=0.1)
+        >>> holder = Holder()
+        >>> holder.watch([optimizer])
+        >>> holder.hold([held])
+        >>> (held + free).sum().backward()
+        >>> optimizer.step()
+        >>> held.item(), round(free.item(), 2)
+        (1.0, 0.45)
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._has_unwatched = False
+
+    def watch(self, optimizers: Iterable[Any]) -> None:
+        """Put held parameters back after each step of these optimizers.
+
+        Args:
+            optimizers: The optimizers of the training.
+        """
+        self.close()
+        for optimizer in optimizers:
+            if isinstance(optimizer, Optimizer):
+                self._handles.append(optimizer.register_step_post_hook(lambda *_: self.restore()))
+            else:
+                self._has_unwatched = True
+
+    def hold(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Hold these parameters and no others; those held already keep the value that they had then.
+
+        Args:
+            parameters: The parameters.
+        """
+        self._held = {id(p): self._held[id(p)] if id(p) in self._held else (p, p.detach().clone()) for p in parameters}
+
+    def hold_also(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Hold more parameters.
+
+        Args:
+            parameters: The parameters.
+        """
+        self._held.update({id(p): (p, p.detach().clone()) for p in parameters if id(p) not in self._held})
+
+    def drop_gradients(self, optimizer: Optimizer) -> None:
+        """Forget the gradients of held parameters that an optimizer is about to use.
+
+        Args:
+            optimizer: The optimizer.
+        """
+        if self._held:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if id(parameter) in self._held:
+                        parameter.grad = None
+
+    def end_batch(self) -> None:
+        """Put parameters back for optimizers that cannot be watched."""
+        if self._has_unwatched:
+            self.restore()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the held parameters back to their values."""
+        if self._held:
+            parameters, values = zip(*self._held.values(), strict=True)
+            torch._foreach_copy_(list(parameters), list(values))
+
+    def close(self) -> None:
+        """Hold nothing and watch nothing any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._held, self._handles, self._has_unwatched = {}, [], False

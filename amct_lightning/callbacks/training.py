@@ -1,0 +1,153 @@
+"""What happens in the steps of one training: phases, calibration, and the look-out for NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from amct_lightning.callbacks.averaging import start_averages_anew
+from amct_lightning.callbacks.calibration_count import CalibrationCount
+from amct_lightning.callbacks.nonfinite import NonfiniteWatch
+from amct_lightning.callbacks.phases import PhaseRunner
+from amct_lightning.callbacks.schedule import Phase, Position, QuantSchedule
+from amct_lightning.callbacks.schedule_table import schedule_table
+from amct_lightning.modules import quantized_layers
+
+PHASE_METRIC = "quant_phase"
+"""Name of the logged metric: 0 float, 1 calibrating, 2 learning, 3 frozen."""
+
+
+class Training:
+    """One run of a training loop with a converted model.
+
+    Args:
+        trainer: The Trainer, its optimizers set up.
+        model: The converted module.
+        schedule: When to do what.
+        calibration: The count of calibration batches, which outlives a training.
+        on_nonfinite: See :class:`QuantRetrainCallback`.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        model: nn.Module,
+        schedule: QuantSchedule,
+        calibration: CalibrationCount,
+        on_nonfinite: Literal["warn", "raise"],
+    ) -> None:
+        self.model = model
+        self.calibration = calibration
+        self.phases = PhaseRunner(schedule, model, epochs_of(trainer))
+        self.phases.watch(trainer.optimizers)
+        self.calibration.begin(model)
+        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self._watch = NonfiniteWatch(model, interval, on_nonfinite)
+        self._codes: dict[Phase, Tensor] = {}
+        self._told = ""
+        self._stop_showing = show_in_progress_bar(trainer, lambda: self.phases.text)
+
+    def start_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: int) -> None:
+        """Bring the layers into their phases; note which step the coming forwards belong to.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The LightningModule.
+            batch: Number of the batch in its epoch.
+        """
+        at = Position(trainer.current_epoch, batch, trainer.global_step, epochs_of(trainer))
+        anew = self.phases.start_batch(at)
+        self.calibration.start_batch(self.model, self.phases.observing, anew)
+        self._watch.start_batch(trainer.global_step)
+        phase, text = self.phases.phase, self.phases.text
+        if phase not in self._codes:  # kept, as making one copies a number to the device
+            self._codes[phase] = torch.tensor(float(phase), device=pl_module.device)
+        pl_module.log(PHASE_METRIC, self._codes[phase], on_step=True, on_epoch=False)
+        if text != self._told:
+            rank_zero_info(f"QuantRetrainCallback: epoch {at.epoch}, batch {batch}: {text}")
+            self._told = text
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Keep an optimizer off frozen factors.
+
+        Args:
+            optimizer: The optimizer that is about to step.
+        """
+        self.phases.before_step(optimizer)
+
+    def end_batch(self, trainer: pl.Trainer) -> None:
+        """Let the processes agree on fresh calibrations, once; report non-finite activations at the interval.
+
+        Args:
+            trainer: The Trainer.
+        """
+        self.phases.end_batch(trainer.global_step)
+        fresh = {quantizer for quantizer in self.phases.observing if quantizer.fresh}
+        if self.calibration.end_batch(self.model):
+            self.phases.forget()
+            if self.calibration.done:
+                self._watch.check(interval_goes_on=True)
+            start_averages_anew(trainer, self.model, fresh)
+        self._watch.end_batch()
+
+    def end(self) -> None:
+        """Let go of the Trainer; look a last time for NaN and infinite activations."""
+        self.close()
+        self._watch.check()
+
+    def close(self) -> None:
+        """Let go of the Trainer."""
+        self.phases.end()
+        self._stop_showing()
+
+    def forget(self) -> None:
+        """Look at all layers again: other values were loaded into the model."""
+        self.phases.forget()
+
+
+def show_schedule(trainer: pl.Trainer, model: nn.Module, schedule: QuantSchedule | None) -> None:
+    """Print a schedule that the user gave.
+
+    Args:
+        trainer: The Trainer.
+        model: The converted module.
+        schedule: The schedule, ``None`` for the default.
+    """
+    if schedule is not None:
+        table = schedule_table(schedule, quantized_layers(model), epochs_of(trainer))
+        rank_zero_info(f"QuantRetrainCallback: the schedule\n{table}")
+
+
+def epochs_of(trainer: pl.Trainer) -> int | None:
+    """Return the number of epochs of a training, ``None`` if it is not limited by epochs."""
+    epochs = trainer.max_epochs
+    return None if epochs is None or epochs < 0 else epochs
+
+
+def show_in_progress_bar(trainer: pl.Trainer, text: Callable[[], str]) -> Callable[[], None]:
+    """Add a text to what the Trainer's progress bar shows; Lightning's own metrics can be numbers only.
+
+    Args:
+        trainer: The Trainer.
+        text: Gives the text.
+
+    Returns:
+        A function that takes it away again.
+    """
+    bar = trainer.progress_bar_callback
+    if bar is None:
+        return lambda: None
+    original = bar.get_metrics
+
+    def get_metrics(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**original(*args, **kwargs), "quant": text()}
+
+    # get_metrics is Lightning's documented place to change what is shown; a callback reaches it on the instance only.
+    bar.get_metrics = get_metrics  # type: ignore[method-assign]
+    return lambda: bar.__dict__.pop("get_metrics", None)
