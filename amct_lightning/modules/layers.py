@@ -32,8 +32,8 @@ class QATLayer(nn.Module):
         weight_quantizer: Quantizer of the layer's weight.
         calibrates_input: Whether this layer is the one that feeds a shared quantizer's calibration.
         float_is_expected: Whether nobody needs to be told that the layer runs in float.
-        quant_mode: ``"quantized"``; ``"float"`` to run as before the conversion; ``"observe"`` to do so and calibrate on the
-            way.
+        quant_mode: ``"quantized"``; ``"float"`` to run as before the conversion; ``"observe"`` to do so and calibrate
+            on the way.
     """
 
     activation_quantizers: ClassVar[tuple[str, ...]] = ("input_quantizer",)

@@ -95,7 +95,7 @@ class TestRecalibration:
         early = [w for w in caught if "before its activation quantizers are calibrated" in str(w.message)]
         assert (
             len(early) == 3 * BATCHES * 2
-        )  # by both layers, after the first three batches, when there is no range yet
+        )  # both layers, while there is no range yet
 
     def test_frozen_and_given_ranges_are_left_alone(self, make_trainer: TrainerFactory) -> None:
         given = {"layers": {"net.4": {"activations": {"clip_max": 3.0, "clip_min": -3.0}}}}

@@ -140,7 +140,7 @@ class TestFields:
 
     def test_all_fields_but_the_global_ones_can_be_set_for_some_layers(self) -> None:
         names = {field.name for field in fields(QuantSchedule)} - {"layers", "calibrate_batches"}
-        QuantSchedule(layers={"a": {name: 1 for name in names}})
+        QuantSchedule(layers={"a": dict.fromkeys(names, 1)})
 
 
 class TestTable:
