@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch import Tensor, nn
 
-from amct_lightning import QuantRetrainCallback, QuantSchedule
+from amct_lightning import QuantRetrainCallback, QuantSchedule, prepare_qat, quantized_layers
 from amct_lightning.callbacks.schedule import Part, Position
-from amct_lightning.modules import activation_quantizers
+from amct_lightning.modules import activation_quantizers, learned_factors
 from amct_lightning.quantizers import ChannelLayout
 from amct_lightning.quantizers.weight_functional import arq_scale
 from tests.callbacks.conftest import BATCHES, Net, TrainerFactory, loader
@@ -80,6 +80,16 @@ class TestStart:
         assert torch.equal(alone.clip_max, quantizer.clip_max)
         assert set(notes.clips[1:]) == {alone.clip_max.item()}  # and nothing changes it before the start
 
+    def test_factors_of_a_layer_in_float_have_a_gradient_of_zero(self) -> None:
+        """Without one DDP would wait for them in vain."""
+        x = torch.randn(4, 2, 4, 4)
+        model = prepare_qat(Net().net, {"weights": {"algo": "ulq_retrain"}}, x)
+        for layer in quantized_layers(model).values():
+            layer.quant_mode = "float"
+        model.train()(x).sum().backward()
+        assert [float(p.grad) for p in learned_factors(model) if p.dim() == 0] == [0.0] * 4
+        assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in learned_factors(model))
+
 
 class TestRecalibration:
     def test_it_is_due_at_the_given_epochs_and_gives_the_range_of_then(self, make_trainer: TrainerFactory) -> None:
@@ -93,9 +103,7 @@ class TestRecalibration:
         with pytest.warns(UserWarning) as caught:
             train(make_trainer, QuantSchedule(calibrate=[0, 1], calibrate_batches=4), 2, val_check_interval=1)
         early = [w for w in caught if "before its activation quantizers are calibrated" in str(w.message)]
-        assert (
-            len(early) == 3 * BATCHES * 2
-        )  # both layers, while there is no range yet
+        assert len(early) == 3 * BATCHES * 2  # both layers, while there is no range yet
 
     def test_frozen_and_given_ranges_are_left_alone(self, make_trainer: TrainerFactory) -> None:
         given = {"layers": {"net.4": {"activations": {"clip_max": 3.0, "clip_min": -3.0}}}}
@@ -104,11 +112,36 @@ class TestRecalibration:
         assert len(set(notes.clips[BATCHES:])) == 1
 
 
+class BeforeStep(pl.Callback):
+    """Notes the clip of ``net.4`` just before each optimizer step."""
+
+    def __init__(self) -> None:
+        self.clips: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.clips.append(pl_module.net[4].input_quantizer.clip_max.item())
+
+
 class TestFreezing:
     def test_ranges_frozen_from_the_start_are_those_of_the_calibration(self, make_trainer: TrainerFactory) -> None:
-        notes = train(make_trainer, QuantSchedule(freeze_data=0, calibrate_batches=2), 2)
-        assert len(set(notes.clips[1:])) == 1
+        before, notes = BeforeStep(), Notes()
+        callback = QuantRetrainCallback(schedule=QuantSchedule(freeze_data=0, calibrate_batches=2))
+        make_trainer(max_epochs=2, callbacks=[callback, before, notes]).fit(Net(), loader())
+        assert set(notes.clips[1:]) == {before.clips[1]}
         assert notes.phases == [1, 1, *[2] * 6]
+
+    def test_optimizer_state_and_gradients_of_frozen_factors_stand_still(self, make_trainer: TrainerFactory) -> None:
+        counts: list[float] = []
+
+        class Look(pl.Callback):
+            def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+                clip = pl_module.net[4].input_quantizer.clip_max
+                counts.append(float(trainer.optimizers[0].state[clip]["step"]))
+                assert (clip.grad is None) == (trainer.current_epoch >= 1)
+
+        callback = QuantRetrainCallback(schedule=QuantSchedule(freeze_data=1))
+        make_trainer(max_epochs=3, callbacks=[callback, Look()]).fit(Net(), loader())
+        assert counts == [1, 2, 3, *[4] * 9]
 
     def test_max_abs_scales_are_those_of_the_weight_at_the_moment(self, make_trainer: TrainerFactory) -> None:
         model = Net()

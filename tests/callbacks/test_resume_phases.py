@@ -26,7 +26,7 @@ SCHEDULES = {
     "phases": QuantSchedule(
         calibrate=[1, 5],
         start=2,
-        calibrate_batches=6,  # more than an epoch has
+        calibrate_batches=9,  # more than two epochs have
         freeze_bn=3,
         freeze_weights=4,
         freeze_data=7,
