@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from rich.table import Table
@@ -14,7 +13,7 @@ from amct_lightning.text_table import TEXT_BOX, as_text
 
 _MOST_EPOCHS = 200
 Cells = tuple[str, str, str, str]
-Span = tuple[int, Cells]
+State = dict[Cells, list[str]]
 
 
 def schedule_table(schedule: QuantSchedule, layers: Iterable[str], max_epochs: int | None) -> str:
@@ -35,22 +34,32 @@ def schedule_table(schedule: QuantSchedule, layers: Iterable[str], max_epochs: i
         3 - 4   all     yes        updated                   updated        frozen
     """
     names = list(layers)
-    epochs = _epochs(schedule, max_epochs)
-    groups: dict[tuple[Span, ...], list[str]] = defaultdict(list)
-    for name in names:
-        groups[_timeline(schedule, name, epochs, max_epochs)].append(name)
     table = Table(box=TEXT_BOX, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for title in ("Epochs", "Layers", "Quantized", "Ranges", "Weight scales", "Batch norm"):
         table.add_column(title, overflow="fold")
-    rows = [
-        (first, spans[index + 1][0] if index + 1 < len(spans) else None, members, cells)
-        for spans, members in groups.items()
-        for index, (first, cells) in enumerate(spans)
-    ]
-    for first, following, members, cells in sorted(rows, key=lambda row: row[0]):
-        who = "all" if len(members) == len(names) else abbreviated(members)
-        table.add_row(*map(Text, (_span(first, following, max_epochs), who, *cells)))
+    states = _states(schedule, names, max_epochs)
+    for index, (first, state) in enumerate(states):
+        end = states[index + 1][0] if index + 1 < len(states) else max_epochs
+        for cells, members in state.items():
+            who = "all" if len(members) == len(names) else abbreviated(members)
+            table.add_row(*map(Text, (_span(first, end), who, *cells)))
     return as_text(table)
+
+
+def _states(schedule: QuantSchedule, layers: list[str], max_epochs: int | None) -> list[tuple[int, State]]:
+    """Return the epochs in which something changes, each with what holds from then on for which layers."""
+    states: list[tuple[int, State]] = []
+    before: dict[str, LayerPhase] = {}
+    for epoch in _epochs(schedule, max_epochs):
+        state: State = {}
+        for layer in layers:
+            phase = schedule.phase(layer, Position(epoch, max_epochs=max_epochs))
+            begins = phase.recalibrates or (phase.calibrates and not (layer in before and before[layer].calibrates))
+            state.setdefault(_cells(phase, begins, _updated(schedule, layer)), []).append(layer)
+            before[layer] = phase
+        if not states or states[-1][1] != state:
+            states.append((epoch, state))
+    return states
 
 
 def _epochs(schedule: QuantSchedule, max_epochs: int | None) -> Sequence[int]:
@@ -64,19 +73,6 @@ def _epochs(schedule: QuantSchedule, max_epochs: int | None) -> Sequence[int]:
         changes |= {own.first_epoch(max_epochs), *calibrations, *(epoch + 1 for epoch in calibrations)}
         changes |= {own.freeze_epoch(part, max_epochs) or 0 for part in ("data", "weights", "bn")}
     return sorted(epoch for epoch in changes if max_epochs is None or epoch < max_epochs)
-
-
-def _timeline(schedule: QuantSchedule, layer: str, epochs: Sequence[int], max_epochs: int | None) -> tuple[Span, ...]:
-    spans: list[Span] = []
-    before: LayerPhase | None = None
-    for epoch in epochs:
-        phase = schedule.phase(layer, Position(epoch, max_epochs=max_epochs))
-        begins = phase.recalibrates or (phase.calibrates and not (before and before.calibrates))
-        cells = _cells(phase, begins, _updated(schedule, layer))
-        if not spans or spans[-1][1] != cells:
-            spans.append((epoch, cells))
-        before = phase
-    return tuple(spans)
 
 
 def _cells(phase: LayerPhase, begins: bool, updated: str) -> Cells:
@@ -96,8 +92,7 @@ def _updated(schedule: QuantSchedule, layer: str) -> str:
     return "updated" + "".join(f" every {n} {unit}" for n, unit in periods if n > 1)
 
 
-def _span(first: int, following: int | None, max_epochs: int | None) -> str:
-    end = following if following is not None else max_epochs
+def _span(first: int, end: int | None) -> str:
     if end is None:
         return f"{first} -"
     return str(first) if end == first + 1 else f"{first} - {end - 1}"

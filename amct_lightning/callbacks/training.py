@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from amct_lightning.callbacks.averaging import start_averages_anew
+from amct_lightning.callbacks.averaging import Averages
 from amct_lightning.callbacks.calibration_count import CalibrationCount
 from amct_lightning.callbacks.nonfinite import NonfiniteWatch
 from amct_lightning.callbacks.phases import PhaseRunner
@@ -30,6 +30,7 @@ class Training:
         trainer: The Trainer, its optimizers set up.
         model: The converted module.
         schedule: When to do what.
+        max_epochs: Number of epochs that the user wants; StochasticWeightAveraging lets the Trainer make one more.
         calibration: The count of calibration batches, which outlives a training.
         on_nonfinite: See :class:`QuantRetrainCallback`.
     """
@@ -39,19 +40,22 @@ class Training:
         trainer: pl.Trainer,
         model: nn.Module,
         schedule: QuantSchedule,
+        max_epochs: int | None,
         calibration: CalibrationCount,
         on_nonfinite: Literal["warn", "raise"],
     ) -> None:
         self.model = model
         self.calibration = calibration
-        self.phases = PhaseRunner(schedule, model, epochs_of(trainer))
-        self.phases.watch(trainer.optimizers)
+        self.max_epochs = max_epochs
+        self.phases = PhaseRunner(schedule, model, max_epochs)
+        self.phases.begin(trainer.optimizers, Position(trainer.current_epoch, max_epochs=max_epochs))
         self.calibration.begin(model)
+        self.averages = Averages(trainer, model)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._watch = NonfiniteWatch(model, interval, on_nonfinite)
         self._codes: dict[Phase, Tensor] = {}
         self._told = ""
-        self._stop_showing = show_in_progress_bar(trainer, lambda: self.phases.text)
+        self._stop_showing = show_in_progress_bar(trainer, lambda: self.phases.phase.name.lower())
 
     def start_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: int) -> None:
         """Bring the layers into their phases; note which step the coming forwards belong to.
@@ -61,7 +65,8 @@ class Training:
             pl_module: The LightningModule.
             batch: Number of the batch in its epoch.
         """
-        at = Position(trainer.current_epoch, batch, trainer.global_step, epochs_of(trainer))
+        at = Position(trainer.current_epoch, batch, trainer.global_step, self.max_epochs)
+        self.averages.start_batch()
         anew = self.phases.start_batch(at)
         self.calibration.start_batch(self.model, self.phases.observing, anew)
         self._watch.start_batch(trainer.global_step)
@@ -88,16 +93,22 @@ class Training:
             trainer: The Trainer.
         """
         self.phases.end_batch(trainer.global_step)
-        fresh = {quantizer for quantizer in self.phases.observing if quantizer.fresh}
         if self.calibration.end_batch(self.model):
             self.phases.forget()
             if self.calibration.done:
                 self._watch.check(interval_goes_on=True)
-            start_averages_anew(trainer, self.model, fresh)
         self._watch.end_batch()
+        self.averages.end_batch()
+        if trainer.is_last_batch:  # an average may be put in place when the next epoch begins
+            self.settle_averages()
+
+    def settle_averages(self) -> None:
+        """Bring the averages that other callbacks make up to date; they are about to be used."""
+        self.averages.settle(self.phases)
 
     def end(self) -> None:
         """Let go of the Trainer; look a last time for NaN and infinite activations."""
+        self.settle_averages()
         self.close()
         self._watch.check()
 

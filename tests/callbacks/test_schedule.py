@@ -150,10 +150,8 @@ class TestTable:
         )
         table = schedule_table(schedule, ["a", "b", "c"], 8)
         assert [re.sub(" +", " ", line) for line in table.splitlines()[2:]] == [
-            "0 'a', 'b' no - - updated",
-            "0 'c' no - - updated",
-            "1 'a', 'b' no calibrated, then kept - updated",
-            "1 'c' no calibrated, then kept - updated",
+            "0 all no - - updated",
+            "1 all no calibrated, then kept - updated",
             "2 - 3 'a', 'b' yes updated updated updated",
             "2 - 3 'c' yes updated frozen updated",
             "4 'a', 'b' yes updated updated frozen",
