@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -222,10 +223,11 @@ class QuantSchedule:
 
     @classmethod
     def of(cls, schedule: QuantSchedule | Mapping[str, Any] | None) -> QuantSchedule:
-        """Return a schedule from what a user gives: one, its fields as a mapping, or ``None`` for the default.
+        """Return a schedule from what a user gives.
 
         Args:
-            schedule: What the user gives.
+            schedule: A schedule; its fields as a mapping; a mapping of ``class_path`` and ``init_args``, as YAML files
+                have it, for a subclass with rules of its own; ``None`` for the default.
 
         Example:
             >>> QuantSchedule.of({"freeze_bn": 2}).freeze_bn
@@ -237,8 +239,23 @@ class QuantSchedule:
             return cls()
         if not isinstance(schedule, Mapping):
             raise TypeError(f"schedule must be a QuantSchedule, a mapping of its fields or None, got {schedule!r}.")
+        if "class_path" in schedule:
+            check_names(schedule, ["class_path", "init_args"], "schedule")
+            kind = _import_schedule(schedule["class_path"])
+            return kind.of(schedule.get("init_args") or {})
         check_names(schedule, [f.name for f in fields(cls)], "schedule")
         return cls(**schedule)
+
+
+def _import_schedule(path: Any) -> type[QuantSchedule]:
+    module, _, name = str(path).rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"schedule: class_path '{path}' cannot be imported: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, QuantSchedule)):
+        raise TypeError(f"schedule: class_path '{path}' is no subclass of QuantSchedule.")
+    return kind
 
 
 def to_epoch(moment: Epoch, max_epochs: int | None, name: str) -> int:

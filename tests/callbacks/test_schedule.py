@@ -88,6 +88,32 @@ class TestPhase:
         assert not Odd().phase("b", at(1)).data_frozen
 
 
+class Mine(QuantSchedule):
+    """A schedule for a YAML file to name."""
+
+
+class TestClassPath:
+    def test_a_subclass_of_ones_own(self) -> None:
+        schedule = QuantSchedule.of({"class_path": f"{__name__}.Mine", "init_args": {"freeze_bn": 3}})
+        assert type(schedule) is Mine and schedule.freeze_bn == 3
+        assert type(QuantSchedule.of({"class_path": f"{__name__}.Mine"})) is Mine
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"class_path": "no.such.Thing"}, r"'no\.such\.Thing' cannot be imported"),
+            ({"class_path": "math.nothing"}, r"'math\.nothing' cannot be imported"),
+            ({"class_path": "Thing"}, r"'Thing' cannot be imported"),
+            ({"class_path": "pathlib.Path"}, r"'pathlib\.Path' is no subclass"),
+            ({"class_path": f"{__name__}.Mine", "freeze_bn": 3}, r"no field 'freeze_bn'"),
+            ({"class_path": f"{__name__}.Mine", "init_args": {"freeze": 3}}, r"no field 'freeze'"),
+        ],
+    )
+    def test_wrong_ones_are_told(self, values: dict[str, Any], message: str) -> None:
+        with pytest.raises((TypeError, ValueError), match=message):
+            QuantSchedule.of(values)
+
+
 class TestFields:
     @pytest.mark.parametrize(
         ("values", "message"),
