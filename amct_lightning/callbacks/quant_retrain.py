@@ -30,7 +30,7 @@ from amct_lightning.callbacks.modes import expect_float, start_shift_search
 from amct_lightning.callbacks.param_groups import move_clips
 from amct_lightning.callbacks.schedule import QuantSchedule
 from amct_lightning.callbacks.state import record_text
-from amct_lightning.callbacks.training import Training, show_schedule
+from amct_lightning.callbacks.training import Training, epochs_of, show_schedule
 from amct_lightning.config import QuantChoices, RetrainConfig, config_source, load_config
 from amct_lightning.files import check_writable
 from amct_lightning.graph.plan import attach_plan, find_plan, make_plan
@@ -106,7 +106,7 @@ class QuantRetrainCallback(CheckpointSide):
         on_nonfinite: Literal["warn", "raise"] = "warn",
         allow_reuse: bool = False,
         search_n: bool = False,
-        schedule: QuantSchedule | dict[str, Any] | None = None,
+        schedule: dict[str, Any] | QuantSchedule | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -122,6 +122,7 @@ class QuantRetrainCallback(CheckpointSide):
         self.schedule = schedule if schedule is None else QuantSchedule.of(schedule)
         check_arguments(self)
         self._has_trained = False
+        self._max_epochs: int | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -147,6 +148,7 @@ class QuantRetrainCallback(CheckpointSide):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the clips their own treatment in the optimizers, before their states are restored."""
         self._require_conversion()
+        self._max_epochs = epochs_of(trainer)  # before StochasticWeightAveraging adds one
         show_schedule(trainer, self._converted(), self.schedule)
         if self.quant_lr_scale == 1 and self.quant_weight_decay is None:
             return
@@ -170,6 +172,8 @@ class QuantRetrainCallback(CheckpointSide):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted; start the search of the shifts anew."""
         start_shift_search(self._converted(), enabled=not trainer.sanity_checking)
+        if self._training is not None:
+            self._training.settle_averages()  # they are evaluated in place of the model
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -195,7 +199,9 @@ class QuantRetrainCallback(CheckpointSide):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with the schedule, and to watch for NaN and infinite activations."""
         schedule = self.schedule or QuantSchedule()
-        self._training = Training(trainer, self._converted(), schedule, self._calibration, self.on_nonfinite)
+        self._restore_observed()
+        model, max_epochs = self._converted(), self._max_epochs
+        self._training = Training(trainer, model, schedule, max_epochs, self._calibration, self.on_nonfinite)
 
     @override
     def on_train_batch_start(
