@@ -6,7 +6,7 @@ from amct_lightning.api import (
     prepare_qat,
     restore_quant_retrain_model,
 )
-from amct_lightning.callbacks import QuantRetrainCallback, QuantSchedule
+from amct_lightning.callbacks import QuantMonitor, QuantRetrainCallback, QuantSchedule
 from amct_lightning.callbacks.loading import load_qat_checkpoint
 from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.migrate import convert_amct_state_dict
@@ -17,6 +17,7 @@ from amct_lightning.report import conversion_report
 
 __all__ = [
     "QuantChoices",
+    "QuantMonitor",
     "QuantRecord",
     "QuantRetrainCallback",
     "QuantSchedule",

@@ -112,7 +112,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     for name in plan.config:
         kind = supported_class(modules[name]).__name__
         rows[name] = (
-            _quantized_row(planned[name], kind, plan)
+            quantized_row(planned[name], kind, plan)
             if name in planned
             else ReportRow(name, kind, reason="disabled in the config")
         )
@@ -120,7 +120,14 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     return ConversionReport(ordered, tuple(_warnings(ordered, plan, modules)))
 
 
-def _quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan) -> ReportRow:
+def quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan) -> ReportRow:
+    """Return the row of a quantized layer.
+
+    Args:
+        layer: Its plan.
+        kind: Name of its float class.
+        plan: The plan that it belongs to.
+    """
     data, weight = plan.config[layer.name].retrain_data_config, plan.config[layer.name].retrain_weight_config
     return ReportRow(
         name=layer.name,

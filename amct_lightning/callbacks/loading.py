@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from typing_extensions import Self
 
 from amct_lightning.callbacks.placement import Saved, place
 from amct_lightning.callbacks.state import CHECKPOINT_KEY, adopt_plan, restore_observed
+from amct_lightning.foreign import is_foreign, read_foreign_checkpoint
 from amct_lightning.migrate import abbreviate
-from amct_lightning.restore import load_strictly, read_checkpoint
+from amct_lightning.restore import load_strictly
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -83,19 +82,6 @@ def load_qat_checkpoint(
     return model
 
 
-class _Foreign:
-    """Stands for an object whose class is not loaded; takes whatever the file gives it and does nothing with it."""
-
-    def __new__(cls, *_args: Any, **_kwargs: Any) -> Self:
-        return super().__new__(cls)
-
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
 def _read(path: str | Path, map_location: Any) -> tuple[dict[str, Any], list[str]]:
     """Read a checkpoint without running code from it; also return the names of classes that it would take."""
     if Path(path).is_dir():
@@ -103,33 +89,7 @@ def _read(path: str | Path, map_location: Any) -> tuple[dict[str, Any], list[str
             f"'{path}' is a folder, a sharded checkpoint. Make one file of it first: "
             f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
         )
-    try:
-        return read_checkpoint(path, map_location), []
-    except RuntimeError:
-        foreign = _foreign_names(path)
-        if not foreign:
-            raise
-    try:
-        with torch.serialization.safe_globals([_stand_in(name) for name in foreign]):
-            return read_checkpoint(path, map_location), foreign
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"'{path}' cannot be read without running code from it: it holds objects of {abbreviate(foreign)} that "
-            "cannot be left out. If you trust the file, read it with torch.load(..., weights_only=False), delete what "
-            "holds them (often 'hyper_parameters') and save it again."
-        ) from error
-
-
-def _foreign_names(path: str | Path) -> list[str]:
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # no checkpoint at all; what is wrong with it was found when reading it
-        return []
-
-
-def _stand_in(name: str) -> type[_Foreign]:
-    module, _, qualname = name.rpartition(".")
-    return type(qualname, (_Foreign,), {"__module__": module, "__qualname__": qualname})
+    return read_foreign_checkpoint(path, map_location)
 
 
 def _saved(checkpoint: dict[str, Any], path: str | Path) -> Saved:
@@ -155,7 +115,7 @@ def _checked_class(
     if foreign:
         parameters = checkpoint.get(pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY)
         named = parameters.items() if isinstance(parameters, Mapping) else ()
-        holders = [name for name, value in named if any(map(_is_foreign, tree_leaves(value)))]
+        holders = [name for name, value in named if any(map(is_foreign, tree_leaves(value)))]
         where = f"the hyper parameters {abbreviate(holders)} hold" if holders else "it holds"
         raise ValueError(
             f"{cls.__name__} cannot be made from '{path}' without running code from the file: {where} objects of "
@@ -163,10 +123,6 @@ def _checked_class(
             f"load_qat_checkpoint({cls.__name__}(...), '{path}')."
         )
     return cls
-
-
-def _is_foreign(value: object) -> bool:
-    return isinstance(value, _Foreign) or (isinstance(value, type) and issubclass(value, _Foreign))
 
 
 def _instantiate(

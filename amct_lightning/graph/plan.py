@@ -34,6 +34,7 @@ class LayerPlan:
         calibrates_input: Whether it is the first of its sharing group to run.
         fixed_min_hidden: The same as ``fixed_min`` for the hidden state of a recurrent layer.
         calls: How often the layer is called in one forward.
+        type: Name of its float class, for people.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LayerPlan:
     calibrates_input: bool
     fixed_min_hidden: bool = False
     calls: int = 1
+    type: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,7 @@ def _layer_plans(
             calibrates_input=all(other.shares_input_of != owner for other in planned.values()),
             fixed_min_hidden=_fixed_min(settings, [c.hidden for c in candidate.calls]),
             calls=len(candidate.calls),
+            type=supported_class(candidate.layer).__name__,
         )
     return tuple(planned.values())
 

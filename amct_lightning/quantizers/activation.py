@@ -230,7 +230,7 @@ class ActivationQuantizer(Quantizer):
     def _observe(self, values: Tensor, observe: bool, preview: Tensor) -> tuple[Tensor, Tensor]:
         # A single NaN would make the range NaN for good; it is told by the flag and left out here.
         values, preview = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in (values, preview))
-        if observe and values.numel() and not _in_backward():
+        if observe and values.numel() and not in_backward():
             last = len(self.observed) + 1 >= self.batch_num
             self.observed.append(values)  # a copy: the model may rewrite its activations in place
             self.calibrated_batches.fill_(len(self.observed) - (self.batch_num if self.recalibrating else 0))
@@ -258,7 +258,7 @@ class ActivationQuantizer(Quantizer):
         return f"num_bits={self.num_bits}, fixed_min={self.fixed_min}, {state}"
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Tell whether this forward repeats an earlier one for the backward pass, as gradient checkpointing does."""
     return torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself goes by
 

@@ -1,0 +1,137 @@
+"""What a report takes from a checkpoint: the plan, the weight scales and the record. No model is built for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amct_lightning.foreign import read_foreign_checkpoint
+from amct_lightning.graph.plan import QuantPlan
+from amct_lightning.record import QuantRecord
+from amct_lightning.report import ReportRow, quantized_row
+from amct_lightning.run_report.scales import ScaleSummary, summarize
+
+ENTRY = "amct_lightning"
+"""The entry of a checkpoint that QuantRetrainCallback writes."""
+_KINDS = {2: "Linear", 3: "1-d convolution", 4: "2-d convolution", 5: "3-d convolution"}
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What a checkpoint tells about the quantization.
+
+    Attributes:
+        path: The file.
+        epoch: The epoch in which it was written; ``None`` if it does not tell.
+        step: The number of training steps before.
+        rows: One per layer of a supported type: quantized ones in the order of execution, then those in float.
+        scales: The weight scales by layer, of recurrent ones also ``<layer> (recurrent)``.
+        record: The record that belongs to the weights; ``None`` while they are calibrated.
+    """
+
+    path: Path
+    epoch: int | None
+    step: int | None
+    rows: tuple[ReportRow, ...]
+    scales: dict[str, ScaleSummary]
+    record: QuantRecord | None
+
+
+def read_facts(path: Path, notes: list[str]) -> CheckpointFacts:
+    """Read a checkpoint; nothing in it is executed.
+
+    Args:
+        path: A file that a Trainer with QuantRetrainCallback wrote.
+        notes: Takes a line about a part of it that cannot be used.
+
+    Returns:
+        The facts.
+
+    Raises:
+        OSError: If it cannot be read.
+        RuntimeError: If it is damaged or no checkpoint.
+        ValueError: If it was written without the callback, or its plan is damaged.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"'{path}' is a folder, a sharded checkpoint. Make one file of it first: "
+            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        )
+    content, _ = read_foreign_checkpoint(path)
+    entry, state = content.get(ENTRY), content.get("state_dict")
+    if not isinstance(entry, Mapping) or "plan" not in entry:
+        raise ValueError(
+            f"'{path}' was written without QuantRetrainCallback: it has no entry '{ENTRY}' with a quantization plan. "
+            "Give a checkpoint of a training with the callback."
+        )
+    plan = _plan(entry["plan"], path)
+    prefix = f"{entry['submodule']}." if entry.get("submodule") else ""
+    tensors = {
+        name.removeprefix(prefix): value
+        for name, value in (state.items() if isinstance(state, Mapping) else ())
+        if isinstance(name, str) and name.startswith(prefix) and isinstance(value, Tensor)
+    }
+    return CheckpointFacts(
+        path=path,
+        epoch=_integer(content.get("epoch")),
+        step=_integer(content.get("global_step")),
+        rows=tuple(_rows(plan, tensors)),
+        scales=dict(_scales(plan, tensors)),
+        record=_record(entry.get("record"), path, notes),
+    )
+
+
+def _plan(data: Any, path: Path) -> QuantPlan:
+    try:
+        return QuantPlan.from_dict(data, str(path))
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"The quantization plan in {path} is damaged: {error}. Use another checkpoint.") from error
+
+
+def _rows(plan: QuantPlan, tensors: Mapping[str, Tensor]) -> list[ReportRow]:
+    planned = [quantized_row(layer, layer.type or _kind(layer.name, tensors), plan) for layer in plan.layers]
+    names = {layer.name for layer in plan.layers}
+    disabled = [
+        ReportRow(name, _kind(name, tensors), reason="disabled in the config")
+        for name in plan.config
+        if name not in names
+    ]
+    return [*planned, *disabled, *(ReportRow(layer.name, layer.type, reason=layer.reason) for layer in plan.refused)]
+
+
+def _kind(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """Tell from the shape of the weight what a layer is; convolutions and their transposed ones look alike."""
+    hidden = tensors.get(f"{name}.weight_hh_l0")
+    if hidden is not None and hidden.dim() == 2 and hidden.shape[1]:
+        return {4: "LSTM", 3: "GRU"}.get(hidden.shape[0] // hidden.shape[1], "")
+    weight = tensors.get(f"{name}.weight")
+    return "" if weight is None else _KINDS.get(weight.dim(), "")
+
+
+def _scales(plan: QuantPlan, tensors: Mapping[str, Tensor]) -> dict[str, ScaleSummary]:
+    found = {}
+    for layer in plan.layers:
+        for quantizer, suffix in (("weight_quantizer", ""), ("recurrent_weight_quantizer", " (recurrent)")):
+            scale = tensors.get(f"{layer.name}.{quantizer}.scale")
+            if scale is not None and scale.numel():
+                found[layer.name + suffix] = summarize(scale.detach().to(torch.float64).flatten().tolist())
+    return found
+
+
+def _record(text: Any, path: Path, notes: list[str]) -> QuantRecord | None:
+    if not isinstance(text, str):
+        return None
+    try:
+        return QuantRecord.from_text(text, f"the record in {path}")
+    except ValueError as error:
+        notes.append(str(error))
+        return None
+
+
+def _integer(value: Any) -> int | None:
+    return value if isinstance(value, int) else None

@@ -1,0 +1,93 @@
+"""Writing the report of a run, and a picture of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from amct_lightning.files import atomic_path, write_text
+from amct_lightning.run_report.overview import draw_overview
+from amct_lightning.run_report.page import page
+from amct_lightning.run_report.sources import load_run
+from amct_lightning.run_report.style import PAPER, drawing
+
+
+def write_report(source: str | Path, output: str | Path) -> Path:
+    r"""Write the report of a run as one HTML file that needs nothing else: no network, no other file.
+
+    Args:
+        source: The folder of a run, searched with all folders below for ``metrics.csv`` (CSVLogger),
+            ``quant_monitor.csv`` (QuantMonitor), checkpoints and records; or one checkpoint. Of several runs the newest
+            is shown; what was logged by resumptions of it is joined.
+        output: The file to write, ``.html``; missing folders are created, an existing file is replaced.
+
+    Returns:
+        The path of the file. The same input gives the same bytes.
+
+    Raises:
+        FileNotFoundError: If there is no such source, or nothing in it that can be shown.
+        OSError: If a file cannot be read or written.
+        RuntimeError: If ``source`` is a file, but no checkpoint.
+        ValueError: If ``source`` is a checkpoint that was written without QuantRetrainCallback, or ``output`` is not
+            named as an HTML file.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "metrics.csv").write_text("epoch,step,val_acc\n0,9,0.5\n1,19,0.75\n")
+        >>> report = write_report(folder, folder / "report.html")
+        >>> "<dd>0.75" in report.read_text()
+        True
+    """
+    output = _checked(output, (".html", ".htm"))
+    run = load_run(source)
+    with drawing():
+        text = page(run)
+    write_text(output, text)
+    return output
+
+
+def write_picture(source: str | Path, output: str | Path, *, dpi: int = 140) -> Path:
+    """Write an overview of a run as one PNG picture, for a README or a slide.
+
+    Args:
+        source: As for :func:`write_report`.
+        output: The file to write, ``.png``.
+        dpi: Dots per inch; the picture is about 11.4 inches wide.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        FileNotFoundError: If there is no such source, or nothing in it that can be drawn.
+        OSError: If a file cannot be read or written.
+        RuntimeError: If ``source`` is a file, but no checkpoint.
+        ValueError: If ``source`` is a checkpoint that was written without QuantRetrainCallback, or ``output`` is not
+            named as a PNG file.
+        ImportError: If matplotlib is not installed.
+    """
+    output = _checked(output, (".png",))
+    run = load_run(source)
+    with drawing():
+        figure = draw_overview(run)
+        with atomic_path(output) as temporary:
+            figure.savefig(
+                temporary,
+                format="png",
+                dpi=dpi,
+                facecolor=PAPER.light,
+                bbox_inches="tight",
+                pad_inches=0.12,
+                metadata={"Software": None},
+                pil_kwargs={"optimize": True},
+            )
+    return output
+
+
+def _checked(output: str | Path, suffixes: tuple[str, ...]) -> Path:
+    path = Path(output)
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"'{path}' must end in {' or '.join(suffixes)}, which is what is written to it.")
+    if path.is_dir():
+        raise IsADirectoryError(f"'{path}' is a folder; give the path of a file.")
+    return path
