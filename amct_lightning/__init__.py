@@ -1,5 +1,9 @@
 """Quantization-aware training for Ascend hardware in PyTorch Lightning: one callback, AMCT's formats and numbers."""
 
+# Lightning comes first. Python keeps one object for Union[int, float] and Union[float, int], that of who asks first,
+# and with the other order jsonargparse reads `limit_train_batches=1` as 1.0, which is all batches.
+import lightning.pytorch  # noqa: F401
+
 from amct_lightning.api import (
     create_quant_retrain_config,
     create_quant_retrain_model,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from amct_lightning.callbacks.placement import Saved, place
-from amct_lightning.callbacks.state import CHECKPOINT_KEY, adopt_plan, restore_observed
-from amct_lightning.foreign import is_foreign, read_foreign_checkpoint
+from amct_lightning.callbacks.state import adopt_plan, restore_observed
+from amct_lightning.checkpoint_file import CHECKPOINT_KEY, is_foreign, read_foreign_checkpoint
 from amct_lightning.migrate import abbreviate
 from amct_lightning.restore import load_strictly
 

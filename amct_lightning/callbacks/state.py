@@ -13,9 +13,6 @@ from amct_lightning.graph.plan import QuantPlan, attach_plan, find_plan
 from amct_lightning.modules import activation_quantizers, convert_layers, revert_layers
 from amct_lightning.record import QuantRecord
 
-CHECKPOINT_KEY = "amct_lightning"
-"""Entry of a checkpoint that holds the plan, the calibration state and the record."""
-
 
 def make_entry(model: nn.Module, submodule: str | None, calibration_steps: int) -> dict[str, Any] | None:
     """Return the entry of a checkpoint, plain data and tensors, or ``None`` if ``model`` is not converted.

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amct_lightning.foreign import read_foreign_checkpoint
+from amct_lightning.checkpoint_file import CHECKPOINT_KEY, read_foreign_checkpoint
 from amct_lightning.graph.plan import QuantPlan
 from amct_lightning.record import QuantRecord
 from amct_lightning.report import ReportRow, quantized_row
 from amct_lightning.run_report.scales import ScaleSummary, summarize
 
-ENTRY = "amct_lightning"
-"""The entry of a checkpoint that QuantRetrainCallback writes."""
 _KINDS = {2: "Linear", 3: "1-d convolution", 4: "2-d convolution", 5: "3-d convolution"}
 
 
@@ -63,11 +61,11 @@ def read_facts(path: Path, notes: list[str]) -> CheckpointFacts:
             f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
         )
     content, _ = read_foreign_checkpoint(path)
-    entry, state = content.get(ENTRY), content.get("state_dict")
+    entry, state = content.get(CHECKPOINT_KEY), content.get("state_dict")
     if not isinstance(entry, Mapping) or "plan" not in entry:
         raise ValueError(
-            f"'{path}' was written without QuantRetrainCallback: it has no entry '{ENTRY}' with a quantization plan. "
-            "Give a checkpoint of a training with the callback."
+            f"'{path}' was written without QuantRetrainCallback: it has no entry '{CHECKPOINT_KEY}' with a "
+            "quantization plan. Give a checkpoint of a training with the callback."
         )
     plan = _plan(entry["plan"], path)
     prefix = f"{entry['submodule']}." if entry.get("submodule") else ""

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import amct_lightning.run_report
-from amct_lightning.callbacks.state import CHECKPOINT_KEY
+from amct_lightning.checkpoint_file import CHECKPOINT_KEY
 from amct_lightning.run_report import write_picture, write_report
-from amct_lightning.run_report.checkpoint import ENTRY
 from amct_lightning.run_report.sources import load_run
 from tests.run_report.conftest import report, write_metrics, write_monitor
 
@@ -137,7 +136,7 @@ def test_checkpoint_without_quantization(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("plan", [None, [], {}, {"config": 3, "layers": [], "search_n": False}, "text"])
 def test_checkpoint_with_a_damaged_plan(tmp_path: Path, plan: object) -> None:
-    torch.save({"state_dict": {}, ENTRY: {"plan": plan}}, tmp_path / "bad.ckpt")
+    torch.save({"state_dict": {}, CHECKPOINT_KEY: {"plan": plan}}, tmp_path / "bad.ckpt")
     with pytest.raises((ValueError, TypeError), match=r"bad\.ckpt"):
         write_report(tmp_path / "bad.ckpt", tmp_path / "report.html")
 
@@ -146,7 +145,7 @@ def test_scales_that_no_record_can_hold_are_named(real_run: Path, tmp_path: Path
     content = torch.load(next(real_run.rglob("last.ckpt")), weights_only=True)
     content["state_dict"]["net.0.weight_quantizer.scale"][:2] = torch.tensor([-1.0, math.nan])
     content["state_dict"]["net.4.weight_quantizer.scale"].fill_(0.0)
-    content[ENTRY]["record"] = None
+    content[CHECKPOINT_KEY]["record"] = None
     torch.save(content, tmp_path / "bad.ckpt")
     page = report(tmp_path / "bad.ckpt")
     assert "no record can hold: net.0, net.4." in page.sections["scales"]
@@ -205,7 +204,3 @@ def test_the_package_needs_neither_lightning_nor_the_callbacks() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not any(name.startswith(("lightning", "amct_lightning.callbacks")) for name in names), path
-
-
-def test_the_entry_is_the_one_that_the_callback_writes() -> None:
-    assert ENTRY == CHECKPOINT_KEY

@@ -1,4 +1,4 @@
-"""Reading checkpoints that hold objects of classes which are not to be loaded, such as hyper parameters often do."""
+"""Reading Lightning checkpoints without Lightning, and without running code from them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing_extensions import Self
 
 from amct_lightning.migrate import abbreviate
 from amct_lightning.restore import read_checkpoint
+
+CHECKPOINT_KEY = "amct_lightning"
+"""Entry of a checkpoint that holds the plan, the calibration state and the record."""
 
 
 class _Foreign:

@@ -1,0 +1,89 @@
+"""Writing results: files that are not overwritten by accident, tables for people and for pipes, short warnings."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amct_lightning.commands.base import UserError
+from amct_lightning.files import check_writable, write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# rich is imported when it is needed, not here: in a process that loads it before Lightning, Python's typing caches
+# turn Lightning's `int | float` into rich's `float | int`, and --trainer.limit_train_batches=1 into 1.0, all of them.
+_UNLIMITED = 10_000
+
+
+def check_output(path: Path, force: bool, what: str) -> None:
+    """Make sure, before any work, that a file may be written.
+
+    Args:
+        path: The file.
+        force: Whether it may be replaced.
+        what: What it is, for the message.
+
+    Raises:
+        UserError: If it exists and may not be replaced.
+        OSError: If it cannot be written.
+    """
+    if path.is_file() and not force:
+        raise UserError(f"'{path}' exists. Give another path, or --force to replace it.")
+    check_writable(path, what)
+
+
+def deliver(text: str, path: str | None, force: bool, what: str) -> None:
+    """Write a result to a file, atomically, or to stdout.
+
+    Args:
+        text: The result.
+        path: The file, ``None`` for stdout.
+        force: Whether the file may be replaced.
+        what: What it is, for messages.
+    """
+    if path is None:
+        sys.stdout.write(text if text.endswith("\n") or not text else f"{text}\n")
+        return
+    check_output(Path(path), force, what)
+    write_text(path, text)
+    sys.stdout.write(f"Wrote the {what} to '{path}'.\n")
+
+
+def new_table(*columns: str) -> Table:
+    """Return an empty table, with a frame on a terminal and plain columns in a pipe or file.
+
+    Args:
+        columns: The titles; those that begin with ``>`` are of numbers, at the right.
+    """
+    from rich import box  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False)
+    for title in columns:
+        is_number = title.startswith(">")
+        table.add_column(title.removeprefix(">"), justify="right" if is_number else "left", overflow="fold")
+    return table
+
+
+def show(table: Table) -> None:
+    """Print a table; one that goes into a pipe or file is never cut to the width of a terminal."""
+    from rich.console import Console  # noqa: PLC0415
+
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else _UNLIMITED, highlight=False).print(table)
+
+
+@contextlib.contextmanager
+def short_warnings() -> Iterator[None]:
+    """Let warnings be one line each, without the place in the source that issues them."""
+
+    def write(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
+        sys.stderr.write(f"warning: {message}\n")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = write
+        yield

@@ -1,0 +1,152 @@
+"""The command as a whole: help, statuses, messages, and the process around it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from amct_lightning import QuantRecord
+from amct_lightning.record import LayerRecord
+from tests.cli.conftest import MODULE, Folder
+
+README_RUN = """
+model: demo_module.Classifier
+data: demo_module.Noise
+trainer: {max_epochs: 1, accelerator: cpu}
+quant:
+  record_file: record.txt
+  config: {weights: {dst_type: INT4}, skip_layers: [net.0]}
+"""
+
+
+def process(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "amct_lightning", *arguments],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+
+
+def test_without_arguments_it_shows_the_commands(folder: Folder) -> None:
+    status, out, _ = folder()
+    assert status == 0
+    assert all(f"\n    {name} " in out for name in ("fit", "validate", "test", "predict", "config", "record", "report"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["fit", "validate", "test", "predict", "config", "record", "record show", "record check", "record diff",
+     "record extract", "report"],
+)  # fmt: skip
+def test_every_help_has_examples(folder: Folder, command: str) -> None:
+    status, out, _ = folder(*command.split(), "--help")
+    assert status == 0
+    examples = out.partition("\nexamples:\n")[2]
+    assert f"  amct-lightning {command} " in examples
+    assert "``" not in out
+
+
+def test_the_help_of_fit_explains_the_options_of_the_callback(folder: Folder) -> None:
+    out = " ".join(folder("fit", "--help").out.split())
+    for option in ("config", "record_file", "schedule", "submodule", "quant_lr_scale", "enabled"):
+        assert f"--quant.{option} " in out
+    assert "What to quantize: the path of a JSON configuration" in out
+
+
+def test_version(folder: Folder) -> None:
+    assert folder("--version").out.startswith("amct-lightning 0.")
+
+
+def test_an_unknown_command_is_told_with_the_closest_one(folder: Folder) -> None:
+    status, _, err = folder("recrod", "show")
+    assert status == 2
+    assert err.startswith("amct-lightning: error: there is no command 'recrod'. Did you mean 'record'?")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("fit --model demo_module.Clasifier", "module 'demo_module' has no attribute 'Clasifier'"),
+        ("fit --model demo_module.Classifier --model.with 3", "Option 'with' is not accepted"),
+        ("fit --config missing.yaml", "File does not exist"),
+        ("fit", "the following arguments are required: --model"),
+        ("fit --model demo_module.Classifier --trainer.max_epochs many", "Expected a <class 'int'>, given many"),
+        ("fit --model demo_module.Classifier --quant.schedule.freeze_bm=3", "Did you mean 'freeze_bn'?"),
+        ("record", None),
+        ("record show", "the following arguments are required"),
+        ("record show missing.txt", "there is no file 'missing.txt'"),
+        ("record show .", "is a folder"),
+        ("record diff a b --rtol=-1", "--rtol -1.0: must be a number >= 0"),
+        ("config", "the following arguments are required: --model"),
+        ("report missing", "there is no folder or checkpoint 'missing'"),
+    ],
+)
+def test_errors_are_one_message_and_status_2(folder: Folder, arguments: str, message: str | None) -> None:
+    status, out, err = folder(*arguments.split())
+    if message is None:
+        assert (status, out.partition("\n")[0]) == (0, "usage: amct-lightning record ACTION ...")
+        return
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert "usage:" not in err
+
+
+def test_debug_lets_the_exception_through(folder: Folder) -> None:
+    with pytest.raises(Exception, match=r"no file 'missing.txt'"):
+        folder("record", "show", "missing.txt", "--debug")
+
+
+def test_the_yaml_of_a_run_works_in_a_folder_with_nothing_but_the_module(tmp_path: Path) -> None:
+    (tmp_path / "demo_module.py").write_text(MODULE)
+    (tmp_path / "run.yaml").write_text(README_RUN)
+    finished = process(tmp_path, "fit", "--config", "run.yaml")
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    record = QuantRecord.load(tmp_path / "record.txt")
+    assert {name: layer.wts_type for name, layer in record.items()} == {"net.4": "INT4"}
+    assert (tmp_path / "lightning_logs" / "version_0" / "config.yaml").exists()
+
+
+def test_a_shell_gets_completions(tmp_path: Path) -> None:
+    answers = {}
+    for line in ("amct-lightning record ", "amct-lightning fit --quant.record"):
+        read, write = os.pipe()
+        environment = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9", "_ARGCOMPLETE": "1"}
+        subprocess.run(
+            ["/bin/bash", "-c", f"'{sys.executable}' -m amct_lightning 8>&{write} 9>/dev/null"],
+            cwd=tmp_path,
+            env={**os.environ, **environment, "_ARGCOMPLETE_IFS": "\n"},
+            pass_fds=[write],
+            check=False,
+            timeout=120,
+        )
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            answers[line] = pipe.read().split()
+    assert {"show", "check", "diff", "extract"} <= set(answers["amct-lightning record "])
+    assert answers["amct-lightning fit --quant.record"] == ["--quant.record_file"]
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    layer = LayerRecord(scale_d=0.5, offset_d=0, scale_w=[0.1] * 512, offset_w=[0] * 512)
+    QuantRecord({f"layer{n}": layer for n in range(50)}).save(tmp_path / "record.txt")
+    with subprocess.Popen(
+        [sys.executable, "-m", "amct_lightning", "record", "show", "record.txt", "--json"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 141
