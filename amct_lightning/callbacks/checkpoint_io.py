@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from typing_extensions import override
 
-from amct_lightning.callbacks.state import CHECKPOINT_KEY
+from amct_lightning.checkpoint_file import CHECKPOINT_KEY
 from amct_lightning.files import atomic_path, write_text
 
 
@@ -124,6 +124,23 @@ def record_path(checkpoint_path: str | Path) -> Path:
     """
     path = Path(checkpoint_path)
     return path.with_name(path.name.removesuffix(".ckpt") + ".record.txt")
+
+
+@rank_zero_only
+def copy_records_of_links(checkpoint_callbacks: Iterable[Any]) -> None:
+    """Give a last checkpoint that is a link (``save_last="link"``), which no CheckpointIO saves, its record.
+
+    Args:
+        checkpoint_callbacks: The Trainer's checkpoint callbacks.
+    """
+    for callback in checkpoint_callbacks:
+        path = Path(getattr(callback, "last_model_path", ""))
+        if path.is_symlink():
+            record, original = record_path(path), record_path(path.resolve())
+            if original.is_file():
+                write_text(record, original.read_bytes().decode())
+            else:
+                record.unlink(missing_ok=True)
 
 
 @rank_zero_only

@@ -11,10 +11,13 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from typing_extensions import override
 
+from amct_lightning.callbacks.averaging import averaged_modules
 from amct_lightning.callbacks.calibration_count import CalibrationCount
-from amct_lightning.callbacks.checkpoint_io import RecordCheckpointIO
-from amct_lightning.callbacks.state import CHECKPOINT_KEY, adopt_plan, make_entry, record_of, restore_observed
+from amct_lightning.callbacks.checkpoint_io import RecordCheckpointIO, copy_records_of_links
+from amct_lightning.callbacks.checks import find_submodule
+from amct_lightning.callbacks.state import adopt_plan, make_entry, record_of, restore_observed
 from amct_lightning.callbacks.training import Training
+from amct_lightning.checkpoint_file import CHECKPOINT_KEY
 from amct_lightning.files import write_text
 
 
@@ -37,12 +40,17 @@ class CheckpointSide(Callback):
         self._calibration = CalibrationCount()
         self._is_fitting = False
         self._training: Training | None = None
+        self._loaded_entry: dict[str, Any] = {}
+        self._writes_record = True
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Put plan, calibration state and record into the checkpoint."""
+        """Put plan, calibration state and record into the checkpoint, and frozen factors into averages of weights."""
+        if self._training is not None:
+            self._training.settle_averages()
+        copy_records_of_links(trainer.checkpoint_callbacks)
         state = self.checkpoint_state()
         if state is not None:
             checkpoint[CHECKPOINT_KEY] = state
@@ -52,9 +60,12 @@ class CheckpointSide(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take back batches that a calibration in progress had observed."""
-        entry = checkpoint.get(CHECKPOINT_KEY, {})
+        entry = self._loaded_entry = checkpoint.get(CHECKPOINT_KEY, {})
         self._calibration.steps = entry.get("calibration_steps", 0)
         restore_observed(self._converted(), entry)
+        if entry:
+            for average in averaged_modules(trainer):  # whose states other callbacks are about to load
+                adopt_plan(find_submodule(average, self.submodule), entry, "checkpoint", replace=True)
         if self._training is not None:  # as the searches for learning rate and batch size do
             self._training.forget()
 
@@ -74,12 +85,12 @@ class CheckpointSide(Callback):
         return record_of(self._converted(), own, text)
 
     def record_saved(self, text: str | None) -> None:
-        """Write ``record_file``; without a usable record the last written one stays.
+        """Write ``record_file``; without a usable record, and in a ``fast_dev_run``, the last written one stays.
 
         Args:
             text: The record, or ``None``.
         """
-        if text is not None:
+        if text is not None and self._writes_record:
             write_text(self._record_path, text)
 
     def checkpoint_loaded(self, state: dict[str, Any] | None, source: str) -> None:
@@ -103,7 +114,15 @@ class CheckpointSide(Callback):
                 "quantized model. Load the float weights into the LightningModule, and fit without ckpt_path."
             )
 
+    def _restore_observed(self) -> None:
+        """Take back observed batches again; a callback that averages weights has loaded the model once more."""
+        if self._loaded_entry:
+            restore_observed(self._converted(), self._loaded_entry)
+        self._loaded_entry = {}
+
     def _wrap_checkpoint_io(self, trainer: pl.Trainer) -> None:
+        self._loaded_entry = {}
+        self._writes_record = not trainer.fast_dev_run  # type: ignore[attr-defined]
         inner = trainer.strategy.checkpoint_io
         if isinstance(inner, RecordCheckpointIO):
             inner.owner = self

@@ -19,7 +19,7 @@ from amct_lightning.modules import activation_quantizers
 from amct_lightning.modules.registry import LAYER_TYPES
 
 
-def find_submodule(pl_module: pl.LightningModule, name: str | None) -> nn.Module:
+def find_submodule(pl_module: nn.Module, name: str | None) -> nn.Module:
     """Return the part of a LightningModule with a dotted name, all of it for ``None``."""
     if name is None:
         return pl_module
@@ -84,7 +84,7 @@ def check_arguments(callback: Any) -> None:
 def warn_left_out(optimizers: Iterable[torch.optim.Optimizer], clips: list[nn.Parameter]) -> None:
     """Warn of clips that no optimizer trains."""
     known = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-    left_out = sum(id(clip) not in known for clip in clips)
+    left_out = sum(clip.requires_grad and id(clip) not in known for clip in clips)
     if left_out and known:
         rank_zero_warn(
             f"{left_out} of {len(clips)} learned clip values are in no optimizer and stay as calibrated. Make the "

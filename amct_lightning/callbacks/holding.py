@@ -93,3 +93,42 @@ class Holder:
         for handle in self._handles:
             handle.remove()
         self._held, self._handles, self._has_unwatched = {}, [], False
+
+
+class FrozenNorm:
+    """Keeps a batch normalization in eval mode, and its running statistics as they are.
+
+    Args:
+        norm: The batch normalization.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(1)
+        >>> frozen = FrozenNorm(norm)
+        >>> frozen.hold()
+        >>> norm.training
+        False
+        >>> frozen.release()
+        >>> norm.training
+        True
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        self._norm = norm
+        self._was_training = norm.training
+        self._statistics = {name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)}
+
+    def hold(self, new_epoch: bool = False) -> None:
+        """Put it back into eval mode, if a hook of the model has changed that.
+
+        Args:
+            new_epoch: Also put the statistics back, which StochasticWeightAveraging resets for its last pass.
+        """
+        if self._norm.training:
+            self._norm.eval()
+        if new_epoch:
+            for name, value in self._statistics.items():
+                self._norm.get_buffer(name).copy_(value)
+
+    def release(self) -> None:
+        """Give it back the mode that it had before."""
+        self._norm.train(self._was_training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import nn
 
 from amct_lightning.modules import QATLayer, quantized_layers
@@ -30,3 +31,19 @@ def start_shift_search(model: nn.Module, enabled: bool) -> None:
         search.enabled = enabled
         if enabled:
             search.reset()
+
+
+def compile_anew(pl_module: nn.Module) -> None:
+    """Let a compiled module be compiled as a whole again.
+
+    A calibration runs outside of compiled graphs. What was compiled around it is cut at every layer, and would stay in
+    use for the rest of the training, as it is right for that, too.
+
+    Args:
+        pl_module: The LightningModule.
+    """
+    # Private in Lightning (2.5, 2.6) and torch: where they note that a module was compiled. The check spares others
+    # the import of the compiler, and its caches.
+    own = (getattr(module, "_compiled_call_impl", None) for module in pl_module.modules())
+    if getattr(pl_module, "_compiler_ctx", None) is not None or any(call is not None for call in own):
+        torch.compiler.reset()

@@ -4,16 +4,125 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import compress
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from amct_lightning.modules import QATLayer, learned_factors, quantized_layers
 
 _LEARNING_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 # What torch's schedulers keep per parameter group, beside the groups themselves.
 _PER_GROUP_LISTS = ("base_lrs", "_last_lr", "max_lrs", "min_lrs", "lr_lambdas", "base_momentums", "max_momentums")
 _SCALED_LISTS = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")
+
+
+class ClipGroups:
+    """Keeps the clips of a model in groups of their own, also when groups are added in the middle of a training.
+
+    Callbacks that unfreeze layers, as Lightning's BaseFinetuning, add a group with the clips among the weights. They
+    then join the clips of the optimizer. BaseFinetuning leaves out a parameter whose *value* is that of another one,
+    as those of all clips are before their calibration; such clips are taken in too.
+
+    Args:
+        model: The converted module.
+        lr_scale: Factor of the learning rate.
+        weight_decay: Weight decay of the clips; ``None`` keeps that of their group.
+
+    Example:
+        >>> import torch
+        >>> from amct_lightning import prepare_qat
+        >>> model = prepare_qat(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), None, torch.ones(1, 2))
+        >>> optimizer = torch.optim.AdamW(model[1].parameters(), weight_decay=0.1)
+        >>> groups = ClipGroups(model, lr_scale=1.0, weight_decay=0.0)
+        >>> groups.begin([optimizer], [])
+        >>> optimizer.add_param_group({"params": list(model[0].parameters())})
+        >>> groups.follow([optimizer])
+        >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
+        [(2, 0.1), (4, 0.0), (2, 0.1)]
+    """
+
+    def __init__(self, model: nn.Module, lr_scale: float, weight_decay: float | None) -> None:
+        self._clips = learned_factors(model)
+        self._weights = {id(clip): weight for layer in quantized_layers(model).values() for clip, weight in _of(layer)}
+        self._lr_scale = lr_scale
+        self._weight_decay = weight_decay
+        self._counts: list[int] = []
+        self._left_out: set[int] = set()
+        self._handles: list[RemovableHandle] = []
+
+    def begin(self, optimizers: list[Optimizer], scheduler_configs: Iterable[Any]) -> None:
+        """Move the clips in optimizers that have not stepped yet.
+
+        Args:
+            optimizers: The optimizers of the training.
+            scheduler_configs: Lightning's configurations of the learning rate schedulers.
+        """
+        schedulers = [config.scheduler for config in scheduler_configs]
+        if self._lr_scale != 1 or self._weight_decay is not None:
+            for optimizer in optimizers:
+                own = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
+                move_clips(optimizer, own, self._clips, self._lr_scale, self._weight_decay)
+        groups = _group_of(optimizers)
+        self._left_out = {key for key, weight in self._weights.items() if key not in groups and id(weight) in groups}
+        self._counts = [len(optimizer.param_groups) for optimizer in optimizers]
+        for optimizer in optimizers:
+            if isinstance(optimizer, Optimizer):
+                # BaseFinetuning restores its groups after this; they must be in order before the states are loaded.
+                hook = optimizer.register_load_state_dict_pre_hook(lambda *_: self.follow(optimizers, loading=True))
+                self._handles.append(hook)
+
+    def follow(self, optimizers: list[Optimizer], loading: bool = False) -> None:
+        """Take care of groups that were added since.
+
+        Args:
+            optimizers: The optimizers of the training.
+            loading: Whether their states are about to be loaded.
+        """
+        if not loading:
+            while self._handles:
+                self._handles.pop().remove()
+        counts = [len(optimizer.param_groups) for optimizer in optimizers]
+        if counts == self._counts:
+            return
+        groups = _group_of(optimizers)
+        for clip in self._clips:
+            group = groups.get(id(self._weights.get(id(clip))))
+            if group is not None and id(clip) not in groups.keys() | self._left_out:
+                group["params"].append(clip)
+        for optimizer in optimizers:
+            join_clips(optimizer, self._clips, self._lr_scale, self._weight_decay)
+        self._counts = [len(optimizer.param_groups) for optimizer in optimizers]
+
+
+def join_clips(
+    optimizer: Optimizer, clips: Iterable[nn.Parameter], lr_scale: float, weight_decay: float | None
+) -> None:
+    """Move clips out of groups that they share with other parameters, into the group that there is for clips.
+
+    If there is none yet, one is made before the group they are in: that is the newest, and BackboneFinetuning
+    expects it to stay the last.
+
+    Args:
+        optimizer: The optimizer.
+        clips: The clip parameters of the model.
+        lr_scale: Factor of the learning rate, for a new group.
+        weight_decay: Weight decay of the clips; ``None`` keeps that of the old group.
+    """
+    wanted = {id(clip) for clip in clips}
+    own = next((g for g in optimizer.param_groups if g["params"] and all(id(p) in wanted for p in g["params"])), None)
+    for index, group in enumerate(list(optimizer.param_groups)):
+        is_clip = [id(p) in wanted for p in group["params"]]
+        if any(is_clip) and not all(is_clip) and _is_to_move(group, lr_scale, weight_decay):
+            new = _split(group, is_clip, lr_scale, weight_decay)
+            if own is None:
+                optimizer.add_param_group(new)
+                own = optimizer.param_groups.pop()
+                optimizer.param_groups.insert(index, own)
+            else:
+                own["params"].extend(new["params"])
 
 
 def move_clips(
@@ -40,8 +149,7 @@ def move_clips(
     schedulers = list(schedulers)
     for index, group in enumerate(list(optimizer.param_groups)):
         is_clip = [id(p) in wanted for p in group["params"]]
-        has_decay = weight_decay is not None and group.get("weight_decay", weight_decay) != weight_decay
-        if not any(is_clip) or all(is_clip) or (lr_scale == 1 and not has_decay):
+        if not any(is_clip) or all(is_clip) or not _is_to_move(group, lr_scale, weight_decay):
             continue
         if isinstance(optimizer, LBFGS):
             rank_zero_warn("LBFGS takes one parameter group, so quant_lr_scale does not count for its clips.")
@@ -49,6 +157,22 @@ def move_clips(
         optimizer.add_param_group(_split(group, is_clip, lr_scale, weight_decay))
         for scheduler in schedulers:
             _follow(scheduler, index, lr_scale)
+
+
+def _is_to_move(group: dict[str, Any], lr_scale: float, weight_decay: float | None) -> bool:
+    return lr_scale != 1 or (weight_decay is not None and group.get("weight_decay", weight_decay) != weight_decay)
+
+
+def _group_of(optimizers: Iterable[Optimizer]) -> dict[int, dict[str, Any]]:
+    return {id(p): group for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+
+def _of(layer: nn.Module) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
+    """Yield the learned factors of a layer, each with a weight of the layer."""
+    weight = next(iter(layer.parameters(recurse=False)))
+    layer = cast(QATLayer, layer)
+    for name in (*layer.activation_quantizers, *layer.weight_quantizers):
+        yield from ((factor, weight) for factor in getattr(layer, name).parameters())
 
 
 def _split(group: dict[str, Any], is_clip: list[bool], lr_scale: float, weight_decay: float | None) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from typing import cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from amct_lightning.callbacks.holding import Holder
+from amct_lightning.callbacks.holding import FrozenNorm, Holder
 from amct_lightning.callbacks.schedule import LayerPhase, Phase, Position, QuantSchedule
 from amct_lightning.callbacks.schedule_checks import check_contradictions, check_patterns
 from amct_lightning.graph.plan import find_plan
 from amct_lightning.modules import QATLayer
+from amct_lightning.modules.folding import current_weight
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, WeightQuantizer
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -51,19 +52,21 @@ class PhaseRunner:
         ]
         self.phases: dict[str, LayerPhase] = {}
         self.observing: frozenset[ActivationQuantizer] = frozenset()
-        self._frozen_norms: dict[nn.Module, bool] = {}  # and whether they were in training mode before
+        self._frozen_norms: dict[nn.Module, FrozenNorm] = {}
         self._waiting: list[ActivationQuantizer] = []  # to be frozen as soon as they are calibrated
         self._holder = Holder()
         self._at: Position | None = None
 
-    def watch(self, optimizers: list[Optimizer]) -> None:
-        """Keep frozen factors as they are in the steps of these optimizers.
+    def begin(self, optimizers: list[Optimizer], at: Position) -> None:
+        """Keep what is frozen as it is, in the steps of these optimizers and in what comes before the first of them.
 
         Args:
             optimizers: The optimizers of the training.
+            at: Where the training begins.
         """
         self._holder.watch(optimizers)
         self._at = None
+        self._apply_norms(at, [])
 
     def forget(self) -> None:
         """Look at all layers again with the next batch: other values were loaded into the model."""
@@ -79,9 +82,8 @@ class PhaseRunner:
         Returns:
             Whether layers have begun to calibrate anew.
         """
-        for norm in self._frozen_norms:
-            if norm.training:
-                norm.eval()
+        for kept in self._frozen_norms.values():
+            kept.hold(new_epoch=at.batch == 0)
         if self._at is not None and not self._may_change(self._at, at):
             return False
         self._at = at
@@ -128,6 +130,17 @@ class PhaseRunner:
         self._holder.close()
         self._thaw_norms(())
 
+    def frozen_modules(self) -> set[nn.Module]:
+        """Return the quantizers and batch normalizations that are frozen for good by now."""
+        frozen = set(self._frozen_norms)
+        for name, phase in self.phases.items():
+            layer = self.layers[name]
+            if self.phases[self.owners[name]].data_frozen:
+                frozen.update(quantizer for quantizer in data_quantizers(layer) if quantizer.frozen)
+            if phase.weights_frozen and layer.quant_mode == "quantized":
+                frozen.update(quantizer for quantizer, _ in weight_quantizers(layer))
+        return frozen
+
     @property
     def phase(self) -> Phase:
         """The phase of the least advanced layer."""
@@ -155,6 +168,8 @@ class PhaseRunner:
 
     def _may_change(self, before: Position, at: Position) -> bool:
         """Tell whether phases can differ between two batches, so that most of them cost nothing."""
+        if at.max_epochs is not None and at.epoch >= at.max_epochs:
+            return False  # the pass that StochasticWeightAveraging adds for the batch normalizations trains nothing
         if at.epoch != before.epoch or self._waiting or type(self.schedule) is not QuantSchedule:
             return True
         return at.step != before.step and any(phase.held_between_updates for phase in self.phases.values())
@@ -198,13 +213,14 @@ class PhaseRunner:
         frozen = [norm for name, norm in self.batch_norms if self.schedule.should_freeze("bn", name, at)]
         self._thaw_norms(frozen)
         for norm in frozen:
-            self._frozen_norms.setdefault(norm, norm.training)
-            norm.eval()
+            if norm not in self._frozen_norms:
+                self._frozen_norms[norm] = FrozenNorm(norm)
+            self._frozen_norms[norm].hold()
             held += norm.parameters(recurse=False)
 
     def _thaw_norms(self, still_frozen: Collection[nn.Module]) -> None:
         for norm in [norm for norm in self._frozen_norms if norm not in still_frozen]:
-            norm.train(self._frozen_norms.pop(norm))
+            self._frozen_norms.pop(norm).release()
 
 
 def data_quantizers(layer: QATLayer) -> list[ActivationQuantizer]:
@@ -215,4 +231,4 @@ def data_quantizers(layer: QATLayer) -> list[ActivationQuantizer]:
 def weight_quantizers(layer: QATLayer) -> Iterator[tuple[WeightQuantizer, Tensor]]:
     """Yield the weight quantizers of a layer, each with the weight that it quantizes."""
     for name, parameter in layer.weight_quantizers.items():
-        yield getattr(layer, name), getattr(layer, parameter)
+        yield getattr(layer, name), current_weight(layer, parameter)

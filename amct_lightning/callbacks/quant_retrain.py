@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
+from amct_lightning.callbacks.checkpoint_io import copy_records_of_links
 from amct_lightning.callbacks.checkpoint_side import CheckpointSide
 from amct_lightning.callbacks.checks import (
     check_arguments,
@@ -27,7 +28,7 @@ from amct_lightning.callbacks.checks import (
 )
 from amct_lightning.callbacks.inputs import BatchToInput, calls_forward, find_input
 from amct_lightning.callbacks.modes import expect_float, start_shift_search
-from amct_lightning.callbacks.param_groups import move_clips
+from amct_lightning.callbacks.param_groups import ClipGroups
 from amct_lightning.callbacks.schedule import QuantSchedule
 from amct_lightning.callbacks.state import record_text
 from amct_lightning.callbacks.training import Training, epochs_of, show_schedule
@@ -47,8 +48,8 @@ class QuantRetrainCallback(CheckpointSide):
     a ``test`` after it goes on with the same layers). The first ``batch_num`` training batches calibrate the
     activation ranges; after that they are learned along with the weights. Whenever a checkpoint is saved, the
     record is written to ``record_file`` and, as ``<name>.record.txt``, beside ``<name>.ckpt``; once more when
-    training ends. A checkpoint holds the configuration, the calibration state and the record, so resuming and
-    testing from it needs no config file and continues to the bit.
+    training ends, unless it was a ``fast_dev_run``. A checkpoint holds the configuration, the calibration state and
+    the record, so resuming and testing from it needs no config file and continues to the bit.
 
     Args:
         config: What to quantize: the path of a JSON configuration, of AMCT's simple configuration (``.cfg``) or of a
@@ -123,6 +124,7 @@ class QuantRetrainCallback(CheckpointSide):
         check_arguments(self)
         self._has_trained = False
         self._max_epochs: int | None = None
+        self._groups: ClipGroups | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -141,6 +143,8 @@ class QuantRetrainCallback(CheckpointSide):
         else:
             self._keep(self._model)
         self._is_fitting = stage == "fit"
+        # The sanity check and the model summary run the layers before any batch could calibrate them.
+        expect_float(self._model, self._is_fitting)
         warn_spawned(trainer)
         self._wrap_checkpoint_io(trainer)
 
@@ -150,23 +154,9 @@ class QuantRetrainCallback(CheckpointSide):
         self._require_conversion()
         self._max_epochs = epochs_of(trainer)  # before StochasticWeightAveraging adds one
         show_schedule(trainer, self._converted(), self.schedule)
-        if self.quant_lr_scale == 1 and self.quant_weight_decay is None:
-            return
-        clips = learned_factors(self._converted())
-        for optimizer in trainer.optimizers:
-            schedulers = [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
-            move_clips(optimizer, schedulers, clips, self.quant_lr_scale, self.quant_weight_decay)
-        warn_left_out(trainer.optimizers, clips)
-
-    @override
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the sanity check run uncalibrated layers in float without a warning."""
-        expect_float(self._converted(), True)
-
-    @override
-    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn again of evaluations before the calibration."""
-        expect_float(self._converted(), False)
+        self._groups = ClipGroups(self._converted(), self.quant_lr_scale, self.quant_weight_decay)
+        self._groups.begin(trainer.optimizers, trainer.lr_scheduler_configs)
+        warn_left_out(trainer.optimizers, learned_factors(self._converted()))
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -198,6 +188,7 @@ class QuantRetrainCallback(CheckpointSide):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with the schedule, and to watch for NaN and infinite activations."""
+        expect_float(self._converted(), False)
         schedule = self.schedule or QuantSchedule()
         self._restore_observed()
         model, max_epochs = self._converted(), self._max_epochs
@@ -208,7 +199,8 @@ class QuantRetrainCallback(CheckpointSide):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Bring the layers into the phase that the schedule wants."""
-        if self._training is not None:
+        if self._training is not None and self._groups is not None:
+            self._groups.follow(trainer.optimizers)
             self._training.start_batch(trainer, pl_module, batch_idx)
 
     @override
@@ -233,7 +225,7 @@ class QuantRetrainCallback(CheckpointSide):
         if self._training is not None:
             self._training.end()
         self._training = None
-        self._has_trained = True
+        self._has_trained = not trainer.fast_dev_run  # type: ignore[attr-defined]
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -241,6 +233,7 @@ class QuantRetrainCallback(CheckpointSide):
         if self._has_trained and trainer.is_global_zero:
             self.record_saved(record_text(self._converted()))
             warn_unfinished(self._converted(), self._calibration.steps, self._record_path)
+        copy_records_of_links(trainer.checkpoint_callbacks)
         self._has_trained = False
         trainer.strategy.barrier("QuantRetrainCallback.on_fit_end")
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from amct_lightning.callbacks.averaging import Averages
 from amct_lightning.callbacks.calibration_count import CalibrationCount
+from amct_lightning.callbacks.modes import compile_anew
 from amct_lightning.callbacks.nonfinite import NonfiniteWatch
 from amct_lightning.callbacks.phases import PhaseRunner
 from amct_lightning.callbacks.schedule import Phase, Position, QuantSchedule
@@ -55,7 +56,7 @@ class Training:
         self._watch = NonfiniteWatch(model, interval, on_nonfinite)
         self._codes: dict[Phase, Tensor] = {}
         self._told = ""
-        self._stop_showing = show_in_progress_bar(trainer, lambda: self.phases.phase.name.lower())
+        self._stop_showing = show_in_progress_bar(trainer, self.phases)
 
     def start_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: int) -> None:
         """Bring the layers into their phases; note which step the coming forwards belong to.
@@ -73,7 +74,7 @@ class Training:
         phase, text = self.phases.phase, self.phases.text
         if phase not in self._codes:  # kept, as making one copies a number to the device
             self._codes[phase] = torch.tensor(float(phase), device=pl_module.device)
-        pl_module.log(PHASE_METRIC, self._codes[phase], on_step=True, on_epoch=False)
+        pl_module.log(PHASE_METRIC, self._codes[phase], on_step=True, on_epoch=False, batch_size=1)
         if text != self._told:
             rank_zero_info(f"QuantRetrainCallback: epoch {at.epoch}, batch {batch}: {text}")
             self._told = text
@@ -97,6 +98,7 @@ class Training:
             self.phases.forget()
             if self.calibration.done:
                 self._watch.check(interval_goes_on=True)
+                compile_anew(trainer.lightning_module)
         self._watch.end_batch()
         self.averages.end_batch()
         if trainer.is_last_batch:  # an average may be put in place when the next epoch begins
@@ -141,12 +143,12 @@ def epochs_of(trainer: pl.Trainer) -> int | None:
     return None if epochs is None or epochs < 0 else epochs
 
 
-def show_in_progress_bar(trainer: pl.Trainer, text: Callable[[], str]) -> Callable[[], None]:
-    """Add a text to what the Trainer's progress bar shows; Lightning's own metrics can be numbers only.
+def show_in_progress_bar(trainer: pl.Trainer, phases: PhaseRunner) -> Callable[[], None]:
+    """Add the phase to what the Trainer's progress bar shows; Lightning's own metrics can be numbers only.
 
     Args:
         trainer: The Trainer.
-        text: Gives the text.
+        phases: Knows the phase.
 
     Returns:
         A function that takes it away again.
@@ -157,7 +159,7 @@ def show_in_progress_bar(trainer: pl.Trainer, text: Callable[[], str]) -> Callab
     original = bar.get_metrics
 
     def get_metrics(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {**original(*args, **kwargs), "quant": text()}
+        return {**original(*args, **kwargs), "quant": phases.phase.name.lower()}
 
     # get_metrics is Lightning's documented place to change what is shown; a callback reaches it on the instance only.
     bar.get_metrics = get_metrics  # type: ignore[method-assign]

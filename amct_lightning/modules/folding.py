@@ -35,6 +35,31 @@ def deployed_scale(quantizer: WeightQuantizer, weight: Tensor, batch_norm: nn.Mo
         variance = cast(Tensor, batch_norm.running_var).float()
         factor = torch.rsqrt(variance + cast(float, batch_norm.eps))
         if batch_norm.weight is not None:
-            factor = cast(Tensor, batch_norm.weight).float() * factor
+            factor = current_weight(batch_norm).float() * factor
         scale = scale.to(factor.device).abs() * factor.abs()
     return torch.where(scale < EPS, 1.0, scale)
+
+
+@torch.no_grad()
+def current_weight(layer: nn.Module, name: str = "weight") -> Tensor:
+    """Return a weight as it is now, also of a layer that ``torch.nn.utils.prune`` has pruned.
+
+    Such a layer has the parameter ``weight_orig`` and the buffer ``weight_mask``; its ``weight`` is their product at
+    the beginning of the last forward, before the optimizer's last step.
+
+    Args:
+        layer: The layer.
+        name: Name of the weight.
+
+    Example:
+        >>> from torch.nn.utils import prune
+        >>> layer = prune.l1_unstructured(nn.Linear(2, 1), "weight", amount=1)
+        >>> _ = nn.init.constant_(layer.weight_orig, 5.0)
+        >>> sorted(current_weight(layer).flatten().tolist())
+        [0.0, 5.0]
+    """
+    original = layer._parameters.get(f"{name}_orig")
+    mask = layer._buffers.get(f"{name}_mask")
+    if original is None or mask is None:
+        return cast(Tensor, getattr(layer, name))
+    return original * mask.to(original.dtype)

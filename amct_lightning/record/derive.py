@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_lightning.graph.plan import LayerPlan, QuantPlan, find_plan
-from amct_lightning.modules.folding import deployed_scale
+from amct_lightning.modules.folding import current_weight, deployed_scale
 from amct_lightning.modules.layers import QATLayer
 from amct_lightning.modules.registry import LAYER_TYPES
 from amct_lightning.quantizers import LearnedWeightQuantizer, ShiftSearch, WeightQuantizer
@@ -106,7 +106,7 @@ def _activation_factors(layer: QATLayer, quantizer: str, suffix: str) -> dict[st
 def _weight_factors(
     layer: QATLayer, quantizer: str, suffix: str, batch_norm: nn.Module | None = None
 ) -> dict[str, Tensor]:
-    weight = cast(Tensor, getattr(layer, layer.weight_quantizers[quantizer]))
+    weight = current_weight(layer, layer.weight_quantizers[quantizer])
     scale = deployed_scale(cast(WeightQuantizer, getattr(layer, quantizer)), weight, batch_norm)
     scale = _in_record_order(scale, layer)
     return {f"scale_{suffix}": scale, f"offset_{suffix}": torch.zeros_like(scale)}
