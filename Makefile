@@ -4,10 +4,10 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 READY := .venv/.ready
-SOURCES := amct_lightning tests examples
+SOURCES := amct_lightning tests examples docs/docstrings.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types check clean
+.PHONY: help demo test lint format types check docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,8 +31,12 @@ types: $(READY) ## Check the types of the package
 
 check: lint types test ## All of the above checks
 
-clean: ## Remove the virtual environment, caches and demo results
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist runs
+docs: $(READY) ## Build the documentation into site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Open site/index.html"
+
+clean: ## Remove the virtual environment, caches, demo results and the built documentation
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist runs site
 
 # torch goes first and alone: with its version fixed, nothing later replaces it by another build.
 $(READY): pyproject.toml constraints.txt
