@@ -7,8 +7,9 @@ from typing import cast
 import torch
 from torch import nn
 
+from amct_lightning.graph.plan import find_plan
 from amct_lightning.modules import QATLayer, quantized_layers
-from amct_lightning.modules.shift_hook import shift_searches
+from amct_lightning.modules.shift_hook import follow_batch_norm, shift_searches
 from amct_lightning.quantizers import Quantizer
 
 
@@ -27,6 +28,13 @@ def expect_float(model: nn.Module, expected: bool) -> None:
 
 def start_shift_search(model: nn.Module, enabled: bool) -> None:
     """Start the search of the shifts anew, or let the coming evaluation pass it by."""
+    found = find_plan(model)
+    if found is not None and found[1].search_n:
+        root, plan = found
+        for layer in plan.layers:
+            if layer.batch_norm is not None:
+                twin = cast(QATLayer, root.get_submodule(layer.name))
+                follow_batch_norm(twin, root.get_submodule(layer.batch_norm))
     for search in shift_searches(model):
         search.enabled = enabled
         if enabled:

@@ -126,14 +126,15 @@ class QuantMonitor(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a Trainer that quantizes nothing; begin anew with another model."""
+        """Say so if the Trainer quantizes nothing; begin anew with another model."""
         if stage != "fit":
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, QuantRetrainCallback) for callback in callbacks):
-            raise ValueError(
+            rank_zero_warn(
                 "QuantMonitor watches layers that QuantRetrainCallback quantizes, but the Trainer has no "
-                "QuantRetrainCallback. Add one: Trainer(callbacks=[QuantRetrainCallback(...), QuantMonitor()])."
+                "QuantRetrainCallback, so nothing is watched. To quantize, add one: "
+                "Trainer(callbacks=[QuantRetrainCallback(...), QuantMonitor()])."
             )
         if self._module is not pl_module:
             self._forget()
@@ -144,6 +145,9 @@ class QuantMonitor(Callback):
         """Look for the layers, which are converted and on their device now, and for places to write to."""
         rows = monitored_layers(pl_module)
         self._detach()
+        self._sampler = None
+        if not rows:
+            return
         self._sampler = Sampler(rows, pl_module.device)
         self._drift.adopt(rows)
         log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]

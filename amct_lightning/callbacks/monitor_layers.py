@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from amct_lightning.callbacks.monitor_metric import usable_clips
 from amct_lightning.graph.plan import find_plan
 from amct_lightning.modules import QATLayer, quantized_layers
+from amct_lightning.modules.folding import current_weight
 from amct_lightning.quantizers import ActivationQuantizer, WeightQuantizer
 from amct_lightning.quantizers.functional import activation_scale_offset
 from amct_lightning.quantizers.weight_functional import fake_quantize_weight
@@ -56,7 +57,7 @@ class MonitoredLayer:
     @property
     def weight(self) -> Tensor | None:
         """The weight, or ``None`` where this process does not hold all of it."""
-        weight = getattr(self.layer, self.weight_name)
+        weight = current_weight(self.layer, self.weight_name)
         is_whole = type(weight) in (Tensor, nn.Parameter) and weight.numel() > 0
         return weight.detach().float() if is_whole else None
 

@@ -26,6 +26,17 @@ def install_shift_search(layer: QATLayer, batch_norm: nn.Module | None) -> None:
     (batch_norm or layer).register_forward_hook(_ShiftHook(layer, batch_norm))
 
 
+def follow_batch_norm(layer: QATLayer, batch_norm: nn.Module) -> None:
+    """Watch a BatchNorm that has taken the place of the one watched before, as a SyncBatchNorm does.
+
+    Args:
+        layer: The layer that it will be folded into.
+        batch_norm: The BatchNorm that is there now.
+    """
+    if not any(isinstance(hook, _ShiftHook) for hook in batch_norm._forward_hooks.values()):
+        batch_norm.register_forward_hook(_ShiftHook(layer, batch_norm))
+
+
 def remove_shift_search(model: nn.Module) -> None:
     """Take back all that :func:`install_shift_search` did in a model."""
     for module in model.modules():

@@ -186,9 +186,12 @@ def test_a_layer_of_a_submodule_has_its_name_in_the_record(make_trainer: Trainer
     assert {row["layer"] for row in rows_of(tmp_path)} == {"0", "4"}
 
 
-def test_without_the_quantizing_callback_the_error_says_what_to_add(make_trainer: TrainerFactory) -> None:
-    with pytest.raises(ValueError, match=r"Add one: Trainer\(callbacks=\[QuantRetrainCallback"):
+def test_without_the_quantizing_callback_it_says_that_nothing_is_watched(
+    make_trainer: TrainerFactory, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match=r"nothing is watched.*add one: Trainer\(callbacks=\[QuantRetrainCallback"):
         make_trainer(callbacks=[monitor()]).fit(Net(), loader())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -66,3 +66,16 @@ def test_a_validation_before_training_says_that_layers_run_in_float(make_trainer
     found: list[Any] = [w for w in caught if "run in float" in str(w.message)]
     assert found
     assert "amct_lightning" in found[0].filename
+
+
+class Synchronizes(pl.Callback):
+    """Does what ``sync_batchnorm=True`` does, which CPU processes cannot run."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(pl_module)
+
+
+def test_shifts_are_searched_behind_a_synchronized_batch_norm(make_trainer: TrainerFactory) -> None:
+    model = Net()
+    make_trainer(callbacks=[Synchronizes(), QuantRetrainCallback(search_n=True)]).fit(model, loader(), loader(1))
+    assert all(layer.shift_bit for layer in QuantRecord.from_model(model).values())
