@@ -17,56 +17,19 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from digits_data import digits, network
+from digits_data import DigitsData, digits
+from digits_model import Digits
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
-from torchmetrics.classification import MulticlassAccuracy
 
 from amct_lightning import QuantRetrainCallback, RetrainConfig, calibrate, prepare_qat
 from amct_lightning.callbacks import AtomicCheckpointIO
 
 EXAMPLE_INPUT = torch.zeros(1, 1, 8, 8)
-
-
-class Digits(pl.LightningModule):
-    """An ordinary LightningModule; it knows nothing of quantization."""
-
-    def __init__(self, lr: float, epochs: int) -> None:
-        super().__init__()
-        self.net = network()
-        self.lr = lr
-        self.epochs = epochs
-        self.accuracy = MulticlassAccuracy(10, average="micro")
-        self.example_input_array = EXAMPLE_INPUT
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the class scores."""
-        return self.net(x)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy of a batch."""
-        x, y = batch
-        loss = functional.cross_entropy(self(x), y)
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Accuracy on held-out digits."""
-        x, y = batch
-        self.accuracy(self(x), y)
-        self.log("val_acc", self.accuracy, prog_bar=True)
-
-    def configure_optimizers(self) -> dict[str, object]:
-        """AdamW with a cosine schedule."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.01)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs),
-        }
 
 
 def int4_config(model: nn.Module) -> RetrainConfig:
@@ -83,12 +46,12 @@ def int4_config(model: nn.Module) -> RetrainConfig:
     return config
 
 
-def fit(name: str, model: Digits, out: Path, seed: int, callbacks: list[pl.Callback]) -> None:
+def fit(name: str, model: Digits, epochs: int, out: Path, seed: int, callbacks: list[pl.Callback]) -> None:
     """Train one phase, or the rest of it if it was interrupted."""
     folder = out / name
     last = folder / "last.ckpt"
     trainer = pl.Trainer(
-        max_epochs=model.epochs,
+        max_epochs=epochs,
         accelerator="cpu",
         logger=CSVLogger(out / "logs", name=name),
         plugins=[AtomicCheckpointIO()],
@@ -102,8 +65,7 @@ def fit(name: str, model: Digits, out: Path, seed: int, callbacks: list[pl.Callb
         log_every_n_steps=20,
         enable_model_summary=False,
     )
-    train, test = digits(seed)
-    trainer.fit(model, train, test, ckpt_path=last if last.exists() else None)
+    trainer.fit(model, datamodule=DigitsData(seed), ckpt_path=last if last.exists() else None)
 
 
 @torch.no_grad()
@@ -147,8 +109,8 @@ def main() -> None:
 
     torch.set_num_threads(1)  # a network this small is not faster with more, and much slower on a busy machine
     pl.seed_everything(args.seed)
-    float_model = Digits(lr=1e-2, epochs=args.epochs)
-    fit("fp32", float_model, args.out, args.seed, [])
+    float_model = Digits(lr=1e-2)
+    fit("fp32", float_model, args.epochs, args.out, args.seed, [])
 
     configs = {"int8": RetrainConfig.default(float_model, EXAMPLE_INPUT), "a4w4": int4_config(float_model)}
     nets: dict[str, nn.Module] = {"fp32": float_model}
@@ -157,10 +119,10 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         config.to_json(args.out / f"{name}.json")
         before = accuracy(quantized_only(float_model, config, args.seed), args.seed)
-        model = Digits(lr=6e-3, epochs=args.qat_epochs)
+        model = Digits(lr=6e-3)
         model.load_state_dict(float_model.state_dict())
         callback = QuantRetrainCallback(args.out / f"{name}.json", args.out / f"{name}.record.txt")
-        fit(name, model, args.out, args.seed, [callback])
+        fit(name, model, args.qat_epochs, args.out, args.seed, [callback])
         nets[name] = model
         rows.append((name.upper(), before, accuracy(model, args.seed), name))
     show(rows, step_times({name: copy.deepcopy(net) for name, net in nets.items()}, args.seed), args.out)

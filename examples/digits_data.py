@@ -1,12 +1,13 @@
-"""The data and the network of the digits examples: 1,797 handwritten digits that ship with scikit-learn."""
+"""The data of the digits examples: 1,797 handwritten digits that ship with scikit-learn."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import lightning.pytorch as pl
 import torch
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 
@@ -50,27 +51,22 @@ def digits(seed: int, batch_size: int = 32) -> tuple[DataLoader[tuple[Tensor, ..
     )
 
 
-def depthwise_separable(cin: int, cout: int, stride: int) -> nn.Sequential:
-    """A depthwise 3x3 and a pointwise convolution, each with BatchNorm and ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(cin, cin, 3, stride, padding=1, groups=cin, bias=False),
-        nn.BatchNorm2d(cin),
-        nn.ReLU(),
-        nn.Conv2d(cin, cout, 1, bias=False),
-        nn.BatchNorm2d(cout),
-        nn.ReLU(),
-    )
+class DigitsData(pl.LightningDataModule):
+    """The digits for a Trainer.
 
+    Args:
+        seed: Chooses the held-out digits, and the order of the others in every epoch.
+        batch_size: Number of digits in a training batch.
+    """
 
-def network(width: int = 12, blocks: int = 10) -> nn.Sequential:
-    """A narrow, deep depthwise-separable CNN for 8x8 images: the kind that plain INT4 quantization hurts."""
-    middle = blocks // 2
-    return nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        *(depthwise_separable(width, width, stride=2 if block == middle else 1) for block in range(blocks)),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(width, 10),
-    )
+    def __init__(self, seed: int = 7, batch_size: int = 32) -> None:
+        super().__init__()
+        self.train, self.test = digits(seed, batch_size)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Return the digits to learn from."""
+        return self.train
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Return the held-out digits."""
+        return self.test

@@ -11,7 +11,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from digits_data import digits, network
+from digits_data import digits
+from digits_model import network
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,29 +12,17 @@ import pytest
 import torch
 
 from amct_lightning import QuantRecord
+from tests.examples.running import ONE_THREAD, command, fit, run
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 SHORT = ["--epochs", "3", "--qat-epochs", "3"]
 PHASES = ("fp32", "int8", "a4w4")
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-"""Small networks are not faster with two, and much slower when something else runs beside them."""
-
-
-def _command(script: str, out: Path, *arguments: str) -> list[str]:
-    return [sys.executable, str(EXAMPLES / script), "--out", str(out), *arguments]
-
-
-def _run(command: list[str]) -> str:
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return finished.stdout
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
     out = tmp_path_factory.mktemp("uninterrupted")
     start = time.monotonic()
-    printed = _run(_command("digits.py", out, *SHORT))
+    printed = run(command("digits.py", out, *SHORT))
     return out, printed, time.monotonic() - start
 
 
@@ -49,6 +35,16 @@ def test_the_demo_ends_with_its_table_and_files(uninterrupted: tuple[Path, str, 
         assert (out / name / "last.record.txt").read_text() == (out / f"{name}.record.txt").read_text()
 
 
+def test_a_yaml_file_quantizes_the_float_checkpoint_of_the_demo_equal_to_the_bit(
+    uninterrupted: tuple[Path, str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _, _ = uninterrupted
+    weights = f"--model.init_args.float_weights={out / 'fp32' / 'last.ckpt'}"
+    fit(monkeypatch, tmp_path, "digits_finetune", weights, "--trainer.max_epochs=3")
+    record = tmp_path / "runs" / "digits_finetune" / "record.txt"
+    assert record.read_bytes() == (out / "int8.record.txt").read_bytes()
+
+
 def test_killed_at_random_moments_the_demo_still_ends_equal_to_the_bit(
     uninterrupted: tuple[Path, str, float], tmp_path: Path
 ) -> None:
@@ -58,7 +54,7 @@ def test_killed_at_random_moments_the_demo_still_ends_equal_to_the_bit(
     print("killed after", moments)
     for moment in moments:
         process = subprocess.Popen(
-            _command("digits.py", tmp_path, *SHORT),
+            command("digits.py", tmp_path, *SHORT),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=ONE_THREAD,
@@ -69,7 +65,7 @@ def test_killed_at_random_moments_the_demo_still_ends_equal_to_the_bit(
             process.send_signal(signal.SIGKILL)
             process.wait()
         _assert_no_half_written_file(tmp_path)
-    _run(_command("digits.py", tmp_path, *SHORT))
+    run(command("digits.py", tmp_path, *SHORT))
     _assert_same_results(tmp_path, expected)
     assert not list(tmp_path.rglob(".*.tmp"))
 
@@ -92,6 +88,6 @@ def _assert_same_results(out: Path, expected: Path) -> None:
 
 
 def test_the_plain_twin_writes_its_record(tmp_path: Path) -> None:
-    printed = _run(_command("digits_plain.py", tmp_path, "--epochs", "1", "--qat-epochs", "1"))
+    printed = run(command("digits_plain.py", tmp_path, "--epochs", "1", "--qat-epochs", "1"))
     assert "INT8 accuracy" in printed
     assert len(QuantRecord.load(tmp_path / "record.txt")) == 22

@@ -1,0 +1,75 @@
+"""The examples with a YAML twin: they end with their table, and the twin trains the same network to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from amct_lightning import QuantRecord
+from tests.examples.running import command, fit, last_accuracy, printed_accuracies, run
+
+
+def test_the_recurrent_network_survives_int8_and_its_twin_is_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = run(command("recurrent.py", tmp_path / "out", "--epochs", "6"))
+    ((float_accuracy,), (quantized,)) = (printed_accuracies(printed, row) for row in ("FP32", "INT8"))
+    assert quantized > max(80, float_accuracy - 4)
+    assert list(QuantRecord.load(tmp_path / "out" / "int8.record.txt")) == ["lstm", "head"]
+
+    fit(monkeypatch, tmp_path, "recurrent", "--trainer.max_epochs=6")
+    twin = tmp_path / "runs" / "recurrent_yaml"
+    assert (twin / "int8.record.txt").read_bytes() == (tmp_path / "out" / "int8.record.txt").read_bytes()
+    assert last_accuracy(twin) == pytest.approx(quantized, abs=0.06)
+
+
+def test_the_tabular_transformer_survives_int8_and_its_twin_is_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = run(command("tabular.py", tmp_path / "out", "--epochs", "6"))
+    ((float_accuracy,), (quantized,)) = (printed_accuracies(printed, row) for row in ("FP32", "INT8"))
+    assert quantized > max(88, float_accuracy - 3)
+    assert len(QuantRecord.load(tmp_path / "out" / "int8.record.txt")) == 13
+    monitored = next((tmp_path / "out").rglob("quant_monitor.csv")).read_text()
+    assert "blocks.0.attention.1.query" in monitored
+
+    fit(monkeypatch, tmp_path, "tabular", "--trainer.max_epochs=6")
+    twin = tmp_path / "runs" / "tabular_yaml"
+    assert (twin / "int8.record.txt").read_bytes() == (tmp_path / "out" / "int8.record.txt").read_bytes()
+    assert next(twin.rglob("quant_monitor.csv")).read_text() == monitored
+
+
+def test_the_student_learns_in_int4_while_its_teacher_stays_in_float(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out" / "seed7"
+    short = ("--seeds", "1", "--epochs", "8", "--qat-epochs", "3")
+    printed = run(command("distill.py", tmp_path / "out", *short))
+    float_accuracy, _, plain, distilled = printed_accuracies(printed, "7")
+    assert min(plain, distilled) > float_accuracy - 15
+    assert list(QuantRecord.load(out / "distilled.record.txt")) == ["0", "3", "6", "11"]
+    _assert_the_teacher_is_the_float_network(out)
+
+    fit(monkeypatch, tmp_path, "distill_teacher", "--trainer.max_epochs=8")
+    fit(monkeypatch, tmp_path, "distill", "--trainer.max_epochs=3")
+    twin = tmp_path / "runs" / "distill_yaml"
+    assert (twin / "distilled.record.txt").read_bytes() == (out / "distilled.record.txt").read_bytes()
+
+
+def test_one_yaml_run_goes_from_float_to_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(monkeypatch, tmp_path, "digits", "--trainer.max_epochs=5")
+    folder = tmp_path / "runs" / "digits_yaml"
+    assert last_accuracy(folder) > 85
+    assert len(QuantRecord.load(folder / "record.txt")) == 22
+    assert (folder / "last.record.txt").read_bytes() == (folder / "record.txt").read_bytes()
+
+
+def _assert_the_teacher_is_the_float_network(out: Path) -> None:
+    taught, original = (
+        torch.load(out / f"{name}.ckpt", weights_only=True)["state_dict"] for name in ("distilled", "fp32")
+    )
+    teacher = {name.removeprefix("teacher."): taught[name] for name in taught if name.startswith("teacher.")}
+    assert teacher.keys() == {name.removeprefix("net.") for name in original if name.startswith("net.")}
+    assert all(torch.equal(tensor, original[f"net.{name}"]) for name, tensor in teacher.items())
