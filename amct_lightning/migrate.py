@@ -149,9 +149,9 @@ def _complete_layer(result: dict[str, Tensor], layer: PlannedLayer, forwards: fl
         result[f"{path}.scale"] = torch.where(scale.isnan(), fresh.to(scale.device), scale)
         result[f"{path}.offset"] = torch.nan_to_num(offset)
         if isinstance(weights, LearnedWeightQuantizer):
-            result[f"{path}.initialized"] = torch.tensor(forwards > 0)
+            result[f"{path}.initialized"] = torch.tensor(int(forwards > 0))
         else:
-            result[f"{path}.scale_frozen"] = torch.tensor(False)
+            result[f"{path}.scale_frozen"] = torch.tensor(0)
 
 
 def _refuse_unknown_layers(root: nn.Module, plan: QuantPlan) -> None:

@@ -55,15 +55,16 @@ class WeightQuantizer(Quantizer):
 
     def _make_scale(self, scale: Tensor) -> None:
         self.register_buffer("scale", scale)
-        # Part of the state, because a frozen scale cannot be had from the weight again.
-        self.register_buffer("scale_frozen", torch.tensor(False, device=scale.device))
+        # Part of the state, because a frozen scale cannot be had from the weight again. 0 or 1 and no bool, which
+        # averages of weights (WeightAveraging) cannot subtract.
+        self.register_buffer("scale_frozen", torch.tensor(0, device=scale.device))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Forget the scales; the next forward sets them."""
         self.scale.fill_(1.0)
         self.offset.zero_()
-        self.scale_frozen.fill_(False)
+        self.scale_frozen.fill_(0)
         self.frozen = False
 
     @torch.no_grad()
@@ -75,7 +76,7 @@ class WeightQuantizer(Quantizer):
         """
         if not self.frozen:
             self.refresh(weight)
-            self.scale_frozen.fill_(True)
+            self.scale_frozen.fill_(1)
             self.frozen = True
 
     @torch.no_grad()
@@ -91,7 +92,7 @@ class WeightQuantizer(Quantizer):
     def unfreeze(self) -> None:
         """Compute the scales in every forward again."""
         if self.frozen:
-            self.scale_frozen.fill_(False)
+            self.scale_frozen.fill_(0)
             self.frozen = False
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
         super().__init__(num_bits, channel_wise, layout, weight)
         self.gradient_factor = scale_gradient_factor(elements, num_bits)
         self.starting = True
-        self.register_buffer("initialized", torch.tensor(False, device=weight.device))
+        self.register_buffer("initialized", torch.tensor(0, device=weight.device))
 
     def _make_scale(self, scale: Tensor) -> None:
         self.scale = nn.Parameter(scale)
@@ -174,7 +175,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
         """Forget the learned scales; the next forward starts from those of the weight."""
         self.scale.fill_(1.0)
         self.offset.zero_()
-        self.initialized.fill_(False)
+        self.initialized.fill_(0)
         self.starting = True
 
     @torch.no_grad()
@@ -209,7 +210,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
 
     def _begin(self, weight: Tensor) -> None:
         self.scale.copy_(self.max_abs_scale(weight))
-        self.initialized.fill_(True)
+        self.initialized.fill_(1)
         self.starting = False
 
     @torch.no_grad()

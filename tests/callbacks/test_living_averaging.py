@@ -243,3 +243,21 @@ def test_with_decay_by_a_function_of_ones_own(make_trainer: TrainerFactory, tmp_
     assert QuantRecord.load(tmp_path / "r.txt") == QuantRecord.from_model(model)
     loaded, record = at(tmp_path, 3)
     assert QuantRecord.load(record) == QuantRecord.from_model(loaded)
+
+
+@pytest.mark.parametrize("config", [None, ULQ], ids=["arq", "ulq"])
+def test_with_lightnings_default_the_mean_of_all_steps(
+    make_trainer: TrainerFactory, tmp_path: Path, config: dict[str, Any] | None
+) -> None:
+    model = Net()
+    callbacks = [
+        QuantRetrainCallback(config, tmp_path / "r.txt", schedule=FROZEN),
+        WeightAveraging(),
+        every_epoch(tmp_path),
+    ]
+    make_trainer(callbacks=callbacks, max_epochs=4, enable_checkpointing=True).fit(model, loader())
+    assert QuantRecord.load(tmp_path / "r.txt") == QuantRecord.from_model(model)
+    loaded, record = at(tmp_path, 3)
+    assert QuantRecord.load(record) == QuantRecord.from_model(loaded)
+    frozen = [getattr(layer.weight_quantizer, "frozen", False) for layer in quantized_layers(loaded).values()]
+    assert frozen == [config is None] * 2
