@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from amct_lightning.callbacks.averaging import Averages
@@ -54,7 +53,7 @@ class Training:
         self.averages = Averages(trainer, model)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._watch = NonfiniteWatch(model, interval, on_nonfinite)
-        self._codes: dict[Phase, Tensor] = {}
+        self._logged: Phase | None = None
         self._told = ""
         self._stop_showing = show_in_progress_bar(trainer, self.phases)
 
@@ -72,9 +71,9 @@ class Training:
         self.calibration.start_batch(self.model, self.phases.observing, anew)
         self._watch.start_batch(trainer.global_step)
         phase, text = self.phases.phase, self.phases.text
-        if phase not in self._codes:  # kept, as making one copies a number to the device
-            self._codes[phase] = torch.tensor(float(phase), device=pl_module.device)
-        pl_module.log(PHASE_METRIC, self._codes[phase], on_step=True, on_epoch=False, batch_size=1)
+        if phase is not self._logged or batch == 0:  # Lightning keeps a value until the end of the epoch
+            pl_module.log(PHASE_METRIC, float(phase), on_step=True, on_epoch=False, batch_size=1)
+            self._logged = phase
         if text != self._told:
             rank_zero_info(f"QuantRetrainCallback: epoch {at.epoch}, batch {batch}: {text}")
             self._told = text
