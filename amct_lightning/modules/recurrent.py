@@ -88,7 +88,7 @@ class _QATRecurrent(QATLayer):
         return self.input_quantizer.update_range(input, self.calibrates_input, input[:1]), hidden_range
 
     def _hidden_range(self, input: Tensor, hx: Any, h: Tensor, time_axis: int) -> tuple[Tensor, Tensor]:
-        if not (self.hidden_quantizer.calibrating and self.training):
+        if not (self.hidden_quantizer.calibrating and self.hidden_quantizer.training):
             return self.hidden_quantizer.update_range(h)
         with torch.no_grad():
             steps = self.float_forward(input, hx)[0].movedim(time_axis, 0)

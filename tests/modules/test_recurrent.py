@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from amct_lightning import QuantRecord, RetrainConfig, prepare_qat
+from amct_lightning import QuantRecord, RetrainConfig, calibrate, prepare_qat
 from amct_lightning.config import DataConfig, LayerConfig, WeightConfig
 
 KINDS = pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
@@ -194,3 +194,19 @@ def test_converting_and_running_consumes_no_random_numbers() -> None:
     before = torch.get_rng_state()
     quantized(float_model, x)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@KINDS
+def test_calibrate_sees_the_hidden_states_as_training_does(kind: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 4)
+    float_model = Net(kind)
+    by_training = quantized(float_model, x)
+    by_training(x)
+    by_calibrate = prepare_qat(float_model, None, (x,))
+    calibrate(by_calibrate, [x])
+    for name in ("clip_max", "clip_min"):
+        assert torch.equal(
+            getattr(by_calibrate.rnn.hidden_quantizer, name), getattr(by_training.rnn.hidden_quantizer, name)
+        )
+    assert by_calibrate.rnn.hidden_quantizer.clip_max < 1.1  # tanh
