@@ -78,7 +78,9 @@ def test_a_message_shows_what_was_found_and_what_is_allowed():
 
 @pytest.mark.parametrize("pair", [("INT4", "INT4"), ("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4")])
 def test_the_hardware_runs_these_type_pairs(pair: tuple[str, str]):
-    LayerConfig(True, DataConfig(dst_type=pair[0]), WeightConfig(dst_type=pair[1]))
+    layer = LayerConfig(True, DataConfig(dst_type=pair[0]), WeightConfig(dst_type=pair[1]))
+    widths = {"INT4": 4, "INT8": 8, "INT16": 16}
+    assert (layer.retrain_data_config.num_bits, layer.retrain_weight_config.num_bits) == tuple(widths[p] for p in pair)
 
 
 @pytest.mark.parametrize("pair", [("INT4", "INT8"), ("INT16", "INT4")])
