@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest_plugins = ["tests.ascend_sim.plugin"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:

@@ -1,0 +1,1 @@
+"""On PYTHONPATH of the processes with simulated devices; only sitecustomize is for them."""
