@@ -2,6 +2,7 @@
 
 PYTHON ?= python3.11
 BIN := .venv/bin
+JOBS ?= auto
 TORCH := $(shell grep '^torch==' constraints.txt)
 READY := .venv/.ready
 SOURCES := amct_lightning tests examples docs/docstrings.py
@@ -15,8 +16,8 @@ help: ## Show this list
 demo: $(READY) ## Train, quantize and retrain a small CNN on real digits (FP32, INT8, INT4)
 	$(BIN)/python examples/digits.py
 
-test: $(READY) ## Run the whole test suite
-	$(BIN)/python -m pytest
+test: $(READY) ## Run the whole test suite, a file at a time on every core (JOBS=1 for one after another)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## Check style and format
 	$(BIN)/ruff check $(SOURCES)
@@ -36,7 +37,7 @@ docs: $(READY) ## Build the documentation into site/; warnings are errors
 	@echo "Open site/index.html"
 
 clean: ## Remove the virtual environment, caches, demo results and the built documentation
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist runs site
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist runs site
 
 # torch goes first and alone: with its version fixed, nothing later replaces it by another build.
 $(READY): pyproject.toml constraints.txt

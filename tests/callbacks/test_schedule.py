@@ -172,6 +172,10 @@ class TestFields:
 
 
 class TestTable:
+    @pytest.fixture(autouse=True)
+    def wide_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "160")  # no cell is broken over two lines
+
     def test_what_changes_when(self) -> None:
         schedule = QuantSchedule(
             start=2, calibrate=[1, 5], freeze_data=6, freeze_bn=0.5, layers={"c": {"freeze_weights": 0}}
