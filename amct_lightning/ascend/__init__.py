@@ -1,5 +1,16 @@
-"""Ascend devices in Lightning: so far the cluster environment of jobs that come with a rank table."""
+"""Ascend NPUs in Lightning: accelerator, strategy, precision, cluster environment.
 
+Importing this package makes the names ``npu`` and ``ascend`` known to Lightning; torch_npu is imported when an NPU is
+asked for.
+"""
+
+from amct_lightning.ascend.accelerator import NPUAccelerator
 from amct_lightning.ascend.cluster import AscendClusterEnvironment
+from amct_lightning.ascend.devices import NPUUnavailableError
+from amct_lightning.ascend.precision import NPUPrecision
+from amct_lightning.ascend.registration import register
+from amct_lightning.ascend.strategy import AscendStrategy
 
-__all__ = ["AscendClusterEnvironment"]
+__all__ = ["AscendClusterEnvironment", "AscendStrategy", "NPUAccelerator", "NPUPrecision", "NPUUnavailableError"]
+
+register()

@@ -1,0 +1,167 @@
+"""Mixed and half precision on NPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Literal, cast, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.types import Optimizable
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+NPUPrecisionName = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
+
+
+class NPUPrecision(Precision):
+    """Precision of the training on an NPU.
+
+    Lightning makes its plugin for mixed precision with the device ``cuda``, which on an NPU has no effect and raises
+    no error. The strategies of this package therefore replace what ``Trainer(precision=...)`` chose by this class.
+
+    Quantization factors are computed and kept in float32 with every setting: the quantizers take care of that.
+
+    Args:
+        precision: ``"bf16-mixed"`` or ``"16-mixed"`` cast inside of ``torch.autocast("npu")``, the latter with loss
+            scaling; ``"bf16-true"`` or ``"16-true"`` convert the model; ``"32-true"`` changes nothing.
+        scaler: A ``torch.amp.GradScaler("npu", ...)`` with settings of your own, for ``"16-mixed"``.
+
+    Raises:
+        MisconfigurationException: If the name is not one of these, or a scaler is given that has no use.
+
+    Example:
+        >>> NPUPrecision("bf16-mixed").precision
+        'bf16-mixed'
+    """
+
+    def __init__(self, precision: NPUPrecisionName = "32-true", scaler: torch.amp.GradScaler | None = None) -> None:
+        if precision not in get_args(NPUPrecisionName):
+            raise MisconfigurationException(
+                f"precision={precision!r} is not possible on an NPU. Allowed are: "
+                f"{', '.join(get_args(NPUPrecisionName))}."
+            )
+        if scaler is not None and precision != "16-mixed":
+            raise MisconfigurationException(f"precision='{precision}' uses no scaler; leave out scaler={scaler!r}.")
+        self.precision = precision
+        self._inner = _inner_plugin(precision, scaler)
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The scaler of the loss, with ``"16-mixed"``."""
+        return getattr(self._inner, "scaler", None)
+
+    @property
+    def device(self) -> str:
+        """The device type of the autocast."""
+        return "npu"
+
+    @override
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Convert the parameters, with the ``-true`` settings."""
+        return self._inner.convert_module(module)
+
+    @override
+    def convert_input(self, data: Any) -> Any:
+        """Convert a batch, with the ``-true`` settings."""
+        return self._inner.convert_input(data)
+
+    @override
+    def convert_output(self, data: Any) -> Any:
+        """Convert an output."""
+        return self._inner.convert_output(data)
+
+    @override
+    def tensor_init_context(self) -> AbstractContextManager[None]:
+        """Create tensors in the dtype of the model."""
+        return self._inner.tensor_init_context()
+
+    @override
+    def module_init_context(self) -> AbstractContextManager[None]:
+        """Create modules in the dtype of the model."""
+        return self._inner.module_init_context()
+
+    @override
+    def forward_context(self) -> AbstractContextManager[None]:
+        """Cast inside of the step methods."""
+        return self._inner.forward_context()
+
+    @override
+    def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
+        """Scale the loss."""
+        return self._inner.pre_backward(tensor, module)
+
+    @override
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Optimizable, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        """Unscale the gradients and step, unless they are not finite."""
+        return self._inner.optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+
+    @override
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        """Clip the unscaled gradients."""
+        self._inner.clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state of the scaler for the checkpoint."""
+        return self._inner.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state of the scaler."""
+        self._inner.load_state_dict(state_dict)
+
+
+def npu_precision(plugin: Precision | None) -> Precision | None:
+    """Replace a precision plugin of Lightning by its twin for NPUs.
+
+    Args:
+        plugin: What ``Trainer(precision=...)`` or the user chose.
+
+    Returns:
+        The twin; a plugin that is right for NPUs already, or unknown, as it is.
+
+    Raises:
+        MisconfigurationException: If an NPU cannot do it: float64, or a plugin bound to CUDA.
+
+    Example:
+        >>> type(npu_precision(MixedPrecision("bf16-mixed", "cuda"))).__name__
+        'NPUPrecision'
+    """
+    if isinstance(plugin, DoublePrecision):
+        raise MisconfigurationException(
+            "precision='64-true' is not possible on NPUs: HCCL's collectives refuse float64, and most kernels of the "
+            "device do not know it. Use precision='32-true', or accelerator='cpu'."
+        )
+    if type(plugin) is HalfPrecision or (type(plugin) is MixedPrecision and plugin.device != "npu"):
+        return NPUPrecision(cast(NPUPrecisionName, plugin.precision))
+    if type(plugin) is Precision or plugin is None or isinstance(plugin, (NPUPrecision, MixedPrecision)):
+        return plugin
+    if type(plugin).__module__.startswith("lightning."):
+        raise MisconfigurationException(
+            f"{type(plugin).__name__} is made for other devices. Choose precision= one of: "
+            f"{', '.join(get_args(NPUPrecisionName))}."
+        )
+    return plugin
+
+
+def _inner_plugin(precision: NPUPrecisionName, scaler: torch.amp.GradScaler | None) -> Precision:
+    if precision == "bf16-mixed":
+        return MixedPrecision(precision, "npu")
+    if precision == "16-mixed":
+        return MixedPrecision(precision, "npu", scaler or torch.amp.GradScaler("npu"))
+    if precision in ("bf16-true", "16-true"):
+        return HalfPrecision(precision)
+    return Precision()
