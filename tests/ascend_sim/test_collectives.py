@@ -46,6 +46,21 @@ def test_collectives_of_every_type(rank: int, dtype: torch.dtype) -> None:
     assert gathered.tolist() == [0] * 5 + [1] * 5
 
 
+@pytest.mark.parametrize("size", [1, 3, 17, 1031])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.bool])
+def test_all_gather_into_a_list_loses_nothing(rank: int, dtype: torch.dtype, size: int) -> None:
+    whole = torch.arange(2 * size) % (2 if dtype == torch.bool else 113)
+    gathered = [torch.zeros(size, device="npu", dtype=dtype) for _ in range(2)]
+    dist.all_gather(gathered, whole[rank * size :][:size].to("npu", dtype))
+
+    assert torch.equal(torch.cat(gathered).cpu(), whole.to(dtype))
+
+
+def test_tensors_that_are_not_contiguous_are_refused_by_the_backend(rank: int) -> None:
+    with pytest.raises(RuntimeError, match="must be contiguous"):
+        dist.all_reduce(torch.ones(3, 5, device="npu").t())
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:-1])  # torch_npu refuses the last, uint8
 def test_reduce_scatter(rank: int, dtype: torch.dtype) -> None:
     part = torch.empty(3, device="npu", dtype=dtype)
@@ -106,6 +121,27 @@ def test_objects_and_barrier(rank: int) -> None:
     dist.all_gather_object(gathered, {"rank": rank, "text": "x" * 100 * rank})
 
     assert gathered == [{"rank": 0, "text": ""}, {"rank": 1, "text": "x" * 100}]
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 513, 20_001])
+def test_objects_of_uneven_sizes(rank: int, length: int) -> None:
+    """Their pickles are padded to a common length with operators of the runtime itself."""
+    mine = {"rank": rank, "data": bytes(range(256)) * (rank + 1), "text": "é" * length * rank}
+    theirs = {"rank": 1 - rank, "data": bytes(range(256)) * (2 - rank), "text": "é" * length * (1 - rank)}
+    pair = [mine, theirs] if rank == 0 else [theirs, mine]
+    everyone: list[object] = [None, None]
+    dist.all_gather_object(everyone, mine)
+    sent = [mine, length] if rank == 1 else [None, None]
+    dist.broadcast_object_list(sent, 1)
+    collected: list[object] | None = [None, None] if rank == 0 else None
+    dist.gather_object(mine, collected, 0)
+    part: list[object] = [None]
+    dist.scatter_object_list(part, pair if rank == 0 else None, 0)
+
+    assert everyone == pair
+    assert sent == [pair[1], length]
+    assert collected == (pair if rank == 0 else None)
+    assert part == [mine]
 
 
 def test_subgroups(rank: int) -> None:

@@ -24,7 +24,7 @@ def run_pytest(tmp_path: Path) -> Pytest:
     def run(text: str, *options: str, **env: str) -> str:
         (tmp_path / "conftest.py").write_text('pytest_plugins = ["tests.ascend_sim.plugin"]\n')
         (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
-        (tmp_path / "test_it.py").write_text(f"import os, pytest, torch\n{text}")
+        (tmp_path / "test_it.py").write_text(f"import os, pytest\n{text}")
         command = [sys.executable, "-m", "pytest", "-v", "-rA", "-p", "no:cacheprovider", *options]
         environment = {"PYTHONPATH": str(ROOT)} | {k: v for k, v in os.environ.items() if k != "CI"} | env
         return subprocess.run(
@@ -39,6 +39,7 @@ def _outcomes(output: str) -> dict[str, str]:
 
 
 OUTCOMES = """
+import torch
 PIDS = "pids"
 
 @pytest.mark.npu
@@ -115,6 +116,8 @@ def test_outcomes_are_those_of_the_other_process(run_pytest: Pytest) -> None:
 
 
 RANKS = """
+import torch
+
 @pytest.mark.npu(nproc=2)
 def test_one_fails():
     torch.npu.set_device(int(os.environ["RANK"]))

@@ -51,6 +51,9 @@ int aclrtSetDevice(int device) {
   if (device < 0 || device >= sim_device_count())
     return sim_fail(ACL_ERROR_RT_INVALID_DEVICE, "aclrtSetDevice(%d): there are %d devices", device,
                     sim_device_count());
+  const char* busy = getenv("SIM_NPU_BUSY");
+  if (busy && *busy && device == atoi(busy))
+    return sim_fail(ACL_ERROR_RT_DEV_SETUP_ERROR, "aclrtSetDevice(%d): another container uses the device", device);
   current = device;
   return ACL_OK;
 }

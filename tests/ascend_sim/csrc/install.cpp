@@ -38,6 +38,7 @@ const Names& with_own_kernel() {
   static const Names names = {"copy_",
                               "_copy_from",
                               "_copy_from_and_resize",
+                              "histc",
                               "_fused_sdp_choice",
                               "scaled_dot_product_attention",
                               "_thnn_fused_lstm_cell",
@@ -76,6 +77,7 @@ class Installer {
       if (name.name.rfind("aten::", 0) == 0) replace(name);
     auto& npu = library("npu", DispatchKey::PrivateUse1);
     sim::register_copies(device_);
+    sim::register_counting(device_);
     sim::register_networks(device_, autograd_);
     sim::register_batch_norm(device_, npu);
     sim::register_npu_operators(npu);
@@ -95,7 +97,9 @@ class Installer {
     const bool on_device = op->hasKernelForDispatchKey(DispatchKey::PrivateUse1);
     const bool on_autograd = op->hasKernelForDispatchKey(DispatchKey::AutogradPrivateUse1);
     if (!on_device && !on_autograd) return;
-    if (op->hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd)) {
+    // Where torch has a CPU kernel beside the composite one (silu_backward), that one is what the CPU would run.
+    if (op->hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd) &&
+        !op->hasKernelForDispatchKey(DispatchKey::CPU)) {
       device_.impl(full.c_str(), boxed<&call_kernel_of<DispatchKey::CompositeImplicitAutograd>>());
       autograd_.impl(full.c_str(), boxed<&call_kernel_of<DispatchKey::CompositeImplicitAutograd>>());
       return;

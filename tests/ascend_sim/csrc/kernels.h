@@ -47,6 +47,7 @@ void run_on_cpu(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::
 
 // kernels_*.cpp: what the CPU kernels do not cover.
 void register_copies(torch::Library& device);
+void register_counting(torch::Library& device);
 void register_networks(torch::Library& device, torch::Library& autograd);
 void register_batch_norm(torch::Library& device, torch::Library& npu);
 void register_npu_operators(torch::Library& npu);

@@ -30,6 +30,24 @@ Tensor copy_from_and_resize(const Tensor& self, const Tensor& destination) {
   return copy_(to, self, false);
 }
 
+// The device counts integers too, which torch's CPU kernel refuses.
+Tensor histogram(const Tensor& x, int64_t bins, const at::Scalar& low, const at::Scalar& high) {
+  Tensor counts;
+  Call call;
+  {
+    BelowAutograd guard;
+    Tensor values = call.view(x);
+    bool whole = at::isIntegralType(x.scalar_type(), false);
+    counts = at::histc(whole ? values.to(at::kDouble) : values, bins, low, high).to(x.scalar_type());
+  }
+  return call.back(counts);
+}
+
+Tensor& histogram_out(const Tensor& x, int64_t bins, const at::Scalar& low, const at::Scalar& high, Tensor& out) {
+  out.resize_({bins});
+  return out.copy_(histogram(x, bins, low, high));
+}
+
 int64_t attention_choice(const Tensor&, const Tensor&, const Tensor&, const Optional&, double, bool,
                          std::optional<double>, bool) {
   return 0;  // the formula, no fused kernel
@@ -88,6 +106,11 @@ bool any_non_finite(at::TensorList tensors) {
 }
 
 }  // namespace
+
+void register_counting(torch::Library& device) {
+  device.impl("histc", histogram);
+  device.impl("histc.out", histogram_out);
+}
 
 void register_copies(torch::Library& device) {
   device.impl("copy_", copy_);

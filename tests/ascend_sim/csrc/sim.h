@@ -8,6 +8,7 @@
 //   SIM_NPU=<n>           number of devices (default 0)
 //   SIM_NPU_MEM=<MiB>     memory of each device (default 65536)
 //   SIM_NPU_SOC=<name>    default Ascend910B1
+//   SIM_NPU_BUSY=<id>     a device that cannot be opened
 //   SIM_HCCL_TIMEOUT=<s>  how long a collective waits for its peers (default 120)
 //   SIM_TRACE=1           print the operators that arrive here and every stub that is reached
 //   SIM_QUIET=1           do not print errors
@@ -25,6 +26,7 @@ enum {
   ACL_ERROR_RT_INVALID_DEVICE = 107001,
   ACL_ERROR_RT_FEATURE_NOT_SUPPORT = 207000,
   ACL_ERROR_RT_MEMORY_ALLOCATION = 207001,
+  ACL_ERROR_RT_DEV_SETUP_ERROR = 507033,
 };
 
 enum { SIM_MAX_DEVICES = 64 };
