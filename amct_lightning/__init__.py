@@ -10,7 +10,7 @@ from amct_lightning.api import (
     prepare_qat,
     restore_quant_retrain_model,
 )
-from amct_lightning.ascend import AscendStrategy, NPUAccelerator
+from amct_lightning.ascend import AscendFSDPStrategy, AscendStrategy, NPUAccelerator
 from amct_lightning.callbacks import QuantMonitor, QuantRetrainCallback, QuantSchedule
 from amct_lightning.callbacks.loading import load_qat_checkpoint
 from amct_lightning.config import QuantChoices, RetrainConfig
@@ -21,6 +21,7 @@ from amct_lightning.record import QuantRecord
 from amct_lightning.report import conversion_report
 
 __all__ = [
+    "AscendFSDPStrategy",
     "AscendStrategy",
     "NPUAccelerator",
     "QuantChoices",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +13,7 @@ from lightning.fabric.accelerators.registry import _AcceleratorRegistry
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from typing_extensions import override
 
 from amct_lightning.ascend.devices import (
@@ -23,10 +25,12 @@ from amct_lightning.ascend.devices import (
     parse_device_ids,
     unavailable_reason,
 )
-from amct_lightning.ascend.lightning_private import add_npu_method
+from amct_lightning.ascend.lightning_private import add_npu_method, asks_for_cuda_streams
 from amct_lightning.ascend.stats import NPUSmi, physical_position
 
 _FIX = "Write Trainer(accelerator='npu', strategy='ascend', ...), or in YAML: strategy: ascend"
+_FIX_SHARDED = "To shard the model over NPUs, write strategy='ascend_fsdp'."
+_NO_CUDA = "torch.cuda.amp.GradScaler is enabled, but CUDA is not available"
 
 
 class NPUAccelerator(Accelerator):
@@ -34,7 +38,8 @@ class NPUAccelerator(Accelerator):
 
     The name ``npu`` is known once ``amct_lightning`` is imported. Lightning's ``accelerator="auto"`` never chooses
     it: it looks at CUDA, MPS, XLA and the CPU only. Without ``strategy="ascend"``, Lightning would put the model on
-    the CPU (one device) or fail in CUDA functions (several); both are refused with this advice.
+    the CPU (one device) or fail in CUDA functions (several); both are refused with this advice. So are the strategies
+    of Lightning that are given by the user.
 
     Device numbers count the visible devices: with ``ASCEND_RT_VISIBLE_DEVICES=4,6``, ``devices=[1]`` is device 6.
 
@@ -52,6 +57,8 @@ class NPUAccelerator(Accelerator):
         reason = unavailable_reason()
         if reason:
             raise NPUUnavailableError(f"accelerator='npu' cannot be used. {reason}")
+        # For precision="16-mixed" Lightning makes a scaler for CUDA first, which the strategy then replaces.
+        warnings.filterwarnings("ignore", re.escape(_NO_CUDA), UserWarning)
         self._smi = NPUSmi()
 
     @override
@@ -79,7 +86,7 @@ class NPUAccelerator(Accelerator):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        """Refuse strategies and precision plugins that call CUDA functions or do nothing on an NPU.
+        """Refuse strategies and precision plugins that are made for other devices.
 
         Args:
             trainer: The trainer.
@@ -88,9 +95,10 @@ class NPUAccelerator(Accelerator):
             MisconfigurationException: If the trainer has such a strategy or plugin.
         """
         strategy = trainer.strategy
-        if type(strategy) in (DDPStrategy, FSDPStrategy):
+        if type(strategy).__module__.startswith("lightning.") or asks_for_cuda_streams(strategy):
             raise MisconfigurationException(
-                f"{type(strategy).__name__} asks for CUDA streams and cannot train on an NPU. {_FIX}"
+                f"{type(strategy).__name__} is made for other devices: it calls functions of CUDA, or leaves out what "
+                f"NPUs need (random generators, memory errors, checkpoints that load anywhere). {_fix(strategy)}"
             )
         plugin = trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.device != "npu":
@@ -179,3 +187,8 @@ class NPUAccelerator(Accelerator):
             accelerator_registry: Lightning's registry.
         """
         accelerator_registry.register(cls.name(), cls, description="Ascend NPUs through torch_npu", override=True)
+
+
+def _fix(strategy: Strategy) -> str:
+    sharded = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) and "ascend_fsdp" in StrategyRegistry
+    return _FIX_SHARDED if sharded else _FIX

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_BUCKET = 1 << 25  # elements that are sent at once
 
 ReduceName = dist.ReduceOp | dist.ReduceOp.RedOpType | str | None
 
@@ -52,6 +54,33 @@ def gather(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     into(everyone, flat, group=group)
     return everyone.view(-1, *tensor.shape)
+
+
+def broadcast_tensors(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Give all ranks the values of rank 0, with few collectives.
+
+    Args:
+        tensors: The tensors, on any device, of the same shapes and dtypes on every rank. Those on the meta device,
+            which have no values, are left out.
+        device: The device of this rank.
+    """
+    pending: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.is_meta or not tensor.numel():
+            continue
+        alike = pending.setdefault(tensor.dtype, [])
+        alike.append(tensor.detach())
+        if sum(each.numel() for each in alike) >= _BUCKET:
+            _broadcast(pending.pop(tensor.dtype), device)
+    for alike in pending.values():
+        _broadcast(alike, device)
+
+
+def _broadcast(tensors: list[Tensor], device: torch.device) -> None:
+    flat = torch.cat([tensor.reshape(-1).to(device) for tensor in tensors])
+    dist.broadcast(flat, 0)
+    for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(values.view_as(tensor))
 
 
 def accepted_hook(hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,14 +5,16 @@ Checked with Lightning 2.6.6.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin, _update_properties
+from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.strategies.strategy import _ForwardRedirection
@@ -20,34 +22,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from amct_lightning.ascend.devices import npu
-
-
-class _CheckedLauncher(_MultiProcessingLauncher):
-    """Refuses to fork once this process has used a device: the children could not."""
-
-    def launch(self, *args: Any, **kwargs: Any) -> Any:
-        if self._start_method in ("fork", "forkserver") and npu().is_initialized():
-            raise RuntimeError(
-                f"start_method='{self._start_method}' cannot be used after this process has used an NPU: a forked "
-                f"process cannot initialise it again. Use start_method='popen' (the default) or 'spawn', or do "
-                f"nothing on the NPU before trainer.fit()."
-            )
-        return super().launch(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A spawned process unpickles this object first: its trainer holds devices, which need torch_npu to be imported.
-        return _empty_launcher, (), self.__getstate__()
-
-
-def _empty_launcher() -> _CheckedLauncher:
-    npu()
-    return _CheckedLauncher.__new__(_CheckedLauncher)
+from amct_lightning.ascend.launchers import ProcessLauncher, ScriptLauncher
 
 
 def process_launcher(strategy: ParallelStrategy, method: Literal["spawn", "fork", "forkserver"]) -> _Launcher:
     """Make the launcher that starts processes from this one.
 
-    Private because Lightning has no public launchers; DDPStrategy makes the same one.
+    Private because Lightning has no public launchers.
 
     Args:
         strategy: The strategy.
@@ -56,23 +37,26 @@ def process_launcher(strategy: ParallelStrategy, method: Literal["spawn", "fork"
     Returns:
         The launcher.
     """
-    return _CheckedLauncher(strategy, start_method=method)
+    return ProcessLauncher(strategy, start_method=method)
 
 
-def script_launcher(environment: ClusterEnvironment, processes: int, nodes: int) -> _Launcher:
+def script_launcher(
+    environment: ClusterEnvironment, processes: int, nodes: int, connected: Callable[[], bool]
+) -> _Launcher:
     """Make the launcher that runs the script again for every further device, or joins a launched job.
 
-    Private because Lightning has no public launchers; DDPStrategy makes the same one.
+    Private because Lightning has no public launchers.
 
     Args:
         environment: The cluster environment.
         processes: Processes on this node.
         nodes: Number of nodes.
+        connected: Tells whether the ranks watch each other.
 
     Returns:
         The launcher.
     """
-    return _SubprocessScriptLauncher(environment, processes, nodes)
+    return ScriptLauncher(environment, processes, nodes, connected)
 
 
 def ddp_redirection() -> _ForwardRedirection:
@@ -97,6 +81,18 @@ def sync_module_states(module: nn.Module) -> None:
     _sync_module_states(module)
 
 
+def materialize(module: nn.Module, device: torch.device) -> None:
+    """Give the parameters of a module on the meta device memory and their first values.
+
+    Private in Lightning; ModelParallelStrategy does it after ``configure_model`` has sharded the module.
+
+    Args:
+        module: The module.
+        device: The device.
+    """
+    _materialize_distributed_module(module, device)
+
+
 def flush_static_graph(model: DistributedDataParallel) -> None:
     """Start the reduction that DDP postpones to the end of the first backward of a static graph.
 
@@ -106,6 +102,20 @@ def flush_static_graph(model: DistributedDataParallel) -> None:
         model: The wrapped model.
     """
     model.reducer._delay_all_reduce()  # type: ignore[attr-defined]
+
+
+def asks_for_cuda_streams(strategy: Strategy) -> bool:
+    """Tell whether a strategy wraps the model as DDPStrategy does, which asks CUDA for a stream.
+
+    Private because it is the method that tells: a class made from DDPStrategy may have replaced it.
+
+    Args:
+        strategy: The strategy.
+
+    Returns:
+        Whether it has DDPStrategy's own method.
+    """
+    return isinstance(strategy, DDPStrategy) and type(strategy)._setup_model is DDPStrategy._setup_model
 
 
 def add_npu_method() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NoReturn, cast, get_args
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.types import Optimizable
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -26,6 +26,11 @@ class NPUPrecision(Precision):
     no error. The strategies of this package therefore replace what ``Trainer(precision=...)`` chose by this class.
 
     Quantization factors are computed and kept in float32 with every setting: the quantizers take care of that.
+
+    With ``"16-true"`` the optimizer's numbers are float16 too, and Adam's usual ``eps=1e-8`` is 0 there: the weights
+    become NaN in the first step, which a warning announces. Give ``eps=1e-4``.
+
+    With the mixed settings, ``cross_entropy`` computes in the dtype of its input on NPUs: give it ``scores.float()``.
 
     Args:
         precision: ``"bf16-mixed"`` or ``"16-mixed"`` cast inside of ``torch.autocast("npu")``, the latter with loss
@@ -60,6 +65,16 @@ class NPUPrecision(Precision):
     def device(self) -> str:
         """The device type of the autocast."""
         return "npu"
+
+    @override
+    def connect(
+        self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[nn.Module, list[Optimizer], list[Any]]:
+        """Warn about optimizers that would divide by zero, with ``"16-true"``."""
+        if self.precision == "16-true":
+            for optimizer in optimizers:
+                _warn_vanishing_epsilon(optimizer)
+        return super().connect(model, optimizers, lr_schedulers)
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
@@ -141,10 +156,7 @@ def npu_precision(plugin: Precision | None) -> Precision | None:
         'NPUPrecision'
     """
     if isinstance(plugin, DoublePrecision):
-        raise MisconfigurationException(
-            "precision='64-true' is not possible on NPUs: HCCL's collectives refuse float64, and most kernels of the "
-            "device do not know it. Use precision='32-true', or accelerator='cpu'."
-        )
+        refuse_double()
     if type(plugin) is HalfPrecision or (type(plugin) is MixedPrecision and plugin.device != "npu"):
         return NPUPrecision(cast(NPUPrecisionName, plugin.precision))
     if type(plugin) is Precision or plugin is None or isinstance(plugin, (NPUPrecision, MixedPrecision)):
@@ -157,6 +169,18 @@ def npu_precision(plugin: Precision | None) -> Precision | None:
     return plugin
 
 
+def refuse_double() -> NoReturn:
+    """Refuse ``precision="64-true"``.
+
+    Raises:
+        MisconfigurationException: Always.
+    """
+    raise MisconfigurationException(
+        "precision='64-true' is not possible on NPUs: HCCL's collectives refuse float64, and most kernels of the "
+        "device do not know it. Use precision='32-true', or accelerator='cpu'."
+    )
+
+
 def _inner_plugin(precision: NPUPrecisionName, scaler: torch.amp.GradScaler | None) -> Precision:
     if precision == "bf16-mixed":
         return MixedPrecision(precision, "npu")
@@ -165,3 +189,16 @@ def _inner_plugin(precision: NPUPrecisionName, scaler: torch.amp.GradScaler | No
     if precision in ("bf16-true", "16-true"):
         return HalfPrecision(precision)
     return Precision()
+
+
+def _warn_vanishing_epsilon(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        epsilon = group.get("eps")
+        half = any(parameter.dtype == torch.float16 for parameter in group["params"])
+        if half and isinstance(epsilon, float) and torch.tensor(epsilon, dtype=torch.float16) == 0:
+            rank_zero_warn(
+                f"{type(optimizer).__name__}(eps={epsilon}) with precision='16-true': this eps is 0 in float16, so the "
+                f"first step divides by zero and weights become NaN, with quantization or without. Give eps=1e-4, "
+                f"or use precision='bf16-true' or '16-mixed'."
+            )
+            return

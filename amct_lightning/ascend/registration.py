@@ -1,21 +1,30 @@
-"""The names ``npu`` and ``ascend`` in Lightning's registries."""
+"""The names ``npu``, ``ascend`` and ``ascend_fsdp`` in Lightning's registries."""
 
 from __future__ import annotations
 
+from lightning.fabric.accelerators import ACCELERATOR_REGISTRY
+from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
 from amct_lightning.ascend.accelerator import NPUAccelerator
+from amct_lightning.ascend.fabric import AscendFabricStrategy
+from amct_lightning.ascend.fsdp import AscendFSDPStrategy
 from amct_lightning.ascend.strategy import AscendStrategy
 
 
 def register() -> None:
-    """Make ``accelerator="npu"`` and ``strategy="ascend"`` known to Lightning.
+    """Make ``accelerator="npu"`` and the strategies ``"ascend"`` and ``"ascend_fsdp"`` known to Lightning.
 
     Example:
         >>> register()
-        >>> "npu" in AcceleratorRegistry.available_accelerators(), "ascend" in StrategyRegistry.available_strategies()
-        (True, True)
+        >>> "npu" in AcceleratorRegistry.available_accelerators()
+        True
+        >>> {"ascend", "ascend_fsdp"} <= set(StrategyRegistry.available_strategies())
+        True
     """
     NPUAccelerator.register_accelerators(AcceleratorRegistry)
     AscendStrategy.register_strategies(StrategyRegistry)
+    AscendFSDPStrategy.register_strategies(StrategyRegistry)
+    NPUAccelerator.register_accelerators(ACCELERATOR_REGISTRY)  # Fabric has registries of its own
+    AscendFabricStrategy.register_strategies(STRATEGY_REGISTRY)

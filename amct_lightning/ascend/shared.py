@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ from amct_lightning.ascend.cluster import AscendClusterEnvironment
 from amct_lightning.ascend.collectives import ReduceName, gather, reduce_tensor
 from amct_lightning.ascend.hccl import HCCLSettings
 from amct_lightning.ascend.options import NPUOptions
+from amct_lightning.ascend.peers import Peers, connect_peers
 from amct_lightning.ascend.precision import npu_precision
-from amct_lightning.ascend.tensors import generator_state, known_out_of_memory, on_cpu, set_generator_state
+from amct_lightning.ascend.tensors import explained_errors, generator_state, on_cpu, resume_rng, set_generator_state
 
 RNG_KEY = "npu_rng_states"
 
@@ -41,6 +42,7 @@ class NPUStrategy(ParallelStrategy):
     _options: NPUOptions
     _restored_rng: list[Tensor] | None = None
     _sanity_rng: Tensor | None = None
+    _peers: Peers | None = None
 
     @property
     @override
@@ -90,14 +92,19 @@ class NPUStrategy(ParallelStrategy):
         """
         reset_seed()
         self._hccl.apply()
-        if dist.is_initialized():
-            return
         environment = self.cluster_environment
         assert environment is not None
-        os.environ["MASTER_ADDR"] = environment.main_address
-        os.environ["MASTER_PORT"] = str(environment.main_port)
-        dist.init_process_group(rank=self.global_rank, world_size=self.world_size, **kwargs)
-        rank_zero_info(f"{self.world_size} processes are connected over {dist.get_backend()}.")
+        if not dist.is_initialized():
+            os.environ["MASTER_ADDR"] = environment.main_address
+            os.environ["MASTER_PORT"] = str(environment.main_port)
+            dist.init_process_group(rank=self.global_rank, world_size=self.world_size, **kwargs)
+            rank_zero_info(f"{self.world_size} processes are connected over {dist.get_backend()}.")
+        if self.world_size > 1:
+            self._peers = connect_peers(self.global_rank, environment.main_address, self.broadcast)
+
+    def is_watching(self) -> bool:
+        """Tell whether this rank notices the end of another: from the start of a run to its end."""
+        return self._peers is not None
 
     @override
     def setup_environment(self) -> None:
@@ -172,8 +179,8 @@ class NPUStrategy(ParallelStrategy):
         """Continue with the generator of the checkpoint, if there is one."""
         super().on_train_start()
         states, self._restored_rng = self._restored_rng, None
-        if states is not None and len(states) == self.world_size:
-            set_generator_state(self.root_device, states[self.global_rank])
+        if states is not None:
+            resume_rng(self.root_device, states, self.global_rank, self.world_size)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -186,7 +193,9 @@ class NPUStrategy(ParallelStrategy):
         """
         if "optimizer_states" in checkpoint:  # not with save_weights_only
             checkpoint = {**checkpoint, RNG_KEY: self._all_generator_states()}
-        super().save_checkpoint(on_cpu(checkpoint), filepath, storage_options=storage_options)
+        checkpoint = on_cpu(checkpoint)  # waits for the device, and so perhaps for a rank that is gone
+        with self._while_saving():
+            super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -206,44 +215,68 @@ class NPUStrategy(ParallelStrategy):
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move a batch to the NPU."""
-        with known_out_of_memory():
+        with explained_errors():
             return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the training step."""
-        with known_out_of_memory():
+        with explained_errors():
             return super().training_step(*args, **kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the validation step."""
-        with known_out_of_memory():
+        with explained_errors():
             return super().validation_step(*args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the test step."""
-        with known_out_of_memory():
+        with explained_errors():
             return super().test_step(*args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the predict step."""
-        with known_out_of_memory():
+        with explained_errors():
             return super().predict_step(*args, **kwargs)
 
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run forward, backward and the optimizer."""
-        with known_out_of_memory():
+        with explained_errors():
             return super().optimizer_step(*args, **kwargs)
 
     @override
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the backward pass."""
-        with known_out_of_memory():
+        with explained_errors():
             return super().backward(*args, **kwargs)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell the other ranks; say which of them is the reason, if one is.
+
+        Args:
+            exception: What ended the run.
+        """
+        super().on_exception(exception)
+        peers, self._peers = self._peers, None
+        if peers is not None:
+            peers.fail(exception)
+
+    @override
+    def teardown(self) -> None:
+        """Say goodbye to the other ranks, and move everything to the CPU."""
+        peers, self._peers = self._peers, None
+        if peers is not None:
+            peers.leave()
+        super().teardown()
+
+    def _while_saving(self) -> AbstractContextManager[Any]:
+        """Let a checkpoint that is being written be finished when another rank is lost."""
+        return nullcontext() if self._peers is None else self._peers.lost.saving
 
     def _in_sanity_check(self) -> bool:
         module = self.lightning_module

@@ -15,6 +15,8 @@ POWER = "npu.power (W)"
 MEMORY_USED = "npu.hbm_used (MB)"
 MEMORY_TOTAL = "npu.hbm_total (MB)"
 _PAIR = re.compile(r"(\d+)\s*/\s*(\d+)")
+_BUS_ADDRESS = re.compile(r"[0-9A-Fa-f]{4}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}")
+_UNKNOWN = ("NA", "N/A", "-", "")  # where a bus address would be, for a device that does not answer
 _PROCESSES = re.compile(r"process", re.IGNORECASE)
 
 
@@ -49,7 +51,7 @@ def parse_npu_smi(text: str) -> list[dict[str, float]]:
             break  # the table of processes follows
         if len(cells) != 3 or not cells[0][:1].isdigit():
             continue
-        if re.search(r"[0-9A-Fa-f]{4}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}", cells[1]):
+        if _BUS_ADDRESS.search(cells[1]) or (pending is not None and cells[1] in _UNKNOWN):
             chips.append({**(pending or {}), **_second_line(cells[2])})
             pending = None
         else:

@@ -23,7 +23,6 @@ from typing_extensions import override
 
 from amct_lightning.ascend import lightning_private
 from amct_lightning.ascend.collectives import accepted_hook
-from amct_lightning.ascend.devices import npu
 from amct_lightning.ascend.hccl import HCCLSettings
 from amct_lightning.ascend.options import NPUOptions
 from amct_lightning.ascend.shared import NPUStrategy, end_process_group
@@ -37,6 +36,9 @@ class AscendStrategy(NPUStrategy):
     One device is used directly: no process group, no wrapper, no distributed sampler. With more, every device has
     its process and gradients are averaged over HCCL (``DistributedDataParallel``). Processes are started by
     Lightning, by torchrun, by SLURM, or by a scheduler that writes a rank table.
+
+    A rank that dies or fails ends the others within seconds, with an error that names it; files that are being written
+    are finished. Start the job again with ``ckpt_path="last"``.
 
     Checkpoints hold CPU tensors and load where torch_npu is missing. They also hold the state of each NPU's random
     generator (key ``npu_rng_states``), which a run with as many devices continues with.
@@ -161,7 +163,9 @@ class AscendStrategy(NPUStrategy):
         if self._start_method != "popen" and self.is_distributed:
             self._launcher = lightning_private.process_launcher(self, self._start_method)
         elif self.is_distributed or environment.creates_processes_externally:
-            self._launcher = lightning_private.script_launcher(environment, self.num_processes, self.num_nodes)
+            self._launcher = lightning_private.script_launcher(
+                environment, self.num_processes, self.num_nodes, self.is_watching
+            )
 
     @override
     def setup_environment(self) -> None:
@@ -198,9 +202,9 @@ class AscendStrategy(NPUStrategy):
         if _given(self.lightning_module).trainer.state.fn != TrainerFn.FITTING:
             lightning_private.sync_module_states(model)
             return model
-        # DDP's own copies and hooks are made in a stream of their own, as torch's notes on CUDA streams advise
-        with npu().stream(npu().Stream(self.root_device)):
-            wrapped = DistributedDataParallel(model, device_ids=[self.root_device.index], **self._ddp_kwargs)
+        # In the stream of the steps. Lightning takes another one, which only the capture of CUDA graphs needs; autograd
+        # would then wait for one stream in the other at every gradient.
+        wrapped = DistributedDataParallel(model, device_ids=[self.root_device.index], **self._ddp_kwargs)
         if self._hook is not None:
             wrapped.register_comm_hook(self._hook_state, self._hook)
         return wrapped
@@ -230,11 +234,12 @@ class AscendStrategy(NPUStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        """Say what to do about DDP's error on unused parameters.
+        """Tell the other ranks; say what to do about DDP's error on unused parameters.
 
         Args:
             exception: What ended the run.
         """
+        super().on_exception(exception)
         if exception.args and "Expected to have finished reduction in the prior iteration" in str(exception.args[0]):
             exception.args = (
                 f"{exception.args[0]}\nThe loss does not depend on some parameters. If that is intended, write "

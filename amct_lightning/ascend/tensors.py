@@ -1,21 +1,33 @@
-"""Tensors of NPUs beyond training: out-of-memory errors, generator states, checkpoints that load anywhere."""
+"""Tensors of NPUs beyond training: errors explained, generator states, checkpoints that load anywhere."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from amct_lightning.ascend.devices import npu
 
+_EXPLANATIONS = {
+    "NPU out of memory": "(To Lightning, this is the same as 'CUDA out of memory'.)",
+    "Only c10::MemoryFormat::Contiguous is supported": (
+        "NPUs make no channels_last tensors: torch_npu chooses memory formats by itself. Leave out "
+        "memory_format=torch.channels_last; a model may also be converted while it is on the CPU."
+    ),
+    "Unsupported data type at::kDouble": (
+        "HCCL adds no float64. Convert the model or the tensor to float32 (model.float()), or train on one device."
+    ),
+}
+
 
 @contextmanager
-def known_out_of_memory() -> Iterator[None]:
-    """Word NPU's out-of-memory error so that Lightning recognises it, and free what the allocator holds.
+def explained_errors() -> Iterator[None]:
+    """Say what to do about errors of torch_npu, and word its out-of-memory error so that Lightning recognises it.
 
     Lightning's ``BatchSizeFinder`` goes on with a smaller batch after such an error, but recognises it only by the
     words "CUDA" and "out of memory" in the text of a RuntimeError.
@@ -24,13 +36,22 @@ def known_out_of_memory() -> Iterator[None]:
         Nothing.
 
     Raises:
-        torch.OutOfMemoryError: The same error with the words added.
+        RuntimeError: The same error with the words added.
+
+    Example:
+        >>> with explained_errors():  # doctest: +ELLIPSIS
+        ...     raise RuntimeError("HCCL allreduce: Unsupported data type at::kDouble")
+        Traceback (most recent call last):
+        RuntimeError: HCCL allreduce: Unsupported data type at::kDouble
+        HCCL adds no float64...
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        if error.args and "NPU out of memory" in str(error.args[0]) and "CUDA" not in str(error.args[0]):
-            error.args = (f"{error.args[0]}\n(To Lightning, this is the same as 'CUDA out of memory'.)",)
+    except RuntimeError as error:
+        text = str(error.args[0]) if error.args else ""
+        for words, explanation in _EXPLANATIONS.items():
+            if words in text and explanation not in text:
+                error.args = (f"{text}\n{explanation}", *error.args[1:])
         raise
 
 
@@ -55,6 +76,24 @@ def set_generator_state(device: torch.device, state: Tensor) -> None:
         state: What :func:`generator_state` gave.
     """
     npu().set_rng_state(state.cpu(), device)
+
+
+def resume_rng(device: torch.device, states: Sequence[Tensor], rank: int, ranks: int) -> None:
+    """Go on with the generator of a checkpoint, if the checkpoint has one for every rank.
+
+    Args:
+        device: The device.
+        states: The states of all ranks of the run that wrote the checkpoint.
+        rank: The rank of this process.
+        ranks: The number of ranks.
+    """
+    if len(states) == ranks:
+        set_generator_state(device, states[rank])
+        return
+    rank_zero_info(
+        f"The checkpoint has the random number generators of {len(states)} NPU(s) (npu_rng_states), this run has "
+        f"{ranks}: they go on from the seed of this run instead."
+    )
 
 
 def on_cpu(value: Any) -> Any:

@@ -59,7 +59,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class RecordCheckpointIO(CheckpointIO):
     """Write ``<name>.record.txt`` beside each ``<name>.ckpt``, and remove both together.
 
-    Lightning calls this on rank zero only, and lets all ranks wait for it.
+    Lightning calls this on rank zero only, and lets all ranks wait for it. Strategies that shard weights call
+    :meth:`complete` on all ranks before, and all of it on all ranks to write a folder.
 
     Args:
         inner: The CheckpointIO that does the actual reading and writing; Lightning's default one is replaced by
@@ -74,20 +75,31 @@ class RecordCheckpointIO(CheckpointIO):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write the record, then the checkpoint: a checkpoint that exists has its record."""
-        if CHECKPOINT_KEY not in checkpoint:  # weights-only checkpoints get no callback state from Lightning
-            state = self.owner.checkpoint_state()
-            if state is not None:
-                checkpoint[CHECKPOINT_KEY] = state
+        self.complete(checkpoint)
         entry = checkpoint.get(CHECKPOINT_KEY, {})
         if entry:
             entry["record"] = self.owner.record_of(checkpoint.get("state_dict", {}), entry["record"])
         text = entry.get("record")
+        self._write_record(text, path)
+        self.inner.save_checkpoint(checkpoint, path, storage_options)
+
+    def complete(self, checkpoint: dict[str, Any]) -> None:
+        """Put the callback's entry into a checkpoint that has none: Lightning leaves it out with ``save_weights_only``.
+
+        Args:
+            checkpoint: The checkpoint.
+        """
+        state = None if CHECKPOINT_KEY in checkpoint else self.owner.checkpoint_state()
+        if state is not None:
+            checkpoint[CHECKPOINT_KEY] = state
+
+    @rank_zero_only
+    def _write_record(self, text: str | None, path: Any) -> None:
         self.owner.record_saved(text)
         if _is_local(path) and text is not None:
             write_text(record_path(path), text)
         elif _is_local(path):
             record_path(path).unlink(missing_ok=True)
-        self.inner.save_checkpoint(checkpoint, path, storage_options)
 
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

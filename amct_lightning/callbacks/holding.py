@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -54,7 +55,7 @@ class Holder:
         Args:
             parameters: The parameters.
         """
-        self._held = {id(p): self._held[id(p)] if id(p) in self._held else (p, p.detach().clone()) for p in parameters}
+        self._held = {id(p): self._held[id(p)] if id(p) in self._held else (p, _value(p)) for p in parameters}
 
     def hold_also(self, parameters: Iterable[nn.Parameter]) -> None:
         """Hold more parameters.
@@ -62,7 +63,7 @@ class Holder:
         Args:
             parameters: The parameters.
         """
-        self._held.update({id(p): (p, p.detach().clone()) for p in parameters if id(p) not in self._held})
+        self._held.update({id(p): (p, _value(p)) for p in parameters if id(p) not in self._held})
 
     def drop_gradients(self, optimizer: Optimizer) -> None:
         """Forget the gradients of held parameters that an optimizer is about to use.
@@ -86,13 +87,22 @@ class Holder:
         """Put the held parameters back to their values."""
         if self._held:
             parameters, values = zip(*self._held.values(), strict=True)
-            torch._foreach_copy_(list(parameters), list(values))
+            torch._foreach_copy_([_local(parameter) for parameter in parameters], list(values))
 
     def close(self) -> None:
         """Hold nothing and watch nothing any more."""
         for handle in self._handles:
             handle.remove()
         self._held, self._handles, self._has_unwatched = {}, [], False
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return what this process has of a tensor that may be sharded; operators on lists take no mixture."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _value(parameter: nn.Parameter) -> Tensor:
+    return _local(parameter.detach()).clone()
 
 
 class FrozenNorm:

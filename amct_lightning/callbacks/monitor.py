@@ -27,6 +27,7 @@ from amct_lightning.callbacks.monitor_reading import LayerReading
 from amct_lightning.callbacks.monitor_sampling import Sampler
 from amct_lightning.callbacks.monitor_table import MonitorSummary
 from amct_lightning.callbacks.quant_retrain import QuantRetrainCallback
+from amct_lightning.modules.folding import is_sharded
 
 
 class QuantMonitor(Callback):
@@ -249,13 +250,15 @@ class QuantMonitor(Callback):
         if not trainer.barebones:
             # Lightning goes through all that was logged with every batch. That is why the loggers get these directly.
             pl_module.log_dict(of_model, logger=False, on_step=True, on_epoch=False, batch_size=1)
+        is_written = bool(self._writers) or (self.histograms and is_sharded(pl_module))  # then all ranks gather weights
+        histograms = self._histograms(readings) if is_written else {}
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
             logger.log_metrics({**of_model, **of_layers}, logger_step(trainer))
         self._write_file(trainer)
         if self._writers:
-            write_histograms(self._writers, self._histograms(readings), logger_step(trainer))
+            write_histograms(self._writers, histograms, logger_step(trainer))
 
     def _write_file(self, trainer: pl.Trainer) -> None:
         if self._file is None:
@@ -275,8 +278,9 @@ class QuantMonitor(Callback):
         }
         shown = {name for metric in ("sqnr_weight_db", "weight_scale_drift") for name in self._worst.shown[metric]}
         for row in self._sampler.rows if self._sampler else ():
-            if row.name in shown and row.weight is not None:
-                scales = row.weight_quantizer.compute_scale(row.weight)
+            weight = row.weight if row.name in shown else None
+            if weight is not None:
+                scales = row.weight_quantizer.compute_scale(weight)
                 values[f"weight_scale/{tag(row.name)}"] = scales.cpu()
         return values
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from amct_lightning.callbacks.monitor_metric import usable_clips
 from amct_lightning.graph.plan import find_plan
 from amct_lightning.modules import QATLayer, quantized_layers
-from amct_lightning.modules.folding import current_weight
+from amct_lightning.modules.folding import current_weight, is_sharded
 from amct_lightning.quantizers import ActivationQuantizer, WeightQuantizer
 from amct_lightning.quantizers.functional import activation_scale_offset
 from amct_lightning.quantizers.weight_functional import fake_quantize_weight
@@ -56,7 +56,7 @@ class MonitoredLayer:
 
     @property
     def weight(self) -> Tensor | None:
-        """The weight, or ``None`` where this process does not hold all of it."""
+        """The weight, or ``None`` where it is not there; of a sharded one all processes have to ask for it."""
         weight = current_weight(self.layer, self.weight_name)
         is_whole = type(weight) in (Tensor, nn.Parameter) and weight.numel() > 0
         return weight.detach().float() if is_whole else None
@@ -151,7 +151,8 @@ class Drift:
 
     def _take(self, row: MonitoredLayer) -> None:
         self.clips[row.name] = torch.stack(usable_clips(row.quantizer))
-        weight = row.weight
+        # Gathering a sharded weight takes all ranks, and not all of them may have calibrated the row yet.
+        weight = None if row.quantizer.fresh and is_sharded(row.layer) else row.weight
         if weight is not None:
             self.weight_scales[row.name] = row.weight_quantizer.compute_scale(weight)
         if row.quantizer.fresh:  # the processes have yet to agree on the range, so look once more

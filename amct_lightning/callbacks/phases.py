@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import cast
 
 from torch import Tensor, nn
@@ -123,7 +124,8 @@ class PhaseRunner:
         for name, phase in self.phases.items():
             if phase.held_between_updates and phase.updates and not phase.weights_frozen:
                 for quantizer, weight in weight_quantizers(self.layers[name]):
-                    quantizer.refresh(weight)
+                    if not isinstance(quantizer, LearnedWeightQuantizer):
+                        quantizer.refresh(weight())
 
     def end(self) -> None:
         """Let go of the optimizers and give the batch normalizations back their training mode."""
@@ -202,10 +204,12 @@ class PhaseRunner:
                 held += quantizer.parameters()
             elif isinstance(quantizer, LearnedWeightQuantizer):
                 if phase.weights_frozen or not phase.updates:
-                    quantizer.freeze(weight)
+                    if quantizer.starting:
+                        quantizer.freeze(weight())
                     held += quantizer.parameters()
             elif phase.weights_frozen or phase.held_between_updates or not phase.updates:
-                quantizer.freeze(weight)
+                if not quantizer.frozen:
+                    quantizer.freeze(weight())
             else:
                 quantizer.unfreeze()
 
@@ -228,7 +232,10 @@ def data_quantizers(layer: QATLayer) -> list[ActivationQuantizer]:
     return [layer.get_quantizer(name) for name in layer.activation_quantizers]
 
 
-def weight_quantizers(layer: QATLayer) -> Iterator[tuple[WeightQuantizer, Tensor]]:
-    """Yield the weight quantizers of a layer, each with the weight that it quantizes."""
+def weight_quantizers(layer: QATLayer) -> Iterator[tuple[WeightQuantizer, Callable[[], Tensor]]]:
+    """Yield the weight quantizers of a layer, each with a function that gets the weight it quantizes.
+
+    Getting a sharded weight is a collective, so it is left to those who need it.
+    """
     for name, parameter in layer.weight_quantizers.items():
-        yield getattr(layer, name), current_weight(layer, parameter)
+        yield getattr(layer, name), partial(current_weight, layer, parameter)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
@@ -30,6 +29,13 @@ from amct_lightning.callbacks.inputs import BatchToInput, calls_forward, find_in
 from amct_lightning.callbacks.modes import expect_float, start_shift_search
 from amct_lightning.callbacks.param_groups import ClipGroups
 from amct_lightning.callbacks.schedule import QuantSchedule
+from amct_lightning.callbacks.sharding import (
+    build_layers,
+    check_complete,
+    check_tensor_parallel,
+    present_record,
+    reshard,
+)
 from amct_lightning.callbacks.state import record_text
 from amct_lightning.callbacks.training import Training, epochs_of, show_schedule
 from amct_lightning.config import QuantChoices, RetrainConfig, config_source, load_config
@@ -37,6 +43,7 @@ from amct_lightning.files import check_writable
 from amct_lightning.graph.plan import attach_plan, find_plan, make_plan
 from amct_lightning.graph.trace import InputData
 from amct_lightning.modules import convert_layers, learned_factors, quantized_layers
+from amct_lightning.modules.folding import is_sharded
 from amct_lightning.modules.shift_hook import synchronize_shift_search
 from amct_lightning.report import conversion_report
 
@@ -123,6 +130,7 @@ class QuantRetrainCallback(CheckpointSide):
         self.schedule = schedule if schedule is None else QuantSchedule.of(schedule)
         check_arguments(self)
         self._has_trained = False
+        self._modules: list[nn.Module] = []
         self._max_epochs: int | None = None
         self._groups: ClipGroups | None = None
 
@@ -130,8 +138,7 @@ class QuantRetrainCallback(CheckpointSide):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Convert the model, before its weights are restored, moved or wrapped and optimizers are made."""
         check_neighbours(trainer.callbacks, self)  # type: ignore[attr-defined]
-        if is_overridden("configure_model", pl_module):
-            pl_module.configure_model()  # idempotent by Lightning's contract; the layers must exist now
+        is_to_be_configured = build_layers(trainer, pl_module)
         self._model = find_submodule(pl_module, self.submodule)
         self._record_path = Path(self.record_file or Path(trainer.default_root_dir, "record.txt"))
         self._missing_config = None
@@ -142,6 +149,7 @@ class QuantRetrainCallback(CheckpointSide):
             self._convert(trainer, pl_module, self._model)
         else:
             self._keep(self._model)
+        self._modules = list(pl_module.modules()) if is_to_be_configured else []
         self._is_fitting = stage == "fit"
         # The sanity check and the model summary run the layers before any batch could calibrate them.
         expect_float(self._model, self._is_fitting)
@@ -151,7 +159,8 @@ class QuantRetrainCallback(CheckpointSide):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the clips their own treatment in the optimizers, before their states are restored."""
-        self._require_conversion()
+        check_complete(pl_module, self._modules)
+        check_tensor_parallel(quantized_layers(self._converted()))
         self._max_epochs = epochs_of(trainer)  # before StochasticWeightAveraging adds one
         show_schedule(trainer, self._converted(), self.schedule)
         self._groups = ClipGroups(self._converted(), self.quant_lr_scale, self.quant_weight_decay)
@@ -230,8 +239,9 @@ class QuantRetrainCallback(CheckpointSide):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the record of the final state, which other callbacks may have averaged; all ranks wait for it."""
+        text = present_record(trainer, self._converted()) if self._has_trained else None
         if self._has_trained and trainer.is_global_zero:
-            self.record_saved(record_text(self._converted()))
+            self.record_saved(text)
             warn_unfinished(self._converted(), self._calibration.steps, self._record_path)
         copy_records_of_links(trainer.checkpoint_callbacks)
         self._has_trained = False
@@ -240,7 +250,8 @@ class QuantRetrainCallback(CheckpointSide):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the record of the last good state: the present one, or the last written if that is unusable."""
-        if self._training is not None and trainer.is_global_zero:
+        # With sharded weights all ranks would have to take part, and one of them may be what failed.
+        if self._training is not None and trainer.is_global_zero and not is_sharded(self._converted()):
             with suppress(RuntimeError, OSError):  # a device or disk that failed must not hide the exception itself
                 self.record_saved(record_text(self._converted()))
         if self._training is not None:
@@ -255,6 +266,7 @@ class QuantRetrainCallback(CheckpointSide):
             return
         run, input_data = self._run_and_input(trainer, pl_module, model)
         plan = make_plan(model, config, input_data, run, source, self.allow_reuse, self.search_n)
+        reshard(pl_module)
         plan = with_batches(plan, self.schedule)
         convert_layers(model, plan)
         attach_plan(model, plan)
@@ -279,5 +291,5 @@ class QuantRetrainCallback(CheckpointSide):
         if trainer.sanity_checking:
             return
         synchronize_shift_search(self._converted())
-        if self.search_n and not self._is_fitting and trainer.is_global_zero:
-            self.record_saved(record_text(self._converted()))
+        if self.search_n and not self._is_fitting:
+            self.record_saved(present_record(trainer, self._converted()))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from amct_lightning.callbacks.checks import describe_difference
 from amct_lightning.graph.plan import QuantPlan, attach_plan, find_plan
 from amct_lightning.modules import activation_quantizers, convert_layers, revert_layers
+from amct_lightning.modules.folding import is_sharded
 from amct_lightning.record import QuantRecord
 
 
@@ -49,6 +50,11 @@ def adopt_plan(model: nn.Module, entry: dict[str, Any], source: str, replace: bo
     """
     plan = QuantPlan.from_dict(entry["plan"], source)
     found = find_plan(model)
+    if is_sharded(model) and (found is None or (replace and found[1] != plan)):
+        raise ValueError(
+            f"The checkpoint '{source}' was quantized differently from the model, which is sharded already when this "
+            f"strategy reads a checkpoint. Give QuantRetrainCallback the `config` of the training that wrote it."
+        )
     if found is not None and found[1] != plan and replace:
         revert_layers(model)
         found = None

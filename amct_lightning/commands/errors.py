@@ -92,9 +92,10 @@ def describe(error: Exception) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if isinstance(error, argparse.ArgumentError):
         return _without_noise(text)
-    expected = isinstance(error, (UserError, OSError)) or (
-        type(error) in (ValueError, TypeError, RuntimeError, ImportError, ModuleNotFoundError) and text
-    )
+    # by name: this module does not import Lightning
+    of_lightning = "MisconfigurationException" in (kind.__name__ for kind in type(error).__mro__)
+    usual = of_lightning or type(error) in (ValueError, TypeError, RuntimeError, ImportError, ModuleNotFoundError)
+    expected = isinstance(error, (UserError, OSError)) or (text and usual)
     return text if expected and not _own_frame(error) else f"{type(error).__name__}: {text}"
 
 

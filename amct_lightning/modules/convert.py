@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from amct_lightning.modules.folding import whole_tensor
 from amct_lightning.modules.layers import QATLayer
 from amct_lightning.modules.registry import LAYER_TYPES
 from amct_lightning.modules.shift_hook import install_shift_search, remove_shift_search
@@ -15,6 +16,9 @@ from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantize
 if TYPE_CHECKING:
     from amct_lightning.config import DataConfig, WeightConfig
     from amct_lightning.graph.plan import LayerPlan, QuantPlan
+
+# What DDP (torch 1.7 to 2.13) leaves alone in the module that it wraps: a prototype of torch, without a public name.
+_LEFT_OUT = "_ddp_params_and_buffers_to_ignore"
 
 
 def convert_layers(model: nn.Module, plan: QuantPlan) -> None:
@@ -42,6 +46,35 @@ def convert_layers(model: nn.Module, plan: QuantPlan) -> None:
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # nested tensors cannot be rounded
+    leave_out_of_broadcast(model)
+
+
+def leave_out_of_broadcast(model: nn.Module) -> None:
+    """Spare ``DistributedDataParallel`` the buffers of the quantizers, which it would send around before every forward.
+
+    They follow from parameters and calibrated ranges, which are equal in all processes, so nobody needs to send them.
+    With them, a model without buffers of its own would have two collectives more in every step than in float.
+
+    Args:
+        model: A converted model, or the module around one that is to be wrapped.
+
+    Example:
+        >>> from amct_lightning import prepare_qat
+        >>> model = nn.Sequential(prepare_qat(nn.Sequential(nn.Linear(4, 2)), None, torch.ones(1, 4)))
+        >>> leave_out_of_broadcast(model)
+        >>> "0.0.weight_quantizer.scale" in model._ddp_params_and_buffers_to_ignore
+        True
+    """
+    # A quantizer that layers share has a name in each of them, and any of these may be the one that DDP looks for.
+    names = [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Quantizer)
+        for name in module._buffers
+    ]
+    present = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    others = [name for name in getattr(model, _LEFT_OUT, ()) if name not in names and name in present]
+    setattr(model, _LEFT_OUT, [*others, *names])
 
 
 def revert_layers(model: nn.Module) -> None:
@@ -67,6 +100,7 @@ def revert_layers(model: nn.Module) -> None:
         for attribute in ("calibrates_input", "float_is_expected", "quant_mode"):
             twin.__dict__.pop(attribute, None)
         layer.__class__ = next(kind for kind, entry in LAYER_TYPES.items() if type(layer) is entry.twin)
+    leave_out_of_broadcast(model)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -133,7 +167,7 @@ def _activation_quantizer(config: DataConfig, fixed_min: bool, batch_num: int) -
 
 def _weight_quantizer(layer: nn.Module, parameter: str, config: WeightConfig) -> WeightQuantizer:
     kind = LAYER_TYPES[type(layer)]
-    weight = cast(Tensor, getattr(layer, parameter)).detach()
+    weight = whole_tensor(cast(Tensor, getattr(layer, parameter))).detach()
     channel_wise = bool(config.channel_wise)
     if config.algo == "ulq_retrain":
         elements = kind.scale_elements(layer, weight, channel_wise)
@@ -155,7 +189,7 @@ def _planned_layer(model: nn.Module, name: str) -> nn.Module:
             f"{', '.join(kind.__name__ for kind in LAYER_TYPES)} can be quantized."
         )
     for parameter in LAYER_TYPES[type(layer)].twin.weight_quantizers.values():
-        weight = cast(Tensor, getattr(layer, parameter))
+        weight = whole_tensor(cast(Tensor, getattr(layer, parameter)))
         if not weight.is_meta and not bool(torch.isfinite(weight).all()):
             raise ValueError(
                 f"The weight of layer '{name}' contains NaN or infinite values. Start from a checkpoint whose weights "

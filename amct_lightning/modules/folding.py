@@ -6,6 +6,8 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from amct_lightning.quantizers import WeightQuantizer
 from amct_lightning.quantizers.functional import EPS
@@ -47,6 +49,8 @@ def current_weight(layer: nn.Module, name: str = "weight") -> Tensor:
     Such a layer has the parameter ``weight_orig`` and the buffer ``weight_mask``; its ``weight`` is their product at
     the beginning of the last forward, before the optimizer's last step.
 
+    Of a weight that is sharded the whole is gathered, so that all ranks have to call this.
+
     Args:
         layer: The layer.
         name: Name of the weight.
@@ -61,5 +65,33 @@ def current_weight(layer: nn.Module, name: str = "weight") -> Tensor:
     original = layer._parameters.get(f"{name}_orig")
     mask = layer._buffers.get(f"{name}_mask")
     if original is None or mask is None:
-        return cast(Tensor, getattr(layer, name))
-    return original * mask.to(original.dtype)
+        return whole_tensor(cast(Tensor, getattr(layer, name)))
+    return whole_tensor(original) * mask.to(original.dtype)
+
+
+@torch.no_grad()
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor as it is, or gathered from all ranks if it is sharded; then all ranks have to call this.
+
+    Args:
+        tensor: The tensor.
+
+    Example:
+        >>> whole_tensor(torch.ones(1))
+        tensor([1.])
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether ranks hold parts of the parameters of a model, so that reading a weight is a collective.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> is_sharded(nn.Linear(2, 2))
+        False
+    """
+    parameters, modules = model.parameters(), model.modules()
+    return any(isinstance(p, DTensor) for p in parameters) or any(isinstance(m, FSDPModule) for m in modules)

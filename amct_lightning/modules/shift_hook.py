@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from amct_lightning.modules.folding import deployed_scale
+from amct_lightning.modules.folding import current_weight, deployed_scale
 from amct_lightning.modules.layers import QATLayer
 from amct_lightning.quantizers import ShiftSearch
 
@@ -20,7 +20,7 @@ def install_shift_search(layer: QATLayer, batch_norm: nn.Module | None) -> None:
         layer: A quantized convolution or linear layer.
         batch_norm: The BatchNorm.
     """
-    weight = cast(Tensor, layer.weight)
+    weight = current_weight(layer)
     channels = deployed_scale(layer.weight_quantizer, weight, batch_norm).numel()
     layer.shift_search = ShiftSearch(channels).to(weight.device)
     (batch_norm or layer).register_forward_hook(_ShiftHook(layer, batch_norm))
@@ -81,6 +81,6 @@ class _ShiftHook:
             if not search.stale:
                 search.stale = True
         elif not self.layer.runs_in_float:
-            weight = cast(Tensor, self.layer.weight)
+            weight = current_weight(self.layer)
             scale = deployed_scale(self.layer.weight_quantizer, weight, self.batch_norm)
             search.update(output, scale * self.layer.input_quantizer.scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,12 @@ class Quantizer(nn.Module):
     ``strict=True``. A checkpoint that has only part of a quantizer's state is still an error.
 
     A quantizer that leaves the meta device, where its values were lost, starts afresh.
+
+    Attributes:
+        keeps_whole: Tells strategies that shard parameters to leave those of a quantizer whole on every rank.
     """
+
+    keeps_whole: ClassVar[bool] = True
 
     def reset_parameters(self) -> None:
         """Set the state to what it is before training."""

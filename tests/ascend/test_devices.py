@@ -1,4 +1,4 @@
-"""Choosing devices, and what is said where there are none. These tests need no NPU."""
+"""Choosing devices, and what is said where there are none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from lightning.pytorch.strategies import StrategyRegistry
 from amct_lightning.ascend import AscendStrategy, NPUAccelerator, NPUUnavailableError
 from amct_lightning.ascend.devices import open_problem, parse_device_ids, unavailable_reason
 from amct_lightning.ascend.registration import register
-from tests.ascend.training import make_trainer
+from tests.ascend.training import Net, fit, loader, make_trainer
+from tests.ascend_sim.equipment import prepare
+from tests.ascend_sim.plugin import require
 
 ROOT = Path(__file__).parents[2]
 TORCH = torch.__version__.split("+")[0]
@@ -109,17 +111,30 @@ def test_a_busy_device_is_explained() -> None:
     assert len(text) < 800
 
 
+IMPORT = """
+import sys
+started = []
+sys.addaudithook(lambda event, arguments: started.append(arguments) if event.startswith("subprocess") else None)
+import amct_lightning.ascend
+from lightning.fabric.accelerators import ACCELERATOR_REGISTRY
+from lightning.fabric.strategies import STRATEGY_REGISTRY
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
+from tests.ascend.training import CPU, fit
+from pathlib import Path
+fit(Path(sys.argv[1]), quantize=True, max_steps=1, **CPU)
+assert "torch_npu" not in sys.modules
+assert not [arguments for arguments in started if "npu" in str(arguments)], started
+assert "npu" in AcceleratorRegistry and "ascend" in StrategyRegistry
+assert "npu" in ACCELERATOR_REGISTRY and "ascend" in STRATEGY_REGISTRY.available_strategies()
+"""
+
+
 def test_importing_the_package_makes_the_names_known_and_does_not_import_torch_npu(tmp_path: Path) -> None:
+    """Nor does training on the CPU, and nobody asks ``npu-smi``."""
     install(tmp_path, "raise SystemExit('imported')")
-    script = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "import amct_lightning.ascend\n"
-        "from lightning.pytorch.accelerators import AcceleratorRegistry\n"
-        "from lightning.pytorch.strategies import StrategyRegistry\n"
-        "assert 'torch_npu' not in sys.modules\n"
-        "assert 'npu' in AcceleratorRegistry and 'ascend' in StrategyRegistry\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, env={"OMP_NUM_THREADS": "1"})
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    subprocess.run([sys.executable, "-c", IMPORT, str(tmp_path)], check=True, cwd=ROOT, env=environment)
 
 
 def test_names_can_be_registered_again() -> None:
@@ -133,6 +148,66 @@ def test_another_accelerator_with_the_strategy_is_refused(tmp_path: Path) -> Non
     for name in ("cpu", "auto"):
         with pytest.raises(MisconfigurationException, match=r"CPUAccelerator.*accelerator='npu'"):
             make_trainer(tmp_path, accelerator=name, strategy="ascend")
+
+
+WITHOUT_CANN = """
+import sys
+from pathlib import Path
+from amct_lightning.ascend import NPUAccelerator, NPUUnavailableError
+from tests.ascend.training import Net, fit, loader, make_trainer
+from tests.ascend_sim.equipment import prepare
+from tests.ascend_sim.plugin import require
+assert not NPUAccelerator.is_available()
+try:
+    make_trainer(Path(sys.argv[1]), accelerator="npu", devices=1, strategy="ascend")
+except NPUUnavailableError as error:
+    print(error)
+"""
+
+
+def test_the_real_wheel_without_cann_names_the_script_to_source(tmp_path: Path) -> None:
+    """What a user sees who forgot to set CANN's environment: its libraries are not found.
+
+    torch imports torch_npu by itself and fails at once, unless it is told not to.
+    """
+    require()
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{prepare().site}:{ROOT}"}
+
+    def run(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment | variables, capture_output=True, text=True, check=False
+        )
+
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in run("import torch").stderr
+    done = run(WITHOUT_CANN, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert "source /usr/local/Ascend/ascend-toolkit/set_env.sh" in done.stdout, done.stderr
+    assert "cannot open shared object file" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "visible",
+    [
+        pytest.param("7", marks=pytest.mark.npu(env={"ASCEND_RT_VISIBLE_DEVICES": "7"})),
+        pytest.param("", marks=pytest.mark.npu(env={"ASCEND_RT_VISIBLE_DEVICES": ""})),
+    ],
+)
+def test_no_visible_device_is_explained(tmp_path: Path, visible: str) -> None:
+    """There are two, and the variable hides them."""
+    assert not NPUAccelerator.is_available()
+    with pytest.raises(NPUUnavailableError, match="no NPU is visible") as caught:
+        make_trainer(tmp_path, accelerator="npu", devices=1, strategy="ascend")
+    for text in (f"ASCEND_RT_VISIBLE_DEVICES={visible!r}", "npu-smi info", "unset ASCEND_RT_VISIBLE_DEVICES"):
+        assert text in str(caught.value)
+
+
+@pytest.mark.npu(env={"SIM_NPU_BUSY": "1"})
+def test_a_device_in_use_elsewhere_is_explained(tmp_path: Path) -> None:
+    assert fit(tmp_path, max_steps=1, accelerator="npu", strategy="ascend", devices=[0])[0]
+    trainer = make_trainer(tmp_path, accelerator="npu", strategy="ascend", devices=[1])
+    with pytest.raises(NPUUnavailableError, match=r"npu:1 could not be opened: it is busy.*ACL error 507033") as caught:
+        trainer.fit(Net(), loader())
+    assert "export ASCEND_RT_VISIBLE_DEVICES=<id>" in str(caught.value)
 
 
 def install(folder: Path, code: str, version: str | None = None) -> None:

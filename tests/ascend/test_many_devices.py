@@ -251,37 +251,3 @@ def check_without_torch_npu(checkpoint: Path) -> None:
     restored = Net.load_from_checkpoint(checkpoint, strict=False)
     expected: Tensor = state["state_dict"]["net.4.weight"]
     assert torch.equal(restored.net[4].weight, expected)
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-from amct_lightning.ascend import AscendStrategy
-from tests.ascend.training import fit
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    strategy = AscendStrategy(start_method=sys.argv[2], hccl_connect_timeout=200)
-    losses, trainer = fit(folder, quantize=True, accelerator="npu", devices=2, strategy=strategy)
-    if trainer.global_rank == 0:
-        torch.save({"weights": trainer.lightning_module.state_dict()}, folder / "result.pt")
-        print("metrics", float(trainer.callback_metrics["val_loss"]))
-"""
-
-
-def test_processes_started_by_the_strategy_train_the_same(npu_run: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(SCRIPT)
-    results = []
-    for method in ("popen", "spawn"):
-        (tmp_path / method).mkdir()
-        (result,) = npu_run(tmp_path / "train.py", tmp_path / method, method, devices=2)
-        assert "metrics " in result.output
-        results.append(torch.load(tmp_path / method / "result.pt", weights_only=True)["weights"])
-    popen, spawn = results
-    assert popen.keys() >= spawn.keys()  # the parent of spawned processes has the float model, with trained weights
-    for name in ("net.0.weight", "net.4.weight"):
-        assert popen[name].device.type == "cpu"
-        assert torch.equal(popen[name], spawn[name])
-        assert not torch.equal(popen[name], Net().state_dict()[name])
-    assert (tmp_path / "popen" / "r.txt").read_bytes() == (tmp_path / "spawn" / "r.txt").read_bytes()

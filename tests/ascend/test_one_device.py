@@ -85,7 +85,6 @@ def test_the_device_of_a_module_follows_the_method_npu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", [*MIXED, "bf16-true", "16-true"])
-@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 def test_precision_has_the_effect_it_has_on_the_cpu(tmp_path: Path, precision: Any) -> None:
     dtypes: set[torch.dtype] = set()
 
@@ -109,7 +108,6 @@ def test_precision_has_the_effect_it_has_on_the_cpu(tmp_path: Path, precision: A
         assert losses != exact
 
 
-@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 def test_a_step_with_infinite_gradients_is_skipped_and_the_scale_is_kept_in_checkpoints(tmp_path: Path) -> None:
     weights: list[Tensor] = []
 
@@ -219,9 +217,16 @@ def test_without_the_strategy_the_trainer_refuses_instead_of_using_the_cpu(tmp_p
         trainer.fit(Net(), loader())
 
 
-def test_mixed_precision_for_cuda_is_refused_where_the_strategy_is_not_ours(tmp_path: Path) -> None:
-    strategy = SingleDeviceStrategy(torch.device("npu:0"))
+class OwnStrategy(SingleDeviceStrategy):
+    """A strategy that somebody made for themselves."""
+
+
+def test_a_strategy_of_the_user_is_not_refused_but_mixed_precision_for_cuda_is(tmp_path: Path) -> None:
+    strategy = OwnStrategy(torch.device("npu:0"))
+    trainer = make_trainer(tmp_path, max_steps=1, accelerator="npu", devices=1, strategy=strategy)
+    trainer.fit(Net(), loader())
     plugin = MixedPrecision("bf16-mixed", "cuda")
+    strategy = OwnStrategy(torch.device("npu:0"))
     trainer = make_trainer(tmp_path, accelerator="npu", devices=1, strategy=strategy, plugins=[plugin])
     with pytest.raises(MisconfigurationException, match=r"'bf16-mixed' would have no effect.*strategy='ascend'"):
         trainer.fit(Net(), loader())

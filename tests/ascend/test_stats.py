@@ -1,4 +1,4 @@
-"""Reading what ``npu-smi info`` prints; the tables have the layout of Atlas A2 and A3 and of an inference card."""
+"""Reading what ``npu-smi info`` prints; the tables have the layouts of several generations of devices and drivers."""
 
 from __future__ import annotations
 
@@ -48,6 +48,31 @@ INFERENCE = """\
 | 8       310P3             | OK              | NA           41                0     / 0             |
 | 0       0                 | 0000:08:00.0    | 0            1500 / 21534                            |
 """
+OLDER = """\
++-------------------------------------------------------------------------------------------+
+| NPU     Name                    | Health          | Power(W)          Temp(C)             |
+| Chip                            | Bus-Id          | AICore(%)         Memory-Usage(MB)    HBM-Usage(MB) |
++=================================+=================+=======================================+
+| 2       910A                    | OK              | 68.9              39                  |
+| 0                               | 0000:C1:00.0    | 3                 1131 / 15137        2 / 32768 |
+"""
+SMALL = """\
+| NPU     Name       | Health     | Power(W)   Temp(C)        Hugepages-Usage(page) |
+| Chip    Device     | Bus-Id     | AICore(%)  Memory-Usage(MB)                     |
+| 0       310        | OK         | 12.8       47             0    / 970            |
+| 0       0          | 0000:07:00.0 | 0        457  / 8192                          |
+| 0       310        | OK         | 12.8       51             0    / 970            |
+| 1       1          | 0000:08:00.0 | 4        458  / 8192                          |
+| No running processes found in NPU 0                                              |
+"""
+LOST = """\
+| NPU   Name                | Health        | Power(W)    Temp(C)           Hugepages-Usage(page)|
+| Chip                      | Bus-Id        | AICore(%)   Memory-Usage(MB)  HBM-Usage(MB)        |
+| 0     910B3               | Critical      | NA          NA                NA   / NA            |
+| 0                         | NA            | NA          NA   / NA         NA   / NA            |
+| 1     910B3               | OK            | 90.1        44                0    / 0             |
+| 0                         | 0000:01:00.0  | 5           0    / 0          3300 / 65536         |
+"""
 KEYS = ("npu.utilization (%)", "npu.temperature (°C)", "npu.power (W)", "npu.hbm_used (MB)", "npu.hbm_total (MB)")
 
 
@@ -75,7 +100,28 @@ def test_a_card_without_hbm_reports_its_memory() -> None:
     }
 
 
-@given(st.one_of(st.text(), st.lists(st.sampled_from((A2 + A3).splitlines())).map("\n".join)))
+def test_older_drivers_have_other_columns() -> None:
+    (chip,) = parse_npu_smi(OLDER)
+    assert chip == dict(zip(KEYS, (3.0, 39.0, 68.9, 2.0, 32768.0), strict=True))
+
+
+def test_a_name_of_digits_is_no_bus_address_and_a_message_is_no_device() -> None:
+    assert [chip["npu.temperature (°C)"] for chip in parse_npu_smi(SMALL)] == [47.0, 51.0]
+    assert [chip["npu.hbm_used (MB)"] for chip in parse_npu_smi(SMALL)] == [457.0, 458.0]
+
+
+def test_a_device_that_does_not_answer_keeps_its_place() -> None:
+    lost, present = parse_npu_smi(LOST)
+    assert lost == {}
+    assert present["npu.temperature (°C)"] == 44.0
+
+
+@pytest.mark.parametrize("text", ["", "dcmi model initialized failed, because the device is used.\n", "| 0 | 1 |"])
+def test_what_is_no_table_gives_nothing(text: str) -> None:
+    assert parse_npu_smi(text) == []
+
+
+@given(st.one_of(st.text(), st.lists(st.sampled_from((A2 + A3 + OLDER + SMALL + LOST).splitlines())).map("\n".join)))
 def test_no_output_is_an_error(text: str) -> None:
     for chip in parse_npu_smi(text):
         assert set(chip) <= set(KEYS)
