@@ -72,11 +72,10 @@ def ifmr(
         raise ValueError("Calibration got no values: every observed batch is empty.")
     upper = _kth_largest(values, max_percentile).clamp(min=0)
     lower = -_kth_largest([-v for v in values], min_percentile).clamp(min=0)
-    ratios = torch.arange(*search, dtype=torch.float32).to(values[0].device)
     if symmetric:
-        high, low, scale = _symmetric_candidates(ratios, upper, lower, num_bits)
+        high, low, scale = _symmetric_candidates(search, upper, lower, num_bits)
     else:
-        high = ratios * upper
+        high = _scaled(upper, search)
         low = lower.expand_as(high)
         scale = (high - low) / (2**num_bits - 1)
     scale = torch.where(scale < EPS, 1.0, scale)
@@ -85,10 +84,20 @@ def ifmr(
     return _result(best, lower, losses, num_bits, symmetric)
 
 
-def _symmetric_candidates(ratios: Tensor, upper: Tensor, lower: Tensor, num_bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    negative = (upper.abs() < lower.abs()).to(ratios.dtype)
-    high = ratios * torch.maximum(upper.abs(), lower.abs())
+def _symmetric_candidates(
+    search: tuple[float, float, float], upper: Tensor, lower: Tensor, num_bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    negative = (upper.abs() < lower.abs()).to(upper.dtype)
+    high = _scaled(torch.maximum(upper.abs(), lower.abs()), search)
     return high, -high, high / (half_range(num_bits) - 1 + negative)
+
+
+def _scaled(end: Tensor, search: tuple[float, float, float]) -> Tensor:
+    """Return an end of the range times all ratios, 1-d."""
+    # The ratios are the numbers that torch gives on a CPU. They reach the device as arguments of an operator: a copy of
+    # a tensor would stop the host until the device has done all that it was given before.
+    ratios = torch.arange(*search, dtype=torch.float32, device="cpu").tolist()
+    return torch.stack(torch._foreach_mul([end] * len(ratios), ratios))
 
 
 def _result(scale: Tensor, lower: Tensor, losses: Tensor, num_bits: int, symmetric: bool) -> IfmrResult:
