@@ -43,6 +43,7 @@ from amct_lightning.files import check_writable
 from amct_lightning.graph.plan import attach_plan, find_plan, make_plan
 from amct_lightning.graph.trace import InputData
 from amct_lightning.modules import convert_layers, learned_factors, quantized_layers
+from amct_lightning.modules.convert import leave_out_of_broadcast
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.modules.shift_hook import synchronize_shift_search
 from amct_lightning.report import conversion_report
@@ -149,6 +150,7 @@ class QuantRetrainCallback(CheckpointSide):
             self._convert(trainer, pl_module, self._model)
         else:
             self._keep(self._model)
+        leave_out_of_broadcast(pl_module)  # the module that DDP wraps
         self._modules = list(pl_module.modules()) if is_to_be_configured else []
         self._is_fitting = stage == "fit"
         # The sanity check and the model summary run the layers before any batch could calibrate them.

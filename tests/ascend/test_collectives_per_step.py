@@ -144,6 +144,14 @@ def test_a_step_has_no_more_collectives_than_that_of_the_float_model(folder: Pat
 
 
 @two_ranks
+def test_a_part_that_is_quantized_alone_adds_no_collective(folder: Path) -> None:
+    floating, _ = count(folder, Mlp, [])
+    callback = QuantRetrainCallback(record_file=folder / "r.txt", submodule="net", input_data=torch.ones(2, 2, 4, 4))
+    quantized, _ = count(folder, Mlp, [callback])
+    assert [quantized[step].calls for step in STEADY] == [floating[step].calls for step in STEADY]
+
+
+@two_ranks
 def test_the_end_of_the_calibration_has_one_collective_more(folder: Path) -> None:
     floating, _ = count(folder, Net, [])
     quantized, model = count(folder, Net, [QuantRetrainCallback(record_file=folder / "r.txt")])
