@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import yaml
 
 from amct_lightning import QuantRecord
+from amct_lightning.cli import main
 from tests.ascend.launching import Ended, run_job
 from tests.cli.conftest import MODULE
 
@@ -56,15 +56,17 @@ def test_two_devices_by_options_and_by_yaml(npu_run: Any, folder: Path) -> None:
     assert saved["trainer"]["accelerator"] == "npu"
 
 
-def test_without_torch_npu_there_is_one_message(folder: Path) -> None:
-    done = subprocess.run(
-        [*COMMAND, "fit", "--config=run.yaml"], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
+def test_without_torch_npu_there_is_one_message(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert "torch_npu" not in sys.modules
+    monkeypatch.chdir(folder)
+    assert main(["fit", "--config=run.yaml"]) == 2
+    printed = capfd.readouterr().err
     assert (
         "fit: error: accelerator='npu' cannot be used. torch_npu, PyTorch's backend for Ascend NPUs, is not installed"
-        in done.stderr
+        in printed
     )
-    assert "pip install torch_npu==" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "pip install torch_npu==" in printed
+    assert "Traceback" not in printed
     assert not list(folder.glob("*.txt"))

@@ -31,12 +31,15 @@ mixed precision for CUDA
     test_precision.py::test_steps_whose_gradients_overflow_are_skipped_for_weights_and_factors
     test_settings.py::test_the_choice_of_lightning_is_replaced_by_the_twin_for_npus
     test_fabric.py::test_mixed_precision_casts_on_the_npu
+    test_fsdp_setups.py::test_precision
 communication hooks
     test_many_devices.py::test_communication_hooks_compress_gradients
 ModelParallelStrategy binds the process group to a device
     test_facts_devices.py::test_the_model_parallel_strategy_of_lightning_fails_loudly
     test_facts_devices.py::test_the_model_parallel_strategy_of_lightning_is_refused_on_one_device
     test_many_devices.py::test_decisions_objects_and_further_groups
+    test_fsdp.py::test_losses_and_record_are_those_of_copies
+    test_fsdp_checkpoints.py::test_a_resumed_training_is_the_uninterrupted_one
 FSDPStrategy
     test_facts_devices.py::test_fsdp_of_lightning_is_refused_when_the_trainer_is_made
 random generators
@@ -94,7 +97,7 @@ nothing changes without an NPU
 
 from __future__ import annotations
 
-import subprocess
+import ast
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -125,21 +128,13 @@ def test_every_place_has_tests_and_every_test_named_here_exists() -> None:
     assert len(facts()) == 25
     assert all(facts().values())
     named = {test for tests in facts().values() for test in tests}
-    files = sorted({test.partition("::")[0] for test in named})
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--collect-only",
-        "-q",
-        "-o",
-        "addopts=",
-        "-p",
-        "no:cacheprovider",
-        *files,
-    ]
-    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert named - {line.partition("[")[0] for line in collected} == set()
+    for test in named:
+        file, _, name = test.partition("::")
+        functions = [
+            node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)
+        ]
+        assert name in functions, test
+        assert name.startswith("test_")
 
 
 class BeforeTheFirstStep(pl.Callback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -143,12 +143,15 @@ def resume_on_one(folder: str) -> list[float]:
     return run(Path(folder), CNN(), ckpt_path=Path(folder) / "folder.ckpt", **settings)[0]
 
 
-def test_other_machines_go_on_from_folders_and_files(npu_run: Callable[..., Any], tmp_path: Path) -> None:
+def test_other_machines_go_on_from_folders_and_files(
+    npu_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     npu_run(save_both, str(tmp_path), devices=2, nproc=2)
     (on_one,) = npu_run(resume_on_one, str(tmp_path), devices=1)
     assert "torch_npu" not in sys.modules
-    consolidate = [sys.executable, "-m", "lightning.pytorch.utilities.consolidate_checkpoint"]
-    subprocess.run([*consolidate, tmp_path / "folder.ckpt", "--output_file", tmp_path / "one.ckpt"], check=True)
+    arguments = ["consolidate", str(tmp_path / "folder.ckpt"), "--output_file", str(tmp_path / "one.ckpt")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_module("lightning.pytorch.utilities.consolidate_checkpoint", run_name="__main__")
     for name in ("file.ckpt", "one.ckpt"):
         model = load_qat_checkpoint(CNN(), tmp_path / name)
         assert all(tensor.device.type == "cpu" for tensor in model.state_dict().values())

@@ -14,7 +14,7 @@ import torch
 from amct_lightning import QuantRecord
 from tests.examples.running import ONE_THREAD, command, fit, run
 
-SHORT = ["--epochs", "3", "--qat-epochs", "3"]
+SHORT = ["--epochs", "2", "--qat-epochs", "2"]
 FORKING = Path(__file__).with_name("forking.py")
 PHASES = ("fp32", "int8", "a4w4")
 
@@ -41,7 +41,7 @@ def test_a_yaml_file_quantizes_the_float_checkpoint_of_the_demo_equal_to_the_bit
 ) -> None:
     out, _, _ = uninterrupted
     weights = f"--model.init_args.float_weights={out / 'fp32' / 'last.ckpt'}"
-    fit(monkeypatch, tmp_path, "digits_finetune", weights, "--trainer.max_epochs=3")
+    fit(monkeypatch, tmp_path, "digits_finetune", weights, "--trainer.max_epochs=2")
     record = tmp_path / "runs" / "digits_finetune" / "record.txt"
     assert record.read_bytes() == (out / "int8.record.txt").read_bytes()
 

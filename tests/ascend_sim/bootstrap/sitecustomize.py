@@ -45,5 +45,22 @@ class _TorchNpuFinder(MetaPathFinder):
             raise ImportError("the kernels of the simulated NPU could not be installed; the reason is on stderr")
 
 
+def _hide(names: Sequence[str]) -> None:
+    """Let packages look as if they were not installed: those that use them where they are there start sooner."""
+    from importlib import metadata
+
+    find = metadata.distribution
+
+    def distribution(name: str) -> metadata.Distribution:
+        if name in names:
+            raise metadata.PackageNotFoundError(name)
+        return find(name)
+
+    metadata.distribution = distribution
+    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]  # importing None is a ModuleNotFoundError
+
+
+if "SIM_HIDE" in os.environ:
+    _hide(os.environ["SIM_HIDE"].split(","))
 if "SIM_NPU_LIBRARIES" in os.environ:
     sys.meta_path.insert(0, _TorchNpuFinder(Path(os.environ["SIM_NPU_LIBRARIES"])))
