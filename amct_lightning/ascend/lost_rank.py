@@ -44,9 +44,10 @@ class LostRank:
     def _end(self) -> None:
         if self._out.wait(self._patience):
             return
-        self.saving.acquire(timeout=_LONGEST_SAVING)  # what is being written to a file is finished
+        waited = self.saving.acquire(timeout=_LONGEST_SAVING)  # what is being written to a file is finished
         if self._out.is_set():
-            self.saving.release()
+            if waited:
+                self.saving.release()
             return
         end_process(f"{self.message}\nThis process ends too: it would wait for that rank.")
 
