@@ -78,7 +78,11 @@ def test_learned_weight_scales_stay_whole_and_are_trained_alike(folders: tuple[P
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_clipped_gradients_are_those_of_the_whole_model(folders: tuple[Path, Path], algorithm: str) -> None:
     limit = {"norm": 0.3, "value": 0.01}[algorithm]
-    both(folders, lambda: CNN("sgd"), gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
+    trainer = both(folders, lambda: CNN("sgd"), gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
+    unclipped, _ = run(folders[1], CNN("sgd"))
+    clipped = [loss.item() for loss in trainer.lightning_module.losses]
+    assert clipped[0] == unclipped[0]  # before the first update
+    assert largest_difference(clipped, unclipped) > 1e-3  # the limit was reached
 
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"fused": True}])
@@ -93,7 +97,9 @@ def test_batch_normalization_can_be_synchronised(folders: tuple[Path, Path]) -> 
 
 
 def test_gradients_accumulate(folders: tuple[Path, Path]) -> None:
-    both(folders, CNN, quantize=ULQ, accumulate_grad_batches=3, max_epochs=3)
+    trainer = both(folders, CNN, quantize=ULQ, accumulate_grad_batches=3, max_epochs=3)
+    assert len(trainer.lightning_module.losses) == 12
+    assert trainer.global_step == 6  # after 3 batches, and after the one that is left of each epoch
 
 
 def test_units_by_class_name_size_and_function(folders: tuple[Path, Path]) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from amct_lightning.ascend import AscendClusterEnvironment, AscendStrategy
 from tests.ascend.cluster_tables import SCHEDULER_VARIABLES, table, write
 from tests.ascend.launched import train
-from tests.ascend.launching import Ended, check_files, losses, run_job, script
+from tests.ascend.launching import TORCHRUN, Ended, check_files, losses, run_job, script
 from tests.ascend.training import NPU, Net, fit, loader, make_trainer
 from tests.ascend_sim.processes import free_ports
 
@@ -40,13 +40,14 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Started:
         "popen": script(folder / "popen"),
         "spawn": script(folder / "spawn", start_method="spawn"),
         "fork": script(folder / "fork", start_method="fork"),
+        "torchrun": script(folder / "torchrun", *TORCHRUN),
     }
     with ThreadPoolExecutor(2) as pool:
         ended = dict(zip(commands, pool.map(run_job, commands.values()), strict=True))
     return lambda method: (folder / method, ended[method])
 
 
-@pytest.mark.parametrize("method", ["popen", "spawn", "fork"])
+@pytest.mark.parametrize("method", ["popen", "spawn", "fork", "torchrun"])
 def test_every_way_to_start_trains_the_same(npu_run: Callable[..., Any], started: Started, method: str) -> None:
     folder, job = started(method)
     reference, _ = started("popen")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from amct_lightning import QuantRecord
 
 SCRIPT = """
@@ -20,7 +22,7 @@ from amct_lightning import QuantRetrainCallback, RetrainConfig
 from amct_lightning.modules import calibration, activation_quantizers
 from tests.callbacks.conftest import Net, loader
 
-out = Path(sys.argv[1])
+out, batch_num = Path(sys.argv[1]), int(sys.argv[2])
 collectives = []
 reduce = calibration.dist.all_reduce
 
@@ -39,7 +41,7 @@ class Compare(pl.Callback):
         self.steps.append(torch.equal(*both))
 
 config = RetrainConfig.default(Net(), torch.zeros(1, 2, 4, 4))
-config.batch_num = 2
+config.batch_num = batch_num
 callback = QuantRetrainCallback(config, out / "r.txt")
 saved = []
 record_saved = callback.record_saved
@@ -58,11 +60,12 @@ trainer.save_checkpoint(out / "a.ckpt")
 """
 
 
-def test_two_processes_agree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_num", [1, 2])
+def test_two_processes_agree(tmp_path: Path, batch_num: int) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     finished = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
+        [sys.executable, str(script), str(tmp_path), str(batch_num)],
         capture_output=True,
         text=True,
         check=False,
