@@ -4,6 +4,7 @@
 # and with the other order jsonargparse reads `limit_train_batches=1` as 1.0, which is all batches.
 import lightning.pytorch  # noqa: F401
 
+from amct_lightning.amct.migrate import convert_amct_state_dict
 from amct_lightning.api import (
     create_quant_retrain_config,
     create_quant_retrain_model,
@@ -12,9 +13,8 @@ from amct_lightning.api import (
 )
 from amct_lightning.ascend import AscendFSDPStrategy, AscendStrategy, NPUAccelerator
 from amct_lightning.callbacks import QuantMonitor, QuantRetrainCallback, QuantSchedule
-from amct_lightning.callbacks.loading import load_qat_checkpoint
+from amct_lightning.callbacks.checkpoints.loading import load_qat_checkpoint
 from amct_lightning.config import QuantChoices, RetrainConfig
-from amct_lightning.migrate import convert_amct_state_dict
 from amct_lightning.modules import quantized_layers
 from amct_lightning.modules.calibration import calibrate
 from amct_lightning.record import QuantRecord

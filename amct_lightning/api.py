@@ -11,16 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from amct_lightning.amct.data_parallel import unwrap, wrap_like
+from amct_lightning.amct.plain_hooks import install_hooks
+from amct_lightning.amct.restore import read_checkpoint, restore_state, select_state_dict
 from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config
-from amct_lightning.data_parallel import unwrap, wrap_like
 from amct_lightning.files import check_writable, write_text
 from amct_lightning.graph.float_model import check_float_model
 from amct_lightning.graph.plan import attach_plan, make_plan
 from amct_lightning.graph.trace import InputData
 from amct_lightning.modules import convert_layers
-from amct_lightning.plain_hooks import install_hooks
 from amct_lightning.report import conversion_report
-from amct_lightning.restore import read_checkpoint, restore_state, select_state_dict
 
 _logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
-from amct_lightning.migrate import abbreviate
-from amct_lightning.restore import read_checkpoint
+from amct_lightning.amct.migrate import abbreviate
+from amct_lightning.amct.restore import read_checkpoint
 
 CHECKPOINT_KEY = "amct_lightning"
 """Entry of a checkpoint that holds the plan, the calibration state and the record."""

@@ -5,10 +5,10 @@ when an NPU is asked for.
 """
 
 from amct_lightning.ascend.accelerator import NPUAccelerator
-from amct_lightning.ascend.cluster import AscendClusterEnvironment
+from amct_lightning.ascend.cluster.environment import AscendClusterEnvironment
 from amct_lightning.ascend.devices import NPUUnavailableError
 from amct_lightning.ascend.fabric import AscendFabricStrategy
-from amct_lightning.ascend.fsdp import AscendFSDPStrategy
+from amct_lightning.ascend.fsdp.strategy import AscendFSDPStrategy
 from amct_lightning.ascend.precision import NPUPrecision
 from amct_lightning.ascend.registration import register
 from amct_lightning.ascend.strategy import AscendStrategy

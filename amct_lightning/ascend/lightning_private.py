@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from amct_lightning.ascend.devices import npu
-from amct_lightning.ascend.launchers import ProcessLauncher, ScriptLauncher
+from amct_lightning.ascend.processes.launchers import ProcessLauncher, ScriptLauncher
 
 
 def process_launcher(strategy: ParallelStrategy, method: Literal["spawn", "fork", "forkserver"]) -> _Launcher:

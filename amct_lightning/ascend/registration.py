@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from amct_lightning.ascend.accelerator import NPUAccelerator
 from amct_lightning.ascend.fabric import AscendFabricStrategy
-from amct_lightning.ascend.fsdp import AscendFSDPStrategy
+from amct_lightning.ascend.fsdp.strategy import AscendFSDPStrategy
 from amct_lightning.ascend.strategy import AscendStrategy
 
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from amct_lightning.ascend.accelerator import NPUAccelerator
-from amct_lightning.ascend.cluster import AscendClusterEnvironment
+from amct_lightning.ascend.cluster.environment import AscendClusterEnvironment
 from amct_lightning.ascend.collectives import ReduceName, gather, reduce_tensor
 from amct_lightning.ascend.hccl import HCCLSettings
 from amct_lightning.ascend.options import NPUOptions
-from amct_lightning.ascend.peers import Peers, connect_peers
 from amct_lightning.ascend.precision import npu_precision
+from amct_lightning.ascend.processes.peers import Peers, connect_peers
 from amct_lightning.ascend.tensors import explained_errors, generator_state, on_cpu, resume_rng, set_generator_state
 
 RNG_KEY = "npu_rng_states"

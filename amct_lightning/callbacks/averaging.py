@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from amct_lightning.callbacks.phases import BATCH_NORMS, PhaseRunner
+from amct_lightning.callbacks.schedule.phases import BATCH_NORMS, PhaseRunner
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, Quantizer
 
 _BOOKS = ("calibrated_batches", "initialized", "scale_frozen")

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from amct_lightning.callbacks.schedule import QuantSchedule
+from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.config import ConfigLike, QuantChoices, RetrainConfig, load_config
 from amct_lightning.graph.plan import QuantPlan, find_plan
 from amct_lightning.modules import activation_quantizers

@@ -12,8 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from amct_lightning.callbacks.checkpoint_io import copy_records_of_links
-from amct_lightning.callbacks.checkpoint_side import CheckpointSide
+from amct_lightning.callbacks.checkpoints.io import copy_records_of_links
+from amct_lightning.callbacks.checkpoints.side import CheckpointSide
+from amct_lightning.callbacks.checkpoints.state import record_text
 from amct_lightning.callbacks.checks import (
     check_arguments,
     check_neighbours,
@@ -28,7 +29,7 @@ from amct_lightning.callbacks.checks import (
 from amct_lightning.callbacks.inputs import BatchToInput, calls_forward, find_input
 from amct_lightning.callbacks.modes import expect_float, start_shift_search
 from amct_lightning.callbacks.param_groups import ClipGroups
-from amct_lightning.callbacks.schedule import QuantSchedule
+from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.sharding import (
     build_layers,
     check_complete,
@@ -36,7 +37,6 @@ from amct_lightning.callbacks.sharding import (
     present_record,
     reshard,
 )
-from amct_lightning.callbacks.state import record_text
 from amct_lightning.callbacks.training import Training, epochs_of, show_schedule
 from amct_lightning.config import QuantChoices, RetrainConfig, config_source, load_config
 from amct_lightning.files import check_writable

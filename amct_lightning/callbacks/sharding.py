@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from amct_lightning.callbacks.state import record_text
+from amct_lightning.callbacks.checkpoints.state import record_text
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.modules.registry import LAYER_TYPES
 

@@ -14,9 +14,9 @@ from amct_lightning.callbacks.averaging import Averages
 from amct_lightning.callbacks.calibration_count import CalibrationCount
 from amct_lightning.callbacks.modes import compile_anew
 from amct_lightning.callbacks.nonfinite import NonfiniteWatch
-from amct_lightning.callbacks.phases import PhaseRunner
-from amct_lightning.callbacks.schedule import Phase, Position, QuantSchedule
-from amct_lightning.callbacks.schedule_table import schedule_table
+from amct_lightning.callbacks.schedule.phases import PhaseRunner
+from amct_lightning.callbacks.schedule.schedule import Phase, Position, QuantSchedule
+from amct_lightning.callbacks.schedule.table import schedule_table
 from amct_lightning.modules import quantized_layers
 
 PHASE_METRIC = "quant_phase"

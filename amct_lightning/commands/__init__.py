@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from amct_lightning.commands.base import Command, UserError, root_parser
 from amct_lightning.commands.completion import finished_words, is_completing, offer
 from amct_lightning.commands.config import ConfigCommand
-from amct_lightning.commands.record import RecordCommand
+from amct_lightning.commands.record.command import RecordCommand
 from amct_lightning.commands.report import ReportCommand
 from amct_lightning.commands.run import RunCommand
 

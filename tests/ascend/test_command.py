@@ -12,7 +12,7 @@ import yaml
 
 from amct_lightning import QuantRecord
 from amct_lightning.cli import main
-from tests.ascend.launching import Ended, run_job
+from tests.ascend.processes.launching import Ended, run_job
 from tests.cli.conftest import MODULE
 
 COMMAND = [str(Path(sys.executable).with_name("amct-lightning"))]

@@ -4,94 +4,94 @@ Below, under each place in Lightning or torch_npu, stand the tests that cover it
 tests here checks that they all exist.
 
 accelerator names
-    test_devices.py::test_importing_the_package_makes_the_names_known_and_does_not_import_torch_npu
-    test_devices.py::test_names_can_be_registered_again
-    test_one_device.py::test_devices_are_the_ones_asked_for
-    test_facts_devices.py::test_auto_and_gpu_do_not_mean_the_npu
+    devices/test_devices.py::test_importing_the_package_makes_the_names_known_and_does_not_import_torch_npu
+    devices/test_devices.py::test_names_can_be_registered_again
+    devices/test_one_device.py::test_devices_are_the_ones_asked_for
+    devices/test_facts.py::test_auto_and_gpu_do_not_mean_the_npu
 choice of the strategy for one device
-    test_one_device.py::test_without_the_strategy_the_trainer_refuses_instead_of_using_the_cpu
-    test_facts_devices.py::test_no_entry_point_and_no_precision_ends_on_the_cpu
-    test_facts_devices.py::test_a_strategy_of_lightning_is_refused_with_what_to_write
-    test_one_device.py::test_a_strategy_of_the_user_is_not_refused_but_mixed_precision_for_cuda_is
+    devices/test_one_device.py::test_without_the_strategy_the_trainer_refuses_instead_of_using_the_cpu
+    devices/test_facts.py::test_no_entry_point_and_no_precision_ends_on_the_cpu
+    devices/test_facts.py::test_a_strategy_of_lightning_is_refused_with_what_to_write
+    devices/test_one_device.py::test_a_strategy_of_the_user_is_not_refused_but_mixed_precision_for_cuda_is
     test_fabric.py::test_without_the_strategy_nothing_runs_on_the_cpu
 DDPStrategy asks CUDA for a stream
-    test_many_devices.py::test_two_devices_equal_two_cpu_processes
+    devices/test_many_devices.py::test_two_devices_equal_two_cpu_processes
     test_fabric.py::test_two_devices_average_gradients
-    test_facts_devices.py::test_two_devices_without_a_strategy_are_refused_with_what_to_write
-    test_facts_devices.py::test_a_strategy_made_from_ddp_is_refused_unless_it_wraps_by_itself
+    devices/test_facts.py::test_two_devices_without_a_strategy_are_refused_with_what_to_write
+    devices/test_facts.py::test_a_strategy_made_from_ddp_is_refused_unless_it_wraps_by_itself
     test_fabric.py::test_the_strategy_for_cuda_fails_loudly
 mean of an integer tensor
-    test_many_devices.py::test_reductions_are_right_for_every_dtype
-    test_many_devices.py::test_a_metric_of_integers_is_averaged_over_ranks
+    devices/test_many_devices.py::test_reductions_are_right_for_every_dtype
+    devices/test_many_devices.py::test_a_metric_of_integers_is_averaged_over_ranks
 mixed precision for CUDA
-    test_one_device.py::test_precision_has_the_effect_it_has_on_the_cpu
+    devices/test_one_device.py::test_precision_has_the_effect_it_has_on_the_cpu
     test_precision.py::test_losses_and_record_are_those_of_the_same_precision_on_the_cpu
     test_precision.py::test_mixed_float16_is_near_float32
     test_precision.py::test_mixed_float16_says_nothing_about_cuda
     test_precision.py::test_steps_whose_gradients_overflow_are_skipped_for_weights_and_factors
     test_settings.py::test_the_choice_of_lightning_is_replaced_by_the_twin_for_npus
     test_fabric.py::test_mixed_precision_casts_on_the_npu
-    test_fsdp_setups.py::test_precision
+    fsdp/test_setups.py::test_precision
 communication hooks
-    test_many_devices.py::test_communication_hooks_compress_gradients
+    devices/test_many_devices.py::test_communication_hooks_compress_gradients
 ModelParallelStrategy binds the process group to a device
-    test_facts_devices.py::test_the_model_parallel_strategy_of_lightning_fails_loudly
-    test_facts_devices.py::test_the_model_parallel_strategy_of_lightning_is_refused_on_one_device
-    test_many_devices.py::test_decisions_objects_and_further_groups
-    test_fsdp.py::test_losses_and_record_are_those_of_copies
-    test_fsdp_checkpoints.py::test_a_resumed_training_is_the_uninterrupted_one
+    devices/test_facts.py::test_the_model_parallel_strategy_of_lightning_fails_loudly
+    devices/test_facts.py::test_the_model_parallel_strategy_of_lightning_is_refused_on_one_device
+    devices/test_many_devices.py::test_decisions_objects_and_further_groups
+    fsdp/test_fsdp.py::test_losses_and_record_are_those_of_copies
+    fsdp/test_checkpoints.py::test_a_resumed_training_is_the_uninterrupted_one
 FSDPStrategy
-    test_facts_devices.py::test_fsdp_of_lightning_is_refused_when_the_trainer_is_made
+    devices/test_facts.py::test_fsdp_of_lightning_is_refused_when_the_trainer_is_made
 random generators
-    test_one_device.py::test_the_sanity_check_does_not_change_the_training
-    test_one_device.py::test_resuming_continues_with_the_random_numbers_of_the_checkpoint
-    test_many_devices.py::test_random_numbers_of_every_rank_are_in_the_checkpoint
+    devices/test_one_device.py::test_the_sanity_check_does_not_change_the_training
+    devices/test_one_device.py::test_resuming_continues_with_the_random_numbers_of_the_checkpoint
+    devices/test_many_devices.py::test_random_numbers_of_every_rank_are_in_the_checkpoint
 out of memory
-    test_one_device.py::test_the_batch_size_finder_recognises_that_memory_is_exhausted
-    test_one_device.py::test_outside_of_the_finder_the_error_is_still_the_one_of_the_device
+    devices/test_one_device.py::test_the_batch_size_finder_recognises_that_memory_is_exhausted
+    devices/test_one_device.py::test_outside_of_the_finder_the_error_is_still_the_one_of_the_device
 checkpoints without torch_npu
-    test_many_devices.py::test_two_devices_equal_two_cpu_processes
-    test_one_device.py::test_a_checkpoint_of_the_cpu_resumes_on_the_npu_and_the_reverse
+    devices/test_many_devices.py::test_two_devices_equal_two_cpu_processes
+    devices/test_one_device.py::test_a_checkpoint_of_the_cpu_resumes_on_the_npu_and_the_reverse
     test_fabric.py::test_checkpoints_hold_cpu_tensors_and_load_again
 device of a module
-    test_one_device.py::test_the_device_of_a_module_follows_the_method_npu
+    devices/test_one_device.py::test_the_device_of_a_module_follows_the_method_npu
 fork
-    test_one_device.py::test_fork_is_refused_once_a_device_is_in_use
+    devices/test_one_device.py::test_fork_is_refused_once_a_device_is_in_use
 float64
-    test_one_device.py::test_float64_is_refused_when_the_trainer_is_made
+    devices/test_one_device.py::test_float64_is_refused_when_the_trainer_is_made
     test_fabric.py::test_float64_and_other_accelerators_are_refused
-    test_facts_devices.py::test_float64_in_metrics_and_losses_works_on_two_devices
-    test_facts_devices.py::test_a_model_in_float64_on_two_devices_is_explained
+    devices/test_facts.py::test_float64_in_metrics_and_losses_works_on_two_devices
+    devices/test_facts.py::test_a_model_in_float64_on_two_devices_is_explained
     ../ascend_sim/test_collectives.py::test_double_is_refused_by_the_backend
 fine: optimizer state, batch transfer
-    test_one_device.py::test_model_optimizer_and_batches_are_on_the_device_and_the_model_returns
+    devices/test_one_device.py::test_model_optimizer_and_batches_are_on_the_device_and_the_model_returns
 fine: DeviceStatsMonitor
-    test_one_device.py::test_device_stats_monitor_logs_them
-    test_one_device.py::test_statistics_of_allocator_and_npu_smi
+    devices/test_one_device.py::test_device_stats_monitor_logs_them
+    devices/test_one_device.py::test_statistics_of_allocator_and_npu_smi
 fine: SyncBatchNorm
-    test_many_devices.py::test_synchronised_batch_norm_equals_one_process_with_the_whole_batch
+    devices/test_many_devices.py::test_synchronised_batch_norm_equals_one_process_with_the_whole_batch
 fine: resume
-    test_one_device.py::test_resuming_continues_with_the_random_numbers_of_the_checkpoint
+    devices/test_one_device.py::test_resuming_continues_with_the_random_numbers_of_the_checkpoint
 fine: profilers
-    test_facts_devices.py::test_profilers_of_lightning_see_the_training
+    devices/test_facts.py::test_profilers_of_lightning_see_the_training
 fine: bf16-true
     test_precision.py::test_losses_and_record_are_those_of_the_same_precision_on_the_cpu
     test_precision.py::test_factors_are_float32_in_the_checkpoint_whatever_the_weights_are
 fine: backend of the process group
-    test_many_devices.py::test_decisions_objects_and_further_groups
+    devices/test_many_devices.py::test_decisions_objects_and_further_groups
 native operators
     ../ascend_sim/test_native_operators.py::test_the_list_is_of_the_wheel_and_not_of_the_simulation
 channels_last
-    test_facts_devices.py::test_a_channels_last_tensor_on_the_device_is_explained
-    test_facts_devices.py::test_a_model_made_channels_last_on_the_cpu_trains
+    devices/test_facts.py::test_a_channels_last_tensor_on_the_device_is_explained
+    devices/test_facts.py::test_a_model_made_channels_last_on_the_cpu_trains
 no device can be used
-    test_devices.py::test_without_torch_npu_the_command_that_installs_it_is_given
-    test_devices.py::test_a_version_that_does_not_fit_is_named
-    test_devices.py::test_the_real_wheel_without_cann_names_the_script_to_source
-    test_devices.py::test_no_visible_device_is_explained
-    test_devices.py::test_a_device_in_use_elsewhere_is_explained
+    devices/test_devices.py::test_without_torch_npu_the_command_that_installs_it_is_given
+    devices/test_devices.py::test_a_version_that_does_not_fit_is_named
+    devices/test_devices.py::test_the_real_wheel_without_cann_names_the_script_to_source
+    devices/test_devices.py::test_no_visible_device_is_explained
+    devices/test_devices.py::test_a_device_in_use_elsewhere_is_explained
 nothing changes without an NPU
-    test_devices.py::test_importing_the_package_makes_the_names_known_and_does_not_import_torch_npu
+    devices/test_devices.py::test_importing_the_package_makes_the_names_known_and_does_not_import_torch_npu
     ::test_training_on_the_cpu_of_a_machine_with_npus_changes_nothing
 """
 

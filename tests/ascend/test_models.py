@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from amct_lightning import QuantRecord, QuantRetrainCallback
-from tests.architectures import ARCHITECTURES, Architecture
+from tests.architectures.models import ARCHITECTURES, Architecture
 from tests.ascend.training import CPU, NPU, largest_difference, make_trainer
 
 pytestmark = pytest.mark.npu

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from amct_lightning import QuantRetrainCallback
-from amct_lightning.callbacks.monitor import QuantMonitor
+from amct_lightning.callbacks.monitor.monitor import QuantMonitor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from digits_data import digits

@@ -15,12 +15,12 @@ import torch
 from amct_lightning import QuantRecord
 from amct_lightning.ascend import NPUUnavailableError
 from amct_lightning.cli import main
-from tests.ascend.cluster_tables import table
+from tests.ascend.cluster.tables import table
 from tests.ascend_sim import RankResult, npu_environment
 from tests.ascend_sim.plugin import require
 from tests.ascend_sim.processes import end, free_ports, start
+from tests.documentation.test_readme import README, Document
 from tests.examples.running import EXAMPLES
-from tests.test_readme import README, Document
 
 FOLDER = EXAMPLES / "ascend"
 SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.name != "network.py")

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.ascend.training import Net, loader, make_trainer
 from tests.ascend_sim.processes import free_ports
-from tests.test_docs import DOCS, messages_of_the_package
-from tests.test_readme import CHINESE, LINK, README, ROOT, blocks, without_code
+from tests.documentation.test_docs import DOCS, messages_of_the_package
+from tests.documentation.test_readme import CHINESE, LINK, README, ROOT, blocks, without_code
 
 PAGE, TRANSLATION = DOCS / "atlas.md", DOCS / "zh" / "atlas.md"
 # What HCCL says on hardware, as its documentation has it; and what takes long: torchrun, and the start of Inductor.

@@ -1,0 +1,5 @@
+"""Sharded training on Ascend NPUs."""
+
+from amct_lightning.ascend.fsdp.strategy import AscendFSDPStrategy
+
+__all__ = ["AscendFSDPStrategy"]

@@ -1,0 +1,139 @@
+"""Steps of a training with a sharded model: gradients, optimizers, evaluations in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from amct_lightning.ascend.collectives import broadcast_tensors
+from amct_lightning.ascend.fsdp.checkpoint import ShardedCheckpoints
+from amct_lightning.ascend.fsdp.gradients import average_gradients, groups_by_kind
+from amct_lightning.ascend.fsdp.units import reshard
+
+
+class ShardedTraining(ShardedCheckpoints):
+    """The part of a strategy that runs the steps, for a model of which some parameters stay whole."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._whole: list[nn.Parameter] = []
+        self._accumulates = False
+
+    def begin_steps(self, model: nn.Module) -> None:
+        """Look for the parameters that are whole, and make them and the buffers equal on all ranks.
+
+        Args:
+            model: The sharded model.
+        """
+        reshard(model)
+        self._whole = [parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)]
+        self._accumulates = False
+        broadcast_tensors([*self._whole, *_plain(model.buffers())], self.root_device)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the backward pass, and average the gradients that ``fully_shard`` leaves alone.
+
+        Args:
+            closure_loss: The loss.
+            optimizer: The optimizer, with automatic optimization.
+            *args: Of ``torch.Tensor.backward``.
+            **kwargs: Of ``torch.Tensor.backward``.
+
+        Returns:
+            The loss without its graph.
+        """
+        module, precision = _given(self.lightning_module), self.precision_plugin
+        self.pre_backward(closure_loss)
+        closure_loss = precision.pre_backward(closure_loss, module)
+        precision.backward(closure_loss, module, optimizer, *args, **kwargs)
+        if not self._accumulates:
+            trained = [parameter for parameter in self._whole if parameter.requires_grad]
+            average_gradients(trained, self.device_mesh["data_parallel"].get_group())
+        closure_loss = precision.post_backward(closure_loss, module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        """Postpone the average of the whole gradients while gradients accumulate.
+
+        Sharded ones are reduced after every backward, as keeping them would take the memory of the whole model.
+        """
+        self._accumulates = True
+        try:
+            yield
+        finally:
+            self._accumulates = False
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Run forward, backward and the optimizer.
+
+        Args:
+            optimizer: The optimizer.
+            *args: The closure and the module.
+            **kwargs: For the optimizer.
+        """
+        divided: AbstractContextManager[None] = nullcontext()
+        if isinstance(optimizer, Optimizer):
+            divided = groups_by_kind(optimizer)
+        with divided:
+            return super().optimizer_step(optimizer, *args, **kwargs)
+
+    @override
+    def share_buffers(self) -> None:
+        """Give all ranks the buffers of rank 0, such as the statistics of batch normalizations."""
+        broadcast_tensors(_plain(_given(self.model).buffers()), self.root_device)
+
+    @override
+    def on_validation_start(self) -> None:
+        """Evaluate with the buffers of rank 0, as DDP does."""
+        super().on_validation_start()
+        self.share_buffers()
+
+    @override
+    def on_test_start(self) -> None:
+        """Evaluate with the buffers of rank 0, as DDP does."""
+        super().on_test_start()
+        self.share_buffers()
+
+    @override
+    def on_predict_start(self) -> None:
+        """Evaluate with the buffers of rank 0, as DDP does."""
+        super().on_predict_start()
+        self.share_buffers()
+
+    @override
+    def on_validation_end(self) -> None:
+        """Free the weights that the last forward has left gathered."""
+        super().on_validation_end()
+        reshard(_given(self.model))
+
+    @override
+    def on_test_end(self) -> None:
+        """Free the weights that the last forward has left gathered."""
+        super().on_test_end()
+        reshard(_given(self.model))
+
+    @override
+    def on_predict_end(self) -> None:
+        """Free the weights that the last forward has left gathered."""
+        super().on_predict_end()
+        reshard(_given(self.model))
+
+
+def _plain(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+
+
+def _given(module: Any) -> Any:
+    assert module is not None, "called by the trainer, which has connected a model"
+    return module

@@ -1,0 +1,99 @@
+"""What a monitor found last, as a table for people."""
+
+from __future__ import annotations
+
+import io
+import math
+import shutil
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from amct_lightning.callbacks.monitor.reading import LayerReading
+
+_WIDTH_OF_LOGS = 120
+_LEAST_WIDTH = 60
+# A line below the titles, in ASCII: any log file can hold it.
+_BOX = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+_LEGEND = "SQNR: signal to quantization noise ratio; drift: change since the calibration"
+
+
+@dataclass(frozen=True)
+class MonitorSummary:
+    """The findings of an interval; ``print`` shows them as a table, the layers with the noisiest input first.
+
+    Attributes:
+        step: The Trainer's ``global_step`` at the end of the interval.
+        readings: The findings.
+        limit: Number of layers that the table shows, ``None`` for all.
+
+    Example:
+        >>> summary = MonitorSummary(50, (LayerReading("a", sqnr_input_db=20.0), LayerReading("b", sqnr_input_db=9.0)))
+        >>> [reading.layer for reading in summary.worst_first]
+        ['b', 'a']
+    """
+
+    step: int
+    readings: tuple[LayerReading, ...]
+    limit: int | None = None
+
+    @property
+    def worst_first(self) -> list[LayerReading]:
+        """The readings by falling noise of the activations, then of the weights; those with neither last."""
+        return sorted(self.readings, key=lambda r: (_order(r.sqnr_input_db), _order(r.sqnr_weight_db)))
+
+    def __rich__(self) -> RenderableType:
+        """Give rich what it shows."""
+        shown = self.worst_first[: self.limit]
+        count = f"the worst {len(shown)} of {len(self.readings)}" if len(shown) < len(self.readings) else "all"
+        head = f"Quantization at step {self.step}, {count} layers ({_LEGEND}).\n"
+        return Group(Text(head), _table(shown))
+
+    def __str__(self) -> str:
+        """Give the table as plain text that fits the terminal."""
+        width = max(_LEAST_WIDTH, shutil.get_terminal_size((_WIDTH_OF_LOGS, 24)).columns)
+        console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _table(readings: list[LayerReading]) -> Table:
+    table = Table(box=_BOX, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("Layer", overflow="fold")
+    titles = ("Input\nSQNR", "Weight\nSQNR", "Range", "Clipped", "Levels\nused", "Range\ndrift", "Scale\ndrift")
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for reading in readings:
+        table.add_row(
+            Text(reading.layer),
+            _decibels(reading.sqnr_input_db),
+            _decibels(reading.sqnr_weight_db),
+            _range(reading.clip_min, reading.clip_max),
+            _percent(reading.saturation, 2),
+            _percent(reading.utilisation),
+            _percent(reading.clip_drift, 1),
+            _percent(reading.weight_scale_drift, 1),
+        )
+    return table
+
+
+def _decibels(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return "exact" if math.isinf(value) else f"{value:.1f} dB"
+
+
+def _percent(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:.{digits}%}"
+
+
+def _range(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{low:.3g} .. {high:.3g}"
+
+
+def _order(value: float | None) -> tuple[bool, float]:
+    return value is None, 0.0 if value is None else value

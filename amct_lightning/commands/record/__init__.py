@@ -1,0 +1,1 @@
+"""The subcommand that shows, converts and compares record files."""
