@@ -16,6 +16,7 @@ from amct_lightning.graph.plan import attach_plan, make_plan
 from amct_lightning.modules import convert_layers
 from tests.golden_data import ALL_CASES, MODEL_CASES, ModelCase, model_case
 from tests.golden_exceptions import MODEL_CASES as EXCEPTIONS
+from tests.sums import SumsRoundedOnce
 
 EVAL_TOLERANCE = 1e-4  # of the range of the output
 SCALE_TOLERANCE = 1e-4  # relative
@@ -70,12 +71,15 @@ class TestAgainstAmct:
         """AMCT resets the lower clip of non-negative inputs and repairs ranges in each forward, as here."""
         case = model_case(name)
         expected = case.tensors["eval_out"]
-        error = (case.evaluate(migrated(name)) - expected).abs().max() / (expected.max() - expected.min())
+        with SumsRoundedOnce():
+            output = case.evaluate(migrated(name))
+        error = (output - expected).abs().max() / (expected.max() - expected.min())
         assert float(error) <= EVAL_TOLERANCE
 
     @pytest.mark.parametrize("name", [n for n in MODEL_CASES if n != "cnn_bn_relu__fp16_mode_cfg"])
     def test_the_record(self, name: str) -> None:
-        assert QuantRecord.from_model(migrated(name)).allclose(model_case(name).record, SCALE_TOLERANCE)
+        """To the last bit: scales, offsets and the folding of BatchNorm are elementwise."""
+        assert QuantRecord.from_model(migrated(name)) == model_case(name).record
 
     def test_the_record_with_fp16_scales_which_amct_does_not_round(self) -> None:
         name = "cnn_bn_relu__fp16_mode_cfg"
