@@ -1,6 +1,6 @@
 """Writes `files/`: python -m tests.written_before.write
 
-Run once, at commit 58b7484, before the folders of `callbacks/`, `ascend/` and `amct/` were made. Its files are what users
+Run once, at commit 58b7484, before `callbacks/`, `ascend/` and `amct/` had their folders. Its files are what users
 have from that time; they are not written again.
 """
 
