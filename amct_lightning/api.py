@@ -17,9 +17,9 @@ from amct_lightning.amct.restore import read_checkpoint, restore_state, select_s
 from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config
 from amct_lightning.files import check_writable, write_text
 from amct_lightning.graph.float_model import check_float_model
-from amct_lightning.graph.plan import attach_plan, make_plan
 from amct_lightning.graph.trace import InputData
 from amct_lightning.modules import convert_layers
+from amct_lightning.plan import attach_plan, make_plan
 from amct_lightning.report import conversion_report
 
 _logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import amct_lightning as amct
 from amct_lightning import QuantRetrainCallback, conversion_report, prepare_qat
-from amct_lightning.graph.plan import QuantPlan, attach_plan, find_plan
+from amct_lightning.plan import QuantPlan, attach_plan, find_plan
 from amct_lightning.report import ConversionReport, ReportRow
 from tests.callbacks.conftest import Net as LightningNet
 from tests.callbacks.conftest import loader

@@ -22,8 +22,8 @@ from amct_lightning.amct.layout import (
     join,
     planned_layers,
 )
-from amct_lightning.graph.plan import QuantPlan, find_plan
-from amct_lightning.modules.registry import LAYER_TYPES
+from amct_lightning.layer_types import LAYER_TYPES, supported_class
+from amct_lightning.plan import QuantPlan, find_plan
 from amct_lightning.quantizers import LearnedWeightQuantizer, ShiftSearch, WeightQuantizer
 
 
@@ -158,7 +158,7 @@ def _refuse_unknown_layers(root: nn.Module, plan: QuantPlan) -> None:
     for layer in plan.layers:
         module = root.get_submodule(layer.name)
         reason = f"it is called {layer.calls} times in one forward" if layer.calls > 1 else None
-        if not next(kind for kind in LAYER_TYPES.values() if isinstance(module, kind.twin)).by_default:
+        if not LAYER_TYPES[supported_class(module)].by_default:
             reason = f"it is a {type(module).__name__}"
         elif isinstance(module, nn.RNNBase) and not module.bias:
             reason = "it has no bias"

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from amct_lightning.graph.plan import find_plan
 from amct_lightning.modules import activation_quantizers
 from amct_lightning.modules.calibration import synchronize_calibration
+from amct_lightning.plan import find_plan
 from amct_lightning.quantizers import WeightQuantizer
 from amct_lightning.record import QuantRecord
 

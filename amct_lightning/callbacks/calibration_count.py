@@ -7,8 +7,8 @@ from collections.abc import Set
 from torch import nn
 
 from amct_lightning.callbacks.modes import train_quantizers
-from amct_lightning.graph.plan import find_plan
 from amct_lightning.modules.calibration import synchronize_calibration
+from amct_lightning.plan import find_plan
 from amct_lightning.quantizers import ActivationQuantizer
 
 

@@ -13,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
-from amct_lightning.config import ConfigLike, QuantChoices, RetrainConfig, load_config
-from amct_lightning.graph.plan import QuantPlan, find_plan
+from amct_lightning.config import ConfigLike, QuantChoices, RetrainConfig, load_config, resolve_config
+from amct_lightning.layer_types import supported_class
 from amct_lightning.modules import activation_quantizers
-from amct_lightning.modules.registry import LAYER_TYPES
+from amct_lightning.plan import QuantPlan, find_plan
 
 
 def find_submodule(pl_module: nn.Module, name: str | None) -> nn.Module:
@@ -140,7 +140,7 @@ def check_unchanged(model: nn.Module, config: ConfigLike, source: str, schedule:
         return
     root, plan = found
     layers = {name: _as_float(root.get_submodule(name)) for name in plan.config}
-    wanted = with_batches(replace(plan, config=load_config(config).resolve(layers, source)), schedule)
+    wanted = with_batches(replace(plan, config=resolve_config(load_config(config), layers, source)), schedule)
     if wanted != plan:
         raise ValueError(
             f"{type(model).__name__} is quantized already, and {source} would do it differently: "
@@ -175,7 +175,7 @@ def warn_unfinished(model: nn.Module, steps: int, record: Path) -> None:
 
 def _as_float(layer: nn.Module) -> nn.Module:
     """View a QAT layer as one of its float class, which the rules of configurations go by."""
-    kind = next(kind for kind in LAYER_TYPES if isinstance(layer, kind))
+    kind = supported_class(layer)
     view = kind.__new__(kind)
     view.__dict__ = layer.__dict__
     return view

@@ -40,12 +40,12 @@ from amct_lightning.callbacks.sharding import (
 from amct_lightning.callbacks.training import Training, epochs_of, show_schedule
 from amct_lightning.config import QuantChoices, RetrainConfig, config_source, load_config
 from amct_lightning.files import check_writable
-from amct_lightning.graph.plan import attach_plan, find_plan, make_plan
 from amct_lightning.graph.trace import InputData
 from amct_lightning.modules import convert_layers, learned_factors, quantized_layers
 from amct_lightning.modules.convert import leave_out_of_broadcast
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.modules.shift_hook import synchronize_shift_search
+from amct_lightning.plan import attach_plan, find_plan, make_plan
 from amct_lightning.report import conversion_report
 
 

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from amct_lightning.callbacks.checkpoints.state import record_text
+from amct_lightning.layer_types import LAYER_TYPES
 from amct_lightning.modules.folding import is_sharded
-from amct_lightning.modules.registry import LAYER_TYPES
 
 
 def build_layers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:

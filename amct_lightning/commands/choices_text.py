@@ -13,9 +13,8 @@ from torch import nn
 
 from amct_lightning.config import LayerConfig, QuantChoices, RetrainConfig
 from amct_lightning.config.json_format import DATA_KEYS, WEIGHT_KEYS
-from amct_lightning.config.layer_types import can_be_channel_wise
 from amct_lightning.config.simple_schema import SIMPLE_SCHEMA
-from amct_lightning.modules.registry import LAYER_TYPES
+from amct_lightning.layer_types import LAYER_TYPES
 
 _PARTS = {"activations": DATA_KEYS, "weights": WEIGHT_KEYS}
 _ATTRIBUTES = {"activations": "retrain_data_config", "weights": "retrain_weight_config"}
@@ -34,7 +33,7 @@ def in_few_words(config: RetrainConfig, layers: Mapping[str, nn.Module]) -> Quan
 
     Example:
         >>> layers = {"0": nn.Conv2d(4, 4, 3), "1": nn.Linear(4, 4)}
-        >>> choices = in_few_words(QuantChoices(skip_layers=("1",)).resolve(layers), layers)
+        >>> choices = in_few_words(resolve_config(QuantChoices(skip_layers=("1",)), layers), layers)
         >>> dict(choices.layers), choices.skip_layers
         ({}, ('1',))
     """
@@ -112,7 +111,7 @@ def to_simple(choices: QuantChoices) -> str:
 def _open(layer: LayerConfig, module: nn.Module) -> LayerConfig:
     """Leave ``channel_wise`` out where it is what the type of the layer has anyway."""
     weight = layer.retrain_weight_config
-    if weight.channel_wise != can_be_channel_wise(module):
+    if weight.channel_wise != LAYER_TYPES[type(module)].channel_wise:
         return layer
     return replace(layer, retrain_weight_config=replace(weight, channel_wise=None))
 

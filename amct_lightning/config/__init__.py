@@ -2,8 +2,8 @@
 
 from amct_lightning.config.choices import QuantChoices
 from amct_lightning.config.layer import DataConfig, LayerConfig, WeightConfig
-from amct_lightning.config.load import ConfigLike, config_source, load_config
-from amct_lightning.config.retrain import RetrainConfig
+from amct_lightning.config.load import config_source
+from amct_lightning.config.retrain import ConfigLike, RetrainConfig, load_config, resolve_config
 
 __all__ = [
     "ConfigLike",
@@ -14,4 +14,5 @@ __all__ = [
     "WeightConfig",
     "config_source",
     "load_config",
+    "resolve_config",
 ]

@@ -1,12 +1,13 @@
 """The rules for single settings, as pure functions that list what is wrong with given values.
 
-The dataclasses and the file readers apply the same rules and differ only in how they name the culprit:
-``DataConfig.clip_max`` or ``config.json: layer 'conv1', key 'retrain_data_config.clip_max'``. Rules that need
-the model (which layers exist, what their type allows) are in ``resolve.py`` and ``layer_types.py``.
+The dataclasses apply them when they are made. The file readers only say where the culprit was found:
+``config.json: layer 'conv1', key 'retrain_data_config.clip_max'`` instead of ``DataConfig.clip_max``. Rules that need
+the model (which layers exist, what their type allows) are in ``resolve.py``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +39,23 @@ def raise_first(faults: Iterable[Fault], subject: Callable[[str], str]) -> None:
     """Raise the first fault, if there is one, with a message that begins with ``subject(key)``."""
     for fault in faults:
         end = "" if fault.text.endswith("?") else "."
-        raise fault.kind(f"{subject(fault.key)} {fault.text}{end}")
+        error = fault.kind(f"{subject(fault.key)} {fault.text}{end}")
+        error.fault = fault  # type: ignore[attr-defined]
+        raise error
+
+
+@contextlib.contextmanager
+def located(subject: Callable[[str], str]) -> Iterator[None]:
+    """Say of a rule that a dataclass finds broken within it where the value was found.
+
+    Args:
+        subject: From the key in the dataclass to the beginning of the message.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise_first([error.fault] if hasattr(error, "fault") else [], subject)
+        raise
 
 
 def data_faults(values: Mapping[str, object]) -> Iterator[Fault]:
@@ -69,15 +86,6 @@ def type_pair_faults(data_type: str, weight_type: str) -> Iterator[Fault]:
             f"is {data_type} while that of the weights is {weight_type}; "
             f"the hardware runs these activation/weight pairs: {allowed}",
         )
-
-
-def layer_faults(data: Mapping[str, Any], weight: Mapping[str, Any], sections: tuple[str, str]) -> Iterator[Fault]:
-    """List what is wrong with the settings of a layer; ``sections`` are their names in the file."""
-    for section, faults in zip(sections, (data_faults(data), weight_faults(weight)), strict=True):
-        for fault in faults:
-            yield fault._replace(key=f"{section}.{fault.key}")
-    for fault in type_pair_faults(data.get("dst_type", "INT8"), weight.get("dst_type", "INT8")):
-        yield fault._replace(key=f"{sections[0]}.dst_type")
 
 
 def key_faults(raw: Mapping[Any, Any], allowed: tuple[str, ...]) -> Iterator[Fault]:

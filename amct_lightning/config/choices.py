@@ -1,22 +1,15 @@
 """What a user chooses when not every layer is spelled out: the common content of ``.cfg``, YAML and dict.
 
-The readers are ``simple_format.py`` and ``friendly.py``; what the choices mean for a model is in ``expand.py``.
+The readers are ``simple_format.py`` and ``friendly.py``; what the choices mean for a model is in ``resolve.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from amct_lightning.config.checks import Fault, raise_first, run_faults, type_fault
-from amct_lightning.config.expand import expand
 from amct_lightning.config.layer import LayerConfig
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from amct_lightning.config.retrain import RetrainConfig
 
 
 @dataclass(frozen=True)
@@ -46,8 +39,9 @@ class QuantChoices:
 
     Example:
         >>> from torch import nn
+        >>> from amct_lightning.config import resolve_config
         >>> choices = QuantChoices(batch_num=2, skip_layers=("head*",))
-        >>> config = choices.resolve({"body": nn.Linear(4, 4), "head.0": nn.Linear(4, 2)})
+        >>> config = resolve_config(choices, {"body": nn.Linear(4, 4), "head.0": nn.Linear(4, 2)})
         >>> [(name, layer.retrain_enable) for name, layer in config.items()]
         [('body', True), ('head.0', False)]
     """
@@ -65,22 +59,6 @@ class QuantChoices:
         raise_first(self._faults(), lambda key: f"QuantChoices.{key}")
         for key in ("types", "layers"):  # a later change to what was given must not get past the checks
             object.__setattr__(self, key, dict(getattr(self, key)))
-
-    def resolve(self, eligible: Mapping[str, nn.Module], source: str = "config") -> RetrainConfig:
-        """Work out the settings of every layer of a model.
-
-        Args:
-            eligible: The layers of the model that can be quantized, by name.
-            source: What these choices are called in messages, for example the file name.
-
-        Returns:
-            A configuration that lists exactly the eligible layers, in their order.
-
-        Raises:
-            ValueError: If a name or type fits no layer, a layer cannot be ``channel_wise`` as its entry demands,
-                or no layer is left to be quantized.
-        """
-        return expand(self, eligible, source)
 
     def _faults(self) -> Iterator[Fault]:
         yield from run_faults(vars(self))

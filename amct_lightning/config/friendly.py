@@ -29,16 +29,14 @@ from amct_lightning.config.checks import (
     Fault,
     found,
     key_faults,
-    layer_faults,
+    located,
     raise_first,
-    run_faults,
     type_fault,
 )
 from amct_lightning.config.choices import QuantChoices
 from amct_lightning.config.json_format import DATA_KEYS, WEIGHT_KEYS
-from amct_lightning.config.layer import DataConfig, LayerConfig, WeightConfig
-from amct_lightning.config.text_file import read_text
-from amct_lightning.config.yaml_text import parse_yaml
+from amct_lightning.config.layer import LayerConfig, make_layer
+from amct_lightning.config.text_file import parse_yaml, read_text
 
 SECTIONS = ("activations", "weights")
 KEYS = (
@@ -63,7 +61,7 @@ def read_yaml_config(path: str | Path) -> QuantChoices:
         path: The file.
 
     Returns:
-        The choices; ``resolve`` works out what they mean for a model.
+        The choices; ``resolve_config`` works out what they mean for a model.
 
     Raises:
         OSError: If the file is missing (``FileNotFoundError``) or cannot be read.
@@ -106,14 +104,15 @@ def parse_choices(raw: object, source: str = "config") -> QuantChoices:
     given = {key: value for key, value in raw.items() if value is not None}
     defaults = _settings(given, source)
     run = {key: given[key] for key in ("batch_num", "fakequant_precision_mode") if key in given}
-    return QuantChoices(
-        defaults=_layer(defaults, source),
-        types=_overrides(given, "types", defaults, source),
-        layers=_overrides(given, "layers", defaults, source),
-        skip_layers=tuple(given.get("skip_layers", ())),
-        skip_types=tuple(given.get("skip_types", ())),
-        **run,
-    )
+    parts: dict[str, Any] = {
+        "defaults": _layer(defaults, source),
+        "types": _overrides(given, "types", defaults, source),
+        "layers": _overrides(given, "layers", defaults, source),
+        "skip_layers": tuple(given.get("skip_layers", ())),
+        "skip_types": tuple(given.get("skip_types", ())),
+    }
+    with located(_key_in(source)):
+        return QuantChoices(**run, **parts)
 
 
 def _root_faults(raw: Mapping[Any, Any]) -> Iterator[Fault]:
@@ -121,7 +120,6 @@ def _root_faults(raw: Mapping[Any, Any]) -> Iterator[Fault]:
         hint = "" if fault.text.endswith("?") else ". The content of a JSON configuration needs the key 'version'"
         yield fault._replace(text=fault.text + hint)
     given = {key: value for key, value in raw.items() if value is not None}
-    yield from run_faults(given)
     for key in ("types", "layers"):
         yield from _entry_faults(key, given.get(key, {}))
     for key in ("skip_layers", "skip_types"):
@@ -180,8 +178,7 @@ def _layer(settings: _Settings, where: str) -> LayerConfig:
     data, weight = (
         {key: value for key, value in settings[section].items() if value is not None} for section in SECTIONS
     )
-    raise_first(layer_faults(data, weight, SECTIONS), _key_in(where))
-    return LayerConfig(True, DataConfig(**data), WeightConfig(**weight))
+    return make_layer(data, weight, SECTIONS, _key_in(where))
 
 
 def _key_in(where: str) -> Callable[[str], str]:

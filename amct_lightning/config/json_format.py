@@ -1,6 +1,6 @@
 """The JSON form of a configuration: from text to plain objects to checked settings, and back to text.
 
-What a setting may hold is in ``checks.py``; here a broken rule gets its file, layer and key.
+What a setting may hold is checked by the objects; here a broken rule gets its file, layer and key.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from amct_lightning.config.checks import (
     closest,
     found,
     key_faults,
-    layer_faults,
     raise_first,
-    run_faults,
     type_fault,
 )
-from amct_lightning.config.layer import DataConfig, LayerConfig, WeightConfig
+from amct_lightning.config.layer import DataConfig, LayerConfig, WeightConfig, make_layer
 from amct_lightning.config.resolve import NOTHING_ENABLED
 from amct_lightning.config.text_file import read_text
 
@@ -110,7 +108,6 @@ def parse_config(raw: object, source: str) -> ConfigParts:
     for key in ("version", "batch_num"):
         if key not in raw:
             raise ValueError(f"{source}: must have the key '{key}'; add e.g. \"{key}\":1.")
-    raise_first(run_faults(raw), lambda key: f"{source}: key '{key}'")
     layers = {
         _layer_name(name, source): _parse_layer(name, value, source)
         for name, value in raw.items()
@@ -119,8 +116,8 @@ def parse_config(raw: object, source: str) -> ConfigParts:
     if not any(raw[name].get("retrain_enable") for name in layers):
         raise ValueError(f"{source}: {NOTHING_ENABLED}")
     return ConfigParts(
-        version=int(raw["version"]),
-        batch_num=int(raw["batch_num"]),
+        version=raw["version"],
+        batch_num=raw["batch_num"],
         fakequant_precision_mode=raw.get("fakequant_precision_mode", PRECISION_MODES[0]),
         layers=layers,
     )
@@ -181,7 +178,7 @@ def _parse_layer(name: str, raw: object, source: str) -> LayerConfig:
         )
     raise_first(_layer_faults(raw), lambda key: f"{where}, key '{key}'")
     data, weight = (raw.get(section, {}) for section in SECTIONS)
-    return LayerConfig(raw.get("retrain_enable", True), DataConfig(**data), WeightConfig(**weight))
+    return make_layer(data, weight, SECTIONS, lambda key: f"{where}, key '{key}'", raw.get("retrain_enable", True))
 
 
 def _layer_faults(raw: Mapping[Any, Any]) -> Iterator[Fault]:
@@ -189,12 +186,8 @@ def _layer_faults(raw: Mapping[Any, Any]) -> Iterator[Fault]:
         if key in raw:
             yield Fault(ValueError, key, "is not expected: this package quantizes and does not prune; delete the key")
     yield from key_faults(raw, LAYER_KEYS)
-    if "retrain_enable" in raw and not isinstance(raw["retrain_enable"], bool):
-        yield type_fault("retrain_enable", "true or false", raw["retrain_enable"])
     for section, keys in zip(SECTIONS, (DATA_KEYS, WEIGHT_KEYS), strict=True):
         yield from _section_faults(raw.get(section, {}), section, keys)
-    data, weight = (raw.get(section, {}) for section in SECTIONS)
-    yield from layer_faults(data, weight, SECTIONS)
 
 
 def _section_faults(raw: object, section: str, keys: tuple[str, ...]) -> Iterator[Fault]:

@@ -5,13 +5,15 @@ The objects are frozen and check themselves when they are made; use ``dataclasse
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from amct_lightning.config.checks import (
     NUM_BITS,
     Fault,
     data_faults,
+    located,
     raise_first,
     type_fault,
     type_pair_faults,
@@ -114,8 +116,38 @@ class LayerConfig:
     def _faults(self) -> Iterator[Fault]:
         for key, expected in _LAYER_TYPES.items():
             if not isinstance(getattr(self, key), expected):
-                yield type_fault(key, f"a {expected.__name__}", getattr(self, key))
+                yield type_fault(
+                    key, "true or false" if expected is bool else f"a {expected.__name__}", getattr(self, key)
+                )
         yield from type_pair_faults(self.retrain_data_config.dst_type, self.retrain_weight_config.dst_type)
+
+
+def make_layer(
+    data: Mapping[str, Any],
+    weight: Mapping[str, Any],
+    sections: tuple[str, str],
+    subject: Callable[[str], str],
+    enable: bool = True,
+) -> LayerConfig:
+    """Make the settings of a layer from what a file says; an error says where in the file.
+
+    Args:
+        data: Arguments of :class:`DataConfig`.
+        weight: Arguments of :class:`WeightConfig`.
+        sections: What the two are called in the file.
+        subject: From a key, ``section.key``, to the beginning of a message.
+        enable: Whether the layer is quantized.
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is not allowed.
+    """
+    with located(lambda key: subject(f"{sections[0]}.{key}")):
+        data_config = DataConfig(**data)
+    with located(lambda key: subject(f"{sections[1]}.{key}")):
+        weight_config = WeightConfig(**weight)
+    with located(lambda key: subject(key.replace("retrain_data_config", sections[0]))):
+        return LayerConfig(enable, data_config, weight_config)
 
 
 _LAYER_TYPES: dict[str, type] = {

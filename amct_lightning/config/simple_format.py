@@ -1,6 +1,6 @@
 """The ``.cfg`` simple configuration: from AMCT's protobuf text to choices.
 
-The messages are in ``simple_schema.py``; what the choices mean for a model is in ``expand.py``.
+The messages are in ``simple_schema.py``; what the choices mean for a model is in ``resolve.py``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from google.protobuf import text_format
 from google.protobuf.message import Message
 
-from amct_lightning.config.checks import closest, layer_faults, raise_first, run_faults
+from amct_lightning.config.checks import closest, located
 from amct_lightning.config.choices import QuantChoices
-from amct_lightning.config.layer import DataConfig, LayerConfig, WeightConfig
+from amct_lightning.config.layer import LayerConfig, make_layer
 from amct_lightning.config.simple_schema import SIMPLE_SCHEMA
 from amct_lightning.config.text_file import read_text
 
@@ -40,7 +40,7 @@ def read_simple_config(path: str | Path) -> QuantChoices:
         path: The file.
 
     Returns:
-        The choices; ``resolve`` works out what they mean for a model.
+        The choices; ``resolve_config`` works out what they mean for a model.
 
     Raises:
         OSError: If the file is missing (``FileNotFoundError``) or cannot be read.
@@ -79,17 +79,20 @@ def parse_simple_config(text: str, source: str = "config") -> QuantChoices:
     """
     root: Any = _parse(text, source)
     _refuse_pruning(root, source)
-    raise_first(run_faults({"batch_num": root.batch_num}), lambda key: f"{source}: key '{key}'")
-    return QuantChoices(
-        batch_num=root.batch_num,
-        fakequant_precision_mode="FORCE_FP16_QUANT" if root.HasField("fakequant_precision_mode") else "DEFAULT",
-        defaults=_layer(root, source),
-        types=_overrides(root.override_layer_types, "layer_type", f"{source}: override_layer_types"),
-        layers=_overrides(root.override_layer_configs, "layer_name", f"{source}: override_layer_configs"),
-        skip_layers=(*root.skip_layers, *root.quant_skip_layers),
-        skip_types=(*root.skip_layer_types, *root.quant_skip_types),
-        amct_rules=True,
-    )
+    layers: dict[str, Any] = {
+        "defaults": _layer(root, source),
+        "types": _overrides(root.override_layer_types, "layer_type", f"{source}: override_layer_types"),
+        "layers": _overrides(root.override_layer_configs, "layer_name", f"{source}: override_layer_configs"),
+    }
+    with located(lambda key: f"{source}: key '{key}'"):
+        return QuantChoices(
+            batch_num=root.batch_num,
+            fakequant_precision_mode="FORCE_FP16_QUANT" if root.HasField("fakequant_precision_mode") else "DEFAULT",
+            **layers,
+            skip_layers=(*root.skip_layers, *root.quant_skip_layers),
+            skip_types=(*root.skip_layer_types, *root.quant_skip_types),
+            amct_rules=True,
+        )
 
 
 def _parse(text: str, source: str) -> Message:
@@ -153,8 +156,7 @@ def _layer(message: Any, where: str) -> LayerConfig:
     data = _data_settings(message.retrain_data_quant_config.ulq_quantize, where)
     weight = _weight_settings(message.retrain_weight_quant_config)
     sections = ("retrain_data_quant_config.ulq_quantize", f"retrain_weight_quant_config.{weight['algo']}")
-    raise_first(layer_faults(data, weight, sections), lambda key: f"{where}: key '{key}'")
-    return LayerConfig(True, DataConfig(**data), WeightConfig(**weight))
+    return make_layer(data, weight, sections, lambda key: f"{where}: key '{key}'")
 
 
 def _data_settings(message: Any, where: str) -> dict[str, Any]:

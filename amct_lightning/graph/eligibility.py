@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from amct_lightning.graph.float_model import check_float_model
 from amct_lightning.graph.trace import Call, InputData, Trace, observe
-from amct_lightning.modules.registry import LAYER_TYPES
+from amct_lightning.layer_types import LAYER_TYPES, supported_class
+from amct_lightning.modules.registry import QAT_CLASSES
 
 NOT_REACHED = "never called with the given input_data"
 
@@ -96,19 +97,6 @@ def eligible_layers(model: nn.Module, input_data: InputData) -> dict[str, nn.Mod
     }
 
 
-def supported_class(layer: nn.Module) -> type[nn.Module]:
-    """Return the supported float class that a layer, float or quantized, is of or derives from.
-
-    Args:
-        layer: A candidate, before or after the conversion.
-
-    Example:
-        >>> supported_class(nn.LazyLinear(2)).__name__
-        'Linear'
-    """
-    return next(kind for kind in LAYER_TYPES if isinstance(layer, kind))
-
-
 def _observe_layers(model: nn.Module, run: nn.Module, input_data: InputData) -> Trace:
     """Observe a forward around the layers of exactly the supported types; once more if the first one built some."""
     may_become = _exact_layers(model)
@@ -143,7 +131,7 @@ def _class_reason(layer: nn.Module) -> str | None:
 
 
 def _weight_reason(layer: nn.Module) -> str | None:
-    for name, weight in zip(LAYER_TYPES[type(layer)].twin.weight_quantizers.values(), _weights(layer), strict=True):
+    for name, weight in zip(QAT_CLASSES[type(layer)].weight_quantizers.values(), _weights(layer), strict=True):
         if not isinstance(weight, nn.Parameter):
             return (
                 f"'{name}' is no parameter but computed before each call (weight norm, spectral norm, pruning); "
@@ -192,4 +180,4 @@ def _shared_weights(layers: Iterable[nn.Module]) -> set[int]:
 
 
 def _weights(layer: nn.Module) -> list[Tensor]:
-    return [getattr(layer, name) for name in LAYER_TYPES[type(layer)].twin.weight_quantizers.values()]
+    return [getattr(layer, name) for name in QAT_CLASSES[type(layer)].weight_quantizers.values()]

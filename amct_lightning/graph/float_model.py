@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from amct_lightning.layer_types import LAYER_TYPES
 from amct_lightning.modules.layers import QATLayer
-from amct_lightning.modules.registry import LAYER_TYPES
 
 _SHOWN = 5
 

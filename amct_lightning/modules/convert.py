@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from amct_lightning.layer_types import LAYER_TYPES
 from amct_lightning.modules.folding import whole_tensor
 from amct_lightning.modules.layers import QATLayer
-from amct_lightning.modules.registry import LAYER_TYPES
+from amct_lightning.modules.registry import QAT_CLASSES, channel_layout, float_class
 from amct_lightning.modules.shift_hook import install_shift_search, remove_shift_search
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, Quantizer, WeightQuantizer
 
 if TYPE_CHECKING:
     from amct_lightning.config import DataConfig, WeightConfig
-    from amct_lightning.graph.plan import LayerPlan, QuantPlan
+    from amct_lightning.plan import LayerPlan, QuantPlan
 
 # What DDP (torch 1.7 to 2.13) leaves alone in the module that it wraps: a prototype of torch, without a public name.
 _LEFT_OUT = "_ddp_params_and_buffers_to_ignore"
@@ -99,7 +100,7 @@ def revert_layers(model: nn.Module) -> None:
             delattr(twin, name)
         for attribute in ("calibrates_input", "float_is_expected", "quant_mode"):
             twin.__dict__.pop(attribute, None)
-        layer.__class__ = next(kind for kind, entry in LAYER_TYPES.items() if type(layer) is entry.twin)
+        layer.__class__ = float_class(twin)
     leave_out_of_broadcast(model)
 
 
@@ -147,7 +148,7 @@ def learned_factors(model: nn.Module) -> list[nn.Parameter]:
 def _convert_layer(
     layer: nn.Module, plan: LayerPlan, model_plan: QuantPlan, quantizers: dict[str, ActivationQuantizer]
 ) -> None:
-    twin = LAYER_TYPES[type(layer)].twin
+    twin = QAT_CLASSES[type(layer)]
     config = model_plan.config[plan.name]
     batch_num = model_plan.config.batch_num * plan.calls
     if plan.shares_input_of not in quantizers:
@@ -166,13 +167,13 @@ def _activation_quantizer(config: DataConfig, fixed_min: bool, batch_num: int) -
 
 
 def _weight_quantizer(layer: nn.Module, parameter: str, config: WeightConfig) -> WeightQuantizer:
-    kind = LAYER_TYPES[type(layer)]
+    layout = channel_layout(layer)
     weight = whole_tensor(cast(Tensor, getattr(layer, parameter))).detach()
     channel_wise = bool(config.channel_wise)
     if config.algo == "ulq_retrain":
-        elements = kind.scale_elements(layer, weight, channel_wise)
-        return LearnedWeightQuantizer(config.num_bits, channel_wise, kind.layout(layer), weight, elements)
-    return WeightQuantizer(config.num_bits, channel_wise, kind.layout(layer), weight)
+        elements = LAYER_TYPES[type(layer)].scale_elements(layer, weight, channel_wise)
+        return LearnedWeightQuantizer(config.num_bits, channel_wise, layout, weight, elements)
+    return WeightQuantizer(config.num_bits, channel_wise, layout, weight)
 
 
 def _planned_layer(model: nn.Module, name: str) -> nn.Module:
@@ -188,7 +189,7 @@ def _planned_layer(model: nn.Module, name: str) -> nn.Module:
             f"The quantization plan names layer '{name}', but it is a {type(layer).__name__} now; only "
             f"{', '.join(kind.__name__ for kind in LAYER_TYPES)} can be quantized."
         )
-    for parameter in LAYER_TYPES[type(layer)].twin.weight_quantizers.values():
+    for parameter in QAT_CLASSES[type(layer)].weight_quantizers.values():
         weight = whole_tensor(cast(Tensor, getattr(layer, parameter)))
         if not weight.is_meta and not bool(torch.isfinite(weight).all()):
             raise ValueError(

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from amct_lightning.graph.plan import LayerPlan, QuantPlan, find_plan
+from amct_lightning.layer_types import LAYER_TYPES, supported_class
 from amct_lightning.modules.folding import current_weight, deployed_scale
 from amct_lightning.modules.layers import QATLayer
-from amct_lightning.modules.registry import LAYER_TYPES
+from amct_lightning.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.quantizers import LearnedWeightQuantizer, ShiftSearch, WeightQuantizer
 from amct_lightning.quantizers.functional import EPS
 from amct_lightning.record.layer_record import LayerRecord
@@ -114,7 +114,7 @@ def _weight_factors(
 
 def _in_record_order(scale: Tensor, layer: QATLayer) -> Tensor:
     """Bring the gates of a recurrent layer into ONNX order; one scale for all stands there once per gate."""
-    gates = next((kind.gates for kind in LAYER_TYPES.values() if isinstance(layer, kind.twin)), ())
+    gates = LAYER_TYPES[supported_class(layer)].gates
     if not gates:
         return scale
     per_gate = scale.expand(len(gates)) if scale.numel() == 1 else scale

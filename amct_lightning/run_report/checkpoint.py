@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY, read_foreign_checkpoint
-from amct_lightning.graph.plan import QuantPlan
+from amct_lightning.plan import QuantPlan
 from amct_lightning.record import QuantRecord
 from amct_lightning.report import ReportRow, quantized_row
 from amct_lightning.run_report.scales import ScaleSummary, summarize

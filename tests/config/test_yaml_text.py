@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from amct_lightning.config.yaml_text import parse_yaml
+from amct_lightning.config.text_file import parse_yaml
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from amct_lightning.modules.registry import LAYER_TYPES
+from amct_lightning.layer_types import LAYER_TYPES
 from amct_lightning.quantizers.functional import (
     activation_scale_offset,
     fake_quantize_activation,

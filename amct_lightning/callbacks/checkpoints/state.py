@@ -9,9 +9,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from amct_lightning.callbacks.checks import describe_difference
-from amct_lightning.graph.plan import QuantPlan, attach_plan, find_plan
 from amct_lightning.modules import activation_quantizers, convert_layers, revert_layers
 from amct_lightning.modules.folding import is_sharded
+from amct_lightning.plan import QuantPlan, attach_plan, find_plan
 from amct_lightning.record import QuantRecord
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from amct_lightning.config import LayerConfig, QuantChoices, RetrainConfig
-from amct_lightning.graph.eligibility import Candidate, find_candidates, supported_class
+from amct_lightning.config import LayerConfig, QuantChoices, RetrainConfig, resolve_config
+from amct_lightning.graph.eligibility import Candidate, find_candidates
 from amct_lightning.graph.trace import InputData, Trace, Value
-from amct_lightning.modules.registry import LAYER_TYPES
+from amct_lightning.layer_types import LAYER_TYPES, supported_class
 
 _PLAN_ATTRIBUTE = "_amct_quant_plan"
 _RELU = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
@@ -162,7 +162,7 @@ def make_plan(
         raise ValueError(_nothing_eligible(model, candidates))
     if config is None:
         config = RetrainConfig(layers={name: LayerConfig() for name in eligible})
-    resolved = config.resolve(eligible, source)
+    resolved = resolve_config(config, eligible, source)
     layers = _layer_plans(resolved, candidates, trace, dict(model.named_modules()))
     ends = (trace.calls[0].name, trace.calls[-1].name)
     return QuantPlan(resolved, layers, search_n, tuple(refused.values()), ends)
