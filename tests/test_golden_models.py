@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from amct_lightning import QuantRecord, RetrainConfig, create_quant_retrain_config
-from amct_lightning.graph.plan import attach_plan, make_plan
-from amct_lightning.modules import convert_layers
+from amct_lightning.graph.convert import convert_layers
+from amct_lightning.graph.plan import make_plan
 from tests.golden_data import FAILS_IN_TRAINING, MODEL_CASES, ModelCase, Run, model_case, run_model_case
 from tests.golden_exceptions import AGREE_WITH_INT4_WEIGHTS_KEPT
 from tests.golden_exceptions import MODEL_CASES as EXCEPTIONS
@@ -151,7 +151,6 @@ def test_only_the_packing_rule_keeps_int4_weights_from_equalling_amct(name: str,
     plan = dataclasses.replace(plan, config=config)
     converted = copy.deepcopy(model)
     convert_layers(converted, plan)
-    attach_plan(converted, plan)
 
     losses, _ = case.train(converted)
     assert loss_error(losses, case) <= LOSS_TOLERANCE

@@ -40,9 +40,10 @@ from amct_lightning.callbacks.sharding import (
 from amct_lightning.callbacks.training import Training, epochs_of, show_schedule
 from amct_lightning.config import QuantChoices, RetrainConfig, config_source, load_config
 from amct_lightning.files import check_writable
-from amct_lightning.graph.plan import attach_plan, find_plan, make_plan
+from amct_lightning.graph.convert import convert_layers
+from amct_lightning.graph.plan import find_plan, make_plan
 from amct_lightning.graph.trace import InputData
-from amct_lightning.modules import convert_layers, learned_factors, quantized_layers
+from amct_lightning.modules import learned_factors, quantized_layers
 from amct_lightning.modules.convert import leave_out_of_broadcast
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.modules.shift_hook import synchronize_shift_search
@@ -271,7 +272,6 @@ class QuantRetrainCallback(CheckpointSide):
         reshard(pl_module)
         plan = with_batches(plan, self.schedule)
         convert_layers(model, plan)
-        attach_plan(model, plan)
         report = conversion_report(model)
         rank_zero_info(f"QuantRetrainCallback: the record goes to '{self._record_path}'. {report}")
 

@@ -144,10 +144,8 @@ def _text(part: nn.Module, plan: QuantPlan, options: Namespace) -> str:
 
 def _explanation(part: nn.Module, plan: QuantPlan) -> str:
     """Convert the model, which nobody needs after this, and return the table."""
-    from amct_lightning.graph.plan import attach_plan  # noqa: PLC0415  (torch)
-    from amct_lightning.modules import convert_layers  # noqa: PLC0415
+    from amct_lightning.graph.convert import convert_layers  # noqa: PLC0415  (torch)
     from amct_lightning.report import conversion_report  # noqa: PLC0415
 
     convert_layers(part, plan)
-    attach_plan(part, plan)
     return str(conversion_report(part))

@@ -75,6 +75,19 @@ class QATLayer(nn.Module):
         twin.calibrates_input = calibrates_input
         return twin
 
+    @classmethod
+    def float_class(cls) -> type[nn.Module]:
+        """Return the class that this one is the twin of: the last of its bases."""
+        return cast(type[nn.Module], cls.__bases__[-1])
+
+    def revert(self) -> None:
+        """Turn the layer back into the float layer that it was made from, in place; its weights stay."""
+        for name in (*self.activation_quantizers, *self.weight_quantizers):
+            delattr(self, name)
+        for attribute in ("calibrates_input", "float_is_expected", "quant_mode"):
+            self.__dict__.pop(attribute, None)
+        self.__class__ = self.float_class()  # type: ignore[assignment]
+
     @property
     def runs_in_float(self) -> bool:
         """Whether the layer is to run in float, or is evaluated before it is calibrated; of that it says so once."""

@@ -9,8 +9,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from amct_lightning.callbacks.checks import describe_difference
-from amct_lightning.graph.plan import QuantPlan, attach_plan, find_plan
-from amct_lightning.modules import activation_quantizers, convert_layers, revert_layers
+from amct_lightning.graph.convert import convert_layers, revert_layers
+from amct_lightning.graph.plan import QuantPlan, find_plan
+from amct_lightning.modules import activation_quantizers
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.record import QuantRecord
 
@@ -60,7 +61,6 @@ def adopt_plan(model: nn.Module, entry: dict[str, Any], source: str, replace: bo
         found = None
     if found is None:
         convert_layers(model, plan)
-        attach_plan(model, plan)
     elif found[1] != plan:
         raise ValueError(
             f"The checkpoint '{source}' was quantized differently from the model: "
