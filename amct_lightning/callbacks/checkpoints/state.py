@@ -97,14 +97,14 @@ def record_of(model: nn.Module, tensors: Mapping[str, Tensor], text: str | None)
         return text
     quantizers = activation_quantizers(model).values()
     kept = {name: tensor.clone() for name, tensor in live.items()}
-    books = [(quantizer.observed, quantizer.poison) for quantizer in quantizers]
+    books = [(quantizer.observed, quantizer.poison, quantizer.batches) for quantizer in quantizers]
     try:
         model.load_state_dict({name: tensors[name] for name in live})
         return record_text(model)
     finally:
         model.load_state_dict(kept)
-        for quantizer, (observed, poison) in zip(quantizers, books, strict=True):
-            quantizer.observed, quantizer.poison = observed, poison
+        for quantizer, book in zip(quantizers, books, strict=True):
+            quantizer.observed, quantizer.poison, quantizer.batches = book
 
 
 def record_text(model: nn.Module) -> str | None:
