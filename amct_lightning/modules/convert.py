@@ -26,6 +26,7 @@ def leave_out_of_broadcast(model: nn.Module) -> None:
         model: A converted model, or the module around one that is to be wrapped.
 
     Example:
+        >>> import torch
         >>> from amct_lightning import prepare_qat
         >>> model = nn.Sequential(prepare_qat(nn.Sequential(nn.Linear(4, 2)), None, torch.ones(1, 4)))
         >>> leave_out_of_broadcast(model)

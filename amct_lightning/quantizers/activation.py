@@ -153,7 +153,7 @@ class ActivationQuantizer(Quantizer):
         if not self.training:
             return self._usable_clips()
         if self.calibrating:
-            upper, lower = self._observe(_float32(x), observe, _float32(x if preview is None else preview))
+            upper, lower = self._observe(x.float(), observe, (x if preview is None else preview).float())
         else:
             upper, lower = self._usable_clips()
             if not self.frozen:
@@ -285,7 +285,3 @@ class ActivationQuantizer(Quantizer):
 def in_backward() -> bool:
     """Tell whether this forward repeats an earlier one for the backward pass, as gradient checkpointing does."""
     return torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself goes by
-
-
-def _float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float32 else x.float()
