@@ -15,10 +15,10 @@ from amct_lightning.ascend import AscendFSDPStrategy, AscendStrategy, NPUAcceler
 from amct_lightning.callbacks import QuantMonitor, QuantRetrainCallback, QuantSchedule
 from amct_lightning.callbacks.checkpoints.loading import load_qat_checkpoint
 from amct_lightning.config import QuantChoices, RetrainConfig
+from amct_lightning.conversion.report import conversion_report
 from amct_lightning.modules import quantized_layers
 from amct_lightning.modules.calibration import calibrate
 from amct_lightning.record import QuantRecord
-from amct_lightning.report import conversion_report
 
 __all__ = [
     "AscendFSDPStrategy",

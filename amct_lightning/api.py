@@ -15,12 +15,12 @@ from amct_lightning.amct.data_parallel import unwrap, wrap_like
 from amct_lightning.amct.plain_hooks import install_hooks
 from amct_lightning.amct.restore import read_checkpoint, restore_state, select_state_dict
 from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config
+from amct_lightning.conversion.convert import convert_layers
+from amct_lightning.conversion.plan import make_plan
+from amct_lightning.conversion.report import conversion_report
 from amct_lightning.files import check_writable, write_text
 from amct_lightning.graph.float_model import check_float_model
 from amct_lightning.graph.trace import InputData
-from amct_lightning.modules import convert_layers
-from amct_lightning.plan import attach_plan, make_plan
-from amct_lightning.report import conversion_report
 
 _logger = logging.getLogger(__name__)
 
@@ -257,7 +257,6 @@ def prepare_qat(
     )
     target = model if inplace else _copy(model)
     convert_layers(target, plan)
-    attach_plan(target, plan)
     return target
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from amct_lightning import QuantRecord, RetrainConfig, convert_amct_state_dict, quantized_layers
-from amct_lightning.modules import convert_layers
-from amct_lightning.plan import attach_plan, make_plan
+from amct_lightning.conversion.convert import convert_layers
+from amct_lightning.conversion.plan import make_plan
 from tests.golden_data import ALL_CASES, MODEL_CASES, ModelCase, model_case
 from tests.golden_exceptions import MODEL_CASES as EXCEPTIONS
 from tests.sums import SumsRoundedOnce
@@ -37,7 +37,6 @@ def convert(case: ModelCase) -> nn.Module:
     if "cannot be packed" in EXCEPTIONS.get(case.meta["case"], ("",))[0]:
         plan = dataclasses.replace(plan, config=config)
     convert_layers(model, plan)
-    attach_plan(model, plan)
     return model
 
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import amct_lightning as amct
 from amct_lightning import QuantRetrainCallback, conversion_report, prepare_qat
-from amct_lightning.plan import QuantPlan, attach_plan, find_plan
-from amct_lightning.report import ConversionReport, ReportRow
+from amct_lightning.conversion.convert import convert_layers, revert_layers
+from amct_lightning.conversion.plan import QuantPlan, find_plan
+from amct_lightning.conversion.report import ConversionReport, ReportRow
 from tests.callbacks.conftest import Net as LightningNet
 from tests.callbacks.conftest import loader
 
@@ -107,7 +108,8 @@ class TestRows:
         model = prepare_qat(Net(), None, image())
         before, found = conversion_report(model), find_plan(model)
         assert found is not None
-        attach_plan(model, QuantPlan.from_dict(found[1].to_dict()))
+        revert_layers(model)
+        convert_layers(model, QuantPlan.from_dict(found[1].to_dict()))
         assert conversion_report(model) == before
 
     def test_a_float_model_is_refused_with_a_remedy(self) -> None:

@@ -14,8 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from amct_lightning.conversion.plan import LayerPlan, QuantPlan
 from amct_lightning.modules.layers import QATLayer
-from amct_lightning.plan import LayerPlan, QuantPlan
 from amct_lightning.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 from amct_lightning.quantizers.functional import activation_scale_offset, repair_clips
 

@@ -22,8 +22,8 @@ from amct_lightning.amct.layout import (
     join,
     planned_layers,
 )
+from amct_lightning.conversion.plan import QuantPlan, find_plan
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
-from amct_lightning.plan import QuantPlan, find_plan
 from amct_lightning.quantizers import LearnedWeightQuantizer, ShiftSearch, WeightQuantizer
 
 

@@ -5,6 +5,7 @@ In Lightning the callback does both, and these hooks are not installed.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from amct_lightning.conversion.plan import find_plan
 from amct_lightning.modules import activation_quantizers
-from amct_lightning.modules.calibration import synchronize_calibration
-from amct_lightning.plan import find_plan
+from amct_lightning.modules.calibration import Agreement
 from amct_lightning.quantizers import WeightQuantizer
 from amct_lightning.record import QuantRecord
 
@@ -29,8 +30,8 @@ def install_hooks(model: nn.Module, record_file: str) -> None:
         record_file: The file to write after evaluation passes.
     """
     found = find_plan(model)
-    hook = _PlainHook(record_file, found[1].config.batch_num if found else 1)
-    hook.calibrating = any(quantizer.calibrating for quantizer in activation_quantizers(model).values())
+    quantizers = list(activation_quantizers(model).values())
+    hook = _PlainHook(record_file, Agreement(quantizers, found[1].config.batch_num if found else 1))
     model.register_forward_hook(hook)
 
 
@@ -40,17 +41,13 @@ class _PlainHook:
     A deep copy of the model agrees on its calibration as well, but writes no record: the file is the original's.
     """
 
-    def __init__(self, record_file: str | None, batch_num: int) -> None:
+    def __init__(self, record_file: str | None, agreement: Agreement) -> None:
         self.record_file = record_file
-        self.batch_num = batch_num
-        self.forwards = 0
-        self.calibrating = True
+        self.agreement = agreement
         self.written_state: tuple[int, ...] | None = None
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> _PlainHook:
-        twin = _PlainHook(None, self.batch_num)
-        twin.forwards, twin.calibrating = self.forwards, self.calibrating
-        return twin
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PlainHook:
+        return _PlainHook(None, copy.deepcopy(self.agreement, memo))
 
     def __call__(self, model: nn.Module, _args: Any, _output: Any) -> None:
         if not model.training:
@@ -58,15 +55,12 @@ class _PlainHook:
             return
         if self.written_state is not None:
             self.written_state = None  # whatever the training changes, and however: the next evaluation writes
-        if self.calibrating:
-            self._finish_calibration(model)
+        if not self.agreement.done:
+            self._end_batch(model)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _finish_calibration(self, model: nn.Module) -> None:
-        # Counting forwards, not looking at quantizers, makes all processes enter the collective together.
-        self.forwards += 1
-        if self.forwards >= self.batch_num:
-            self.calibrating = not synchronize_calibration(model)
+    def _end_batch(self, model: nn.Module) -> None:
+        self.agreement.end_batch(model)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _write_record(self, model: nn.Module) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.config import ConfigLike, QuantChoices, RetrainConfig, load_config, resolve_config
+from amct_lightning.conversion.plan import QuantPlan, find_plan
 from amct_lightning.layer_types import supported_class
 from amct_lightning.modules import activation_quantizers
-from amct_lightning.plan import QuantPlan, find_plan
 
 
 def find_submodule(pl_module: nn.Module, name: str | None) -> nn.Module:

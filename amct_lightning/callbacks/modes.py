@@ -7,9 +7,9 @@ from typing import cast
 import torch
 from torch import nn
 
+from amct_lightning.conversion.plan import find_plan
 from amct_lightning.modules import QATLayer, quantized_layers
 from amct_lightning.modules.shift_hook import follow_batch_norm, shift_searches
-from amct_lightning.plan import find_plan
 from amct_lightning.quantizers import Quantizer
 
 

@@ -39,14 +39,15 @@ from amct_lightning.callbacks.sharding import (
 )
 from amct_lightning.callbacks.training import Training, epochs_of, show_schedule
 from amct_lightning.config import QuantChoices, RetrainConfig, config_source, load_config
+from amct_lightning.conversion.convert import convert_layers
+from amct_lightning.conversion.plan import find_plan, make_plan
+from amct_lightning.conversion.report import conversion_report
 from amct_lightning.files import check_writable
 from amct_lightning.graph.trace import InputData
-from amct_lightning.modules import convert_layers, learned_factors, quantized_layers
+from amct_lightning.modules import learned_factors, quantized_layers
 from amct_lightning.modules.convert import leave_out_of_broadcast
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.modules.shift_hook import synchronize_shift_search
-from amct_lightning.plan import attach_plan, find_plan, make_plan
-from amct_lightning.report import conversion_report
 
 
 class QuantRetrainCallback(CheckpointSide):
@@ -271,7 +272,6 @@ class QuantRetrainCallback(CheckpointSide):
         reshard(pl_module)
         plan = with_batches(plan, self.schedule)
         convert_layers(model, plan)
-        attach_plan(model, plan)
         report = conversion_report(model)
         rank_zero_info(f"QuantRetrainCallback: the record goes to '{self._record_path}'. {report}")
 

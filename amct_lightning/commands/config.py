@@ -17,7 +17,7 @@ from amct_lightning.commands.output import check_output, deliver, short_warnings
 if TYPE_CHECKING:
     from torch import nn
 
-    from amct_lightning.plan import QuantPlan
+    from amct_lightning.conversion.plan import QuantPlan
 
 _EPILOG = """\
 examples:
@@ -118,7 +118,7 @@ class ConfigCommand(ParsedCommand):
 def _plan(options: Namespace) -> tuple[nn.Module, QuantPlan]:
     from amct_lightning.commands.model_input import find_part, make_input, make_model  # noqa: PLC0415  (torch)
     from amct_lightning.config import config_source, load_config  # noqa: PLC0415
-    from amct_lightning.plan import make_plan  # noqa: PLC0415
+    from amct_lightning.conversion.plan import make_plan  # noqa: PLC0415
 
     choices = load_config(options.choices)
     model = make_model(options.model, options.init_arg or [], options.ckpt)
@@ -144,10 +144,8 @@ def _text(part: nn.Module, plan: QuantPlan, options: Namespace) -> str:
 
 def _explanation(part: nn.Module, plan: QuantPlan) -> str:
     """Convert the model, which nobody needs after this, and return the table."""
-    from amct_lightning.modules import convert_layers  # noqa: PLC0415
-    from amct_lightning.plan import attach_plan  # noqa: PLC0415  (torch)
-    from amct_lightning.report import conversion_report  # noqa: PLC0415
+    from amct_lightning.conversion.convert import convert_layers  # noqa: PLC0415  (torch)
+    from amct_lightning.conversion.report import conversion_report  # noqa: PLC0415
 
     convert_layers(part, plan)
-    attach_plan(part, plan)
     return str(conversion_report(part))

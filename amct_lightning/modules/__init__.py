@@ -1,11 +1,10 @@
-"""The QAT layers and the conversion of a float model to them."""
+"""The QAT layers, and what finds them in a model."""
 
 from amct_lightning.modules.convert import (
     activation_quantizers,
-    convert_layers,
     learned_factors,
+    leave_out_of_broadcast,
     quantized_layers,
-    revert_layers,
 )
 from amct_lightning.modules.convolutions import (
     QATConv1d,
@@ -30,8 +29,7 @@ __all__ = [
     "QATLayer",
     "QATLinear",
     "activation_quantizers",
-    "convert_layers",
     "learned_factors",
+    "leave_out_of_broadcast",
     "quantized_layers",
-    "revert_layers",
 ]

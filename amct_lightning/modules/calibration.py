@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 @torch.no_grad()
-def synchronize_calibration(model: nn.Module) -> bool:
+def synchronize_calibration(model: nn.Module) -> None:
     """Give every process the mean of the freshly calibrated clips, with one collective for all layers.
 
     A layer that only some processes have calibrated takes the mean of those; clips that the processes have agreed on
@@ -77,9 +77,6 @@ def synchronize_calibration(model: nn.Module) -> bool:
 
     Args:
         model: A converted model; the same on every process.
-
-    Returns:
-        Whether every quantizer is calibrated on every process now.
     """
     quantizers = list(activation_quantizers(model).values())
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and quantizers:
@@ -91,8 +88,50 @@ def synchronize_calibration(model: nn.Module) -> bool:
             if count:
                 quantizer.finish_calibration(row[0] / count, row[1] / count)
     for quantizer in quantizers:
-        quantizer.fresh = False
-    return not any(quantizer.calibrating for quantizer in quantizers)
+        quantizer.settle()
+
+
+class Agreement:
+    """Counts the training batches of a calibration, after which the processes agree on its ranges.
+
+    Whether a calibration is in progress, the quantizers say. How many batches they have seen is no guide: it differs
+    among processes if one of them gets an empty batch or does not reach a layer. Counting the batches of the training
+    makes all of them enter the collective together.
+
+    Attributes:
+        quantizers: The quantizers that may calibrate; the same ones on every process.
+        batch_num: Number of batches of a calibration.
+        steps: Number of training batches since the calibration in progress began; 0 if none is.
+    """
+
+    def __init__(self, quantizers: Collection[ActivationQuantizer] = (), batch_num: int = 1) -> None:
+        self.quantizers = quantizers
+        self.batch_num = batch_num
+        self.steps = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether all quantizers that may calibrate have done so, on every process."""
+        return all(quantizer.settled for quantizer in self.quantizers)
+
+    def end_batch(self, model: nn.Module) -> bool:
+        """Let the processes agree if a calibration ends with this batch.
+
+        Args:
+            model: The converted module.
+
+        Returns:
+            Whether they have agreed.
+        """
+        if self.done:
+            return False
+        self.steps += 1
+        if self.steps < self.batch_num:
+            return False
+        synchronize_calibration(model)
+        if self.done:
+            self.steps = 0
+        return True
 
 
 def _row(quantizer: ActivationQuantizer) -> Tensor:

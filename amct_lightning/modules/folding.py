@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from amct_lightning.quantizers import WeightQuantizer
-from amct_lightning.quantizers.functional import EPS
+from amct_lightning.quantizers.functional import usable_scale
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def deployed_scale(quantizer: WeightQuantizer, weight: Tensor, batch_norm: nn.Mo
         if batch_norm.weight is not None:
             factor = current_weight(batch_norm).float() * factor
         scale = scale.to(factor.device).abs() * factor.abs()
-    return torch.where(scale < EPS, 1.0, scale)
+    return usable_scale(scale)
 
 
 @torch.no_grad()

@@ -23,7 +23,8 @@ _Layer = TypeVar("_Layer", bound="QATLayer")
 class QATLayer(nn.Module):
     """Mixin of all QAT layers: quantize the input and the weight, then run the layer's own operation.
 
-    An evaluation before calibration runs the layer in float and warns once.
+    An evaluation before calibration runs the layer in float. Each layer warns of that once, all in the same words at
+    the same place, so that Python's default filter shows it once for a model.
 
     Attributes:
         activation_quantizers: Names of the activation quantizers.
@@ -31,7 +32,7 @@ class QATLayer(nn.Module):
         input_quantizer: Quantizer of the layer's input; layers that read one tensor share it.
         weight_quantizer: Quantizer of the layer's weight.
         calibrates_input: Whether this layer is the one that feeds a shared quantizer's calibration.
-        float_is_expected: Whether nobody needs to be told that the layer runs in float.
+        float_is_expected: Whether nobody needs to be told that the layer runs in float, or has been told already.
         quant_mode: ``"quantized"``; ``"float"`` to run as before the conversion; ``"observe"`` to do so and calibrate
             on the way.
     """
@@ -75,6 +76,19 @@ class QATLayer(nn.Module):
         twin.calibrates_input = calibrates_input
         return twin
 
+    @classmethod
+    def float_class(cls) -> type[nn.Module]:
+        """Return the class that this one is the twin of: the last of its bases."""
+        return cast(type[nn.Module], cls.__bases__[-1])
+
+    def revert(self) -> None:
+        """Turn the layer back into the float layer that it was made from, in place; its weights stay."""
+        for name in (*self.activation_quantizers, *self.weight_quantizers):
+            delattr(self, name)
+        for attribute in ("calibrates_input", "float_is_expected", "quant_mode"):
+            self.__dict__.pop(attribute, None)
+        self.__class__ = self.float_class()  # type: ignore[assignment]
+
     @property
     def runs_in_float(self) -> bool:
         """Whether the layer is to run in float, or is evaluated before it is calibrated; of that it says so once."""
@@ -82,7 +96,7 @@ class QATLayer(nn.Module):
             return True
         early = any(not (q.has_range or q.training) for q in map(self.get_quantizer, self.activation_quantizers))
         if early and not self.float_is_expected:
-            _warn_float()
+            self._warn_float()
         return early
 
     def get_quantizer(self, name: str) -> ActivationQuantizer:
@@ -115,6 +129,15 @@ class QATLayer(nn.Module):
         if self.input_quantizer.calibrating:
             self.input_quantizer.update_range(input, self.calibrates_input)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _warn_float(self) -> None:
+        warnings.warn(
+            "The model is evaluated before its activation quantizers are calibrated: un-calibrated layers run in "
+            "float. Train for at least `batch_num` batches, or call amct_lightning.calibrate(model, batches), first.",
+            stacklevel=3,
+        )
+        self.float_is_expected = True
+
     def _operate(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The float layer's operation with a given weight."""
         raise TypeError(f"{type(self).__name__} is not a complete QAT layer: it defines no _operate().")
@@ -138,13 +161,3 @@ class QATLinear(QATLayer, nn.Linear):
 
     def _operate(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _warn_float() -> None:
-    # One constant text and place, so that Python's default filter shows it once for all layers.
-    warnings.warn(
-        "The model is evaluated before its activation quantizers are calibrated: un-calibrated layers run in "
-        "float. Train for at least `batch_num` batches, or call amct_lightning.calibrate(model, batches), first.",
-        stacklevel=3,
-    )

@@ -37,15 +37,6 @@ QAT_CLASSES: Mapping[type[nn.Module], type[QATLayer]] = MappingProxyType(
 """Float class -> its QAT class; subclasses are not looked up, as in AMCT."""
 
 
-def float_class(layer: QATLayer) -> type[nn.Module]:
-    """Return the class that a quantized layer had before.
-
-    Args:
-        layer: A layer of exactly one of the QAT classes.
-    """
-    return next(kind for kind, twin in QAT_CLASSES.items() if type(layer) is twin)
-
-
 def channel_layout(layer: nn.Module) -> ChannelLayout:
     """Return where the output channels of a float layer's weights are."""
     transposed = LAYER_TYPES[type(layer)].transposed

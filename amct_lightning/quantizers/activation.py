@@ -74,12 +74,43 @@ class ActivationQuantizer(Quantizer):
         """Set clips and calibration to what they are before training."""
         upper, lower = self.clip or (1.0, -1.0)
         self._store(torch.tensor(upper), torch.tensor(lower))
-        self.calibrated_batches.fill_(self.batch_num if self.clip else 0)
-        self.calibrating = self.clip is None
-        self.recalibrating = self.frozen = self.fresh = False
+        self.batches = self.batch_num if self.clip else 0
+        self.frozen = False
         self.observed: list[Tensor] = []
         # Not a buffer: DDP would overwrite every rank's flag with that of rank zero.
         self.poison = torch.zeros((), device=self.clip_max.device)
+
+    @property
+    def batches(self) -> int:
+        """How far the calibration is, in batches observed; ``calibrated_batches`` keeps it in the state.
+
+        From 0 to ``batch_num``, where it is complete and all processes have the same range; one more before they have
+        agreed on it, which is not kept. A calibration that goes over an old one counts from ``-batch_num`` to 0.
+        """
+        return self._batches
+
+    @batches.setter
+    def batches(self, batches: int) -> None:
+        with torch.no_grad():
+            self.calibrated_batches.fill_(min(batches, self.batch_num))
+        self._note(batches)
+
+    def _note(self, batches: int) -> None:
+        self._batches = batches
+        # Written down, because torch.compile compiles a forward anew whenever a number that it reads has changed.
+        self.calibrating = batches < self.batch_num
+        self.recalibrating = batches < 0
+        self.fresh = batches > self.batch_num
+
+    @property
+    def settled(self) -> bool:
+        """Whether the calibration is complete and the processes have agreed on the clips; the same on all of them."""
+        return not (self.calibrating or self.fresh)
+
+    def settle(self) -> None:
+        """Take note that all processes have the same clips, if the calibration is complete."""
+        if self.fresh:
+            self._note(self.batch_num)
 
     @property
     def has_range(self) -> bool:
@@ -122,7 +153,7 @@ class ActivationQuantizer(Quantizer):
         if not self.training:
             return self._usable_clips()
         if self.calibrating:
-            upper, lower = self._observe(_float32(x), observe, _float32(x if preview is None else preview))
+            upper, lower = self._observe(x.float(), observe, (x if preview is None else preview).float())
         else:
             upper, lower = self._usable_clips()
             if not self.frozen:
@@ -154,20 +185,14 @@ class ActivationQuantizer(Quantizer):
             clip_min: Lower clip, 0-d.
         """
         self._store(*repair_clips(clip_max, clip_min, clip_max, clip_min, self.fixed_min))
-        self.calibrated_batches.fill_(self.batch_num)
-        self.calibrating = self.recalibrating = False
-        self.fresh = True
+        self.batches = self.batch_num + 1
         self.observed = []
 
-    @torch.no_grad()
     def recalibrate(self) -> None:
         """Calibrate anew, on the training batches to come; a range that the configuration gives stays."""
-        if self.clip is not None or (self.calibrating and not self.recalibrating):
-            return
-        # A negative count in the state tells a calibration that goes over an old one from the first.
-        self.calibrated_batches.fill_(-self.batch_num)
-        self.calibrating = self.recalibrating = True
-        self.observed = []
+        if self.clip is None and self.has_range:
+            self.batches = -self.batch_num
+            self.observed = []
 
     @torch.no_grad()
     def freeze(self, frozen: bool = True) -> None:
@@ -231,10 +256,10 @@ class ActivationQuantizer(Quantizer):
         # A single NaN would make the range NaN for good; it is told by the flag and left out here.
         values, preview = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in (values, preview))
         if observe and values.numel() and not in_backward():
-            last = len(self.observed) + 1 >= self.batch_num
             self.observed.append(values)  # a copy: the model may rewrite its activations in place
-            self.calibrated_batches.fill_(len(self.observed) - (self.batch_num if self.recalibrating else 0))
-            if last:
+            if len(self.observed) < self.batch_num:
+                self.batches = len(self.observed) - (self.batch_num if self.recalibrating else 0)
+            else:
                 result = ifmr(self.observed, self.num_bits)
                 self.finish_calibration(result.clip_max, result.clip_min)
         if not self.calibrating or values.numel() == 0:
@@ -247,8 +272,7 @@ class ActivationQuantizer(Quantizer):
         self.observed = [move(batch) for batch in self.observed]
 
     def _after_load(self) -> None:
-        batches = int(self.calibrated_batches)
-        self.calibrating, self.recalibrating, self.fresh = batches < self.batch_num, batches < 0, False
+        self._note(min(int(self.calibrated_batches), self.batch_num))
         self.observed = []
         self.poison = torch.zeros((), device=self.clip_max.device)
 
@@ -261,7 +285,3 @@ class ActivationQuantizer(Quantizer):
 def in_backward() -> bool:
     """Tell whether this forward repeats an earlier one for the backward pass, as gradient checkpointing does."""
     return torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself goes by
-
-
-def _float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float32 else x.float()

@@ -1,8 +1,8 @@
-"""The fake-quantize formulas of AMCT for activations, as pure functions with their gradients.
+"""The formulas of AMCT that all quantization has in common, and those for activations with their gradients.
 
-Those for weights are in ``weight_functional.py``; every formula stands once. ``b`` is the number of bits and
-``h = 2^(b-1)``; integers run from ``-h`` to ``h-1``; rounding is IEEE half-to-even. Nothing here reads a tensor on
-the host.
+What only weights need is in ``weight_functional.py``; every formula stands once. (``ifmr.py`` rounds in the order of
+AMCT's search, which is another one.) ``b`` is the number of bits and ``h = 2^(b-1)``; integers run from ``-h`` to
+``h-1``; rounding is IEEE half-to-even. Nothing here reads a tensor on the host.
 """
 
 from __future__ import annotations
@@ -25,6 +25,47 @@ def half_range(num_bits: int) -> int:
         128
     """
     return 1 << (num_bits - 1)
+
+
+def quantize(values: Tensor, scale: Tensor, num_bits: int, offset: Tensor | None = None) -> Tensor:
+    """Return the integers ``clamp(round(x/s + o), -h, h-1)``, in a floating dtype.
+
+    Args:
+        values: Values ``x``.
+        scale: Scale ``s``, broadcast over them.
+        num_bits: Number of bits ``b``.
+        offset: Offset ``o``; ``None`` for 0.
+
+    Example:
+        >>> quantize(torch.tensor([0.26, -9.0]), torch.tensor(0.5), 4)
+        tensor([ 1., -8.])
+    """
+    h = half_range(num_bits)
+    codes = torch.div(values, scale)
+    if offset is not None:
+        codes.add_(offset)
+    return codes.round_().clamp_(-h, h - 1)
+
+
+def dequantize_(codes: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Turn what :func:`quantize` gave into ``(q - o) * s``, in place."""
+    return (codes if offset is None else codes.sub_(offset)).mul_(scale)
+
+
+def range_ends(scale: Tensor, num_bits: int, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the largest and the smallest value that the integers express, ``(h-1 - o) * s`` and ``(-h - o) * s``.
+
+    Example:
+        >>> range_ends(torch.tensor(0.01), 8)
+        (tensor(1.2700), tensor(-1.2800))
+    """
+    h = half_range(num_bits)
+    return (scale * (h - 1), scale * -h) if offset is None else (scale * ((h - 1) - offset), scale * (-h - offset))
+
+
+def usable_scale(scale: Tensor) -> Tensor:
+    """Replace scales below :data:`EPS` by 1."""
+    return scale.masked_fill(scale < EPS, 1.0)
 
 
 def repair_clips(
@@ -149,21 +190,19 @@ class _FakeQuantizeActivation(torch.autograd.Function):
         num_bits: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        h = half_range(num_bits)
         scale, offset = activation_scale_offset(upper, lower, num_bits)
         ctx.save_for_backward(x, upper, lower, scale, offset)
         ctx.settings = num_bits, dtype
-        y = torch.div(x.to(dtype), scale).add_(offset).round_().clamp_(-h, h - 1).sub_(offset).mul_(scale)
-        return y.to(x.dtype)
+        return dequantize_(quantize(x.to(dtype), scale, num_bits, offset), scale, offset).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, upper, lower, scale, offset = ctx.saved_tensors
         num_bits, dtype = ctx.settings
-        h, x, grad = half_range(num_bits), saved.to(dtype), grad.to(dtype)
-        above = x > scale * ((h - 1) - offset)
-        below = x < scale * (-h - offset)
+        x, grad = saved.to(dtype), grad.to(dtype)
+        largest, smallest = range_ends(scale, num_bits, offset)
+        above, below = x > largest, x < smallest
         codes = torch.where(above, upper, torch.where(below, lower, x)).div_(scale)
         error = torch.round(codes).sub_(codes).div_(2**num_bits - 1)
         grad_x = torch.where(above | below, 0.0, grad).to(saved.dtype) if ctx.needs_input_grad[0] else None

@@ -2,7 +2,8 @@
 
 The search tries scaled copies of the observed range and keeps the one with the smallest mean squared error. All
 candidates are tried at once on pieces of the data, so that neither a copy of the batches nor a tensor of
-candidates x values is ever made.
+candidates x values is ever made. Values are clamped before they are divided, not after, and offsets are rounded before
+the integer range is shifted: AMCT's search does both in this order, and the last bits show it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from amct_lightning.quantizers.functional import EPS, half_range
+from amct_lightning.quantizers.functional import (
+    EPS,
+    activation_scale_offset,
+    half_range,
+    range_ends,
+    usable_scale,
+)
+from amct_lightning.quantizers.weight_functional import symmetric_divisor
 
 _ELEMENTS_AT_ONCE = 1 << 20
 """Candidates x values held at once; 4 MiB of float32 stays in the caches of a CPU core."""
@@ -73,23 +81,17 @@ def ifmr(
     upper = _kth_largest(values, max_percentile).clamp(min=0)
     lower = -_kth_largest([-v for v in values], min_percentile).clamp(min=0)
     if symmetric:
-        high, low, scale = _symmetric_candidates(search, upper, lower, num_bits)
+        ends = upper.abs(), lower.abs()
+        high = _scaled(torch.maximum(*ends), search)
+        low, scale = -high, usable_scale(high / symmetric_divisor(*ends, num_bits))
     else:
         high = _scaled(upper, search)
         low = lower.expand_as(high)
-        scale = (high - low) / (2**num_bits - 1)
-    scale = torch.where(scale < EPS, 1.0, scale)
+        scale, _ = activation_scale_offset(high, low, num_bits)
     losses = _losses(values, high, low, scale)
     best = scale.index_select(0, losses.argmin().view(1)).squeeze(0)
-    return _result(best, lower, losses, num_bits, symmetric)
-
-
-def _symmetric_candidates(
-    search: tuple[float, float, float], upper: Tensor, lower: Tensor, num_bits: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    negative = (upper.abs() < lower.abs()).to(upper.dtype)
-    high = _scaled(torch.maximum(upper.abs(), lower.abs()), search)
-    return high, -high, high / (half_range(num_bits) - 1 + negative)
+    offset = torch.zeros_like(best) if symmetric else -torch.round(lower / best) - half_range(num_bits)
+    return IfmrResult(best, offset, *range_ends(best, num_bits, offset), losses)
 
 
 def _scaled(end: Tensor, search: tuple[float, float, float]) -> Tensor:
@@ -98,12 +100,6 @@ def _scaled(end: Tensor, search: tuple[float, float, float]) -> Tensor:
     # a tensor would stop the host until the device has done all that it was given before.
     ratios = torch.arange(*search, dtype=torch.float32, device="cpu").tolist()
     return torch.stack(torch._foreach_mul([end] * len(ratios), ratios))
-
-
-def _result(scale: Tensor, lower: Tensor, losses: Tensor, num_bits: int, symmetric: bool) -> IfmrResult:
-    h = half_range(num_bits)
-    offset = torch.zeros_like(scale) if symmetric else -torch.round(lower / scale) - h
-    return IfmrResult(scale, offset, (h - 1 - offset) * scale, (-h - offset) * scale, losses)
 
 
 def _kth_largest(values: Sequence[Tensor], percentile: float) -> Tensor:

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from amct_lightning.quantizers.base import Quantizer
+from amct_lightning.quantizers.functional import half_range, quantize
 
 MAX_SHIFT = 16
-_INT16 = (-(2**15), 2**15 - 1)
-_INT32 = (-(2**31), 2**31 - 1)
 
 
 def shift_errors(y: Tensor, scale: Tensor) -> Tensor:
@@ -34,10 +33,10 @@ def shift_errors(y: Tensor, scale: Tensor) -> Tensor:
     per_channel = scale.numel() > 1
     shaped = scale.view([1, -1] + [1] * (y.dim() - 2)) if per_channel else scale.view(())
     dims = [dim for dim in range(y.dim()) if dim != 1 or not per_channel]
-    sums = torch.clamp(torch.round(y.float() / shaped), *_INT32)
+    sums, h = quantize(y.float(), shaped, 32), half_range(16)
     errors = []
     for shift in range(1, MAX_SHIFT + 1):
-        kept = torch.floor(sums / 2**shift).clamp_(*_INT16).mul_(2**shift)
+        kept = torch.floor(sums / 2**shift).clamp_(-h, h - 1).mul_(2**shift)
         errors.append(kept.sub_(sums).square_().sum(dims).view(-1))
     return torch.stack(errors)
 

@@ -104,9 +104,7 @@ class WeightQuantizer(Quantizer):
         Returns:
             The fake-quantized weight.
         """
-        values = weight if weight.dtype == torch.float32 else weight.float()
-        y = self._quantize(values)
-        return y if weight.dtype == torch.float32 else y.to(weight.dtype)
+        return self._quantize(weight.float()).to(weight.dtype)
 
     def _quantize(self, weight: Tensor) -> Tensor:
         if self.frozen:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from amct_lightning.quantizers.functional import EPS, half_range
+from amct_lightning.quantizers.functional import dequantize_, half_range, quantize, range_ends, usable_scale
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,21 @@ class ChannelLayout:
         return scale.view([1 if dim in reduced else length for dim, length in enumerate(view.shape)])
 
 
+def symmetric_divisor(high: Tensor, low: Tensor, num_bits: int) -> Tensor:
+    """Return by what the larger of two magnitudes is divided for a symmetric scale: ``h-1``, for the lower one ``h``.
+
+    Args:
+        high: Magnitude of the upper end.
+        low: Magnitude of the lower end, same dtype.
+        num_bits: Number of bits ``b``.
+    """
+    return half_range(num_bits) - 1 + (high < low).to(high.dtype)
+
+
 def arq_scale(weight: Tensor, layout: ChannelLayout, num_bits: int, channel_wise: bool) -> Tensor:
     """Return the max-abs (ARQ) scale of a weight, shaped to broadcast over ``layout.view(weight)``.
 
-    ``s = max|w| / (h-1)``, or ``/ h`` where the minimum has the larger magnitude; below :data:`EPS` it is 1.
+    ``s = max|w| / (h-1)``, or ``/ h`` where the minimum has the larger magnitude; below ``EPS`` it is 1.
 
     Args:
         weight: Weight, float32.
@@ -66,8 +77,7 @@ def arq_scale(weight: Tensor, layout: ChannelLayout, num_bits: int, channel_wise
     view = layout.view(weight)
     dims = layout.reduced_dims(view, channel_wise)
     high, low = view.amax(dims, keepdim=True).abs(), view.amin(dims, keepdim=True).abs()
-    scale = torch.maximum(high, low) / (half_range(num_bits) - 1 + (high < low).to(weight.dtype))
-    return scale.masked_fill(scale < EPS, 1.0)
+    return usable_scale(torch.maximum(high, low) / symmetric_divisor(high, low, num_bits))
 
 
 def fake_quantize_weight(weight: Tensor, scale: Tensor, layout: ChannelLayout, num_bits: int) -> Tensor:
@@ -95,9 +105,7 @@ def fake_quantize_weight(weight: Tensor, scale: Tensor, layout: ChannelLayout, n
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(_ctx: Any, weight: Tensor, scale: Tensor, layout: ChannelLayout, num_bits: int) -> Tensor:
-        h = half_range(num_bits)
-        view = layout.view(weight)
-        return torch.div(view, scale).round_().clamp_(-h, h - 1).mul_(scale).view_as(weight)
+        return dequantize_(quantize(layout.view(weight), scale, num_bits), scale).view_as(weight)
 
     @staticmethod
     @once_differentiable
@@ -156,18 +164,18 @@ class _FakeQuantizeWeightLearned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, layout: ChannelLayout, num_bits: int, factor: float) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        ctx.settings = layout, half_range(num_bits), factor
+        ctx.settings = layout, num_bits, factor
         return _FakeQuantizeWeight.forward(ctx, weight, scale, layout, num_bits)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
-        layout, h, factor = ctx.settings
-        view = layout.view(weight)
+        layout, num_bits, factor = ctx.settings
+        view, h = layout.view(weight), half_range(num_bits)
         codes = view / scale
-        above = (view > scale * (h - 1)).to(view.dtype)
-        below = (view < scale * -h).to(view.dtype)
+        largest, smallest = range_ends(scale, num_bits)
+        above, below = (view > largest).to(view.dtype), (view < smallest).to(view.dtype)
         # With a negative scale a value is above and below at once. AMCT's sum of the three terms is kept for it, and
         # its order, which decides the last bit.
         step = (1 - above - below) * (torch.round(codes) - codes) - below * h + above * (h - 1)

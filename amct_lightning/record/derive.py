@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from amct_lightning.conversion.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
 from amct_lightning.modules.folding import current_weight, deployed_scale
 from amct_lightning.modules.layers import QATLayer
-from amct_lightning.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.quantizers import LearnedWeightQuantizer, ShiftSearch, WeightQuantizer
 from amct_lightning.quantizers.functional import EPS
 from amct_lightning.record.layer_record import LayerRecord

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY, read_foreign_checkpoint
-from amct_lightning.plan import QuantPlan
+from amct_lightning.conversion.plan import QuantPlan
+from amct_lightning.conversion.report import ReportRow, quantized_row
 from amct_lightning.record import QuantRecord
-from amct_lightning.report import ReportRow, quantized_row
 from amct_lightning.run_report.scales import ScaleSummary, summarize
 
 _KINDS = {2: "Linear", 3: "1-d convolution", 4: "2-d convolution", 5: "3-d convolution"}

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
+from amct_lightning.conversion.report import ReportRow
 from amct_lightning.record import LayerRecord, QuantRecord
-from amct_lightning.report import ReportRow
 from amct_lightning.run_report.checkpoint import CheckpointFacts, read_facts
 from amct_lightning.run_report.folder import METRICS_FILE, MONITOR_FILE, choose_log_folders, find_files
 from amct_lightning.run_report.logs import (

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from amct_lightning.conversion.report import ReportRow
 from amct_lightning.record import LayerRecord
 from amct_lightning.record.numeric import to_float32
-from amct_lightning.report import ReportRow
 from amct_lightning.run_report.curves import OWN
 from amct_lightning.run_report.layers import Change, changes
 from amct_lightning.run_report.logs import Metrics, Monitor

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_lightning.plan import LayerPlan, make_plan
+from amct_lightning.conversion.plan import LayerPlan, make_plan
 
 
 def layers(model: nn.Module, input_data: Any) -> dict[str, LayerPlan]:

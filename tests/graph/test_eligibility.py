@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from amct_lightning.conversion.plan import make_plan
 from amct_lightning.graph.eligibility import eligible_layers
-from amct_lightning.plan import make_plan
 from tests.golden_data import GOLDEN
 
 NOT_YET = ("Conv1d", "Conv3d", "ConvTranspose1d", "LSTM", "GRU")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from amct_lightning import QuantRecord, prepare_qat
+from amct_lightning.conversion.plan import make_plan
 from amct_lightning.modules import activation_quantizers
-from amct_lightning.plan import make_plan
 from tests.graph.models import Model, image, layers
 
 

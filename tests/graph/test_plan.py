@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from amct_lightning import RetrainConfig
 from amct_lightning.config import DataConfig, LayerConfig
-from amct_lightning.plan import LayerPlan, QuantPlan, make_plan
+from amct_lightning.conversion.plan import LayerPlan, QuantPlan, make_plan
 
 
 class Net(nn.Module):

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from amct_lightning import RetrainConfig, calibrate, prepare_qat, quantized_layers
 from amct_lightning.config import LayerConfig, WeightConfig
-from amct_lightning.modules import QATConv2d, QATLinear, activation_quantizers, revert_layers
+from amct_lightning.conversion.convert import revert_layers
+from amct_lightning.conversion.plan import find_plan
+from amct_lightning.modules import QATConv2d, QATLinear, activation_quantizers
 
 
 class Branches(nn.Module):
@@ -231,7 +233,9 @@ def test_reverting_gives_back_the_float_model(model: Branches, x: Tensor) -> Non
     before = state(model)
     converted = prepare_qat(model, None, x, inplace=True, search_n=True).train()
     converted(x)
+    assert find_plan(converted) is not None
     revert_layers(converted)
+    assert find_plan(model) is None
     assert list(converted.state_dict()) == list(before)
     assert [type(layer) for layer in (model.stem, model.owner)] == [nn.Conv2d, nn.Conv2d]
     assert not any(module._forward_hooks for module in model.modules())

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from amct_lightning.amct.migrate import abbreviate
-from amct_lightning.plan import QuantPlan
+from amct_lightning.conversion.plan import QuantPlan
 
 
 @dataclass(frozen=True)

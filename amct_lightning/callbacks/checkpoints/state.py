@@ -9,9 +9,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from amct_lightning.callbacks.checks import describe_difference
-from amct_lightning.modules import activation_quantizers, convert_layers, revert_layers
+from amct_lightning.conversion.convert import convert_layers, revert_layers
+from amct_lightning.conversion.plan import QuantPlan, find_plan
+from amct_lightning.modules import activation_quantizers
 from amct_lightning.modules.folding import is_sharded
-from amct_lightning.plan import QuantPlan, attach_plan, find_plan
 from amct_lightning.record import QuantRecord
 
 
@@ -60,7 +61,6 @@ def adopt_plan(model: nn.Module, entry: dict[str, Any], source: str, replace: bo
         found = None
     if found is None:
         convert_layers(model, plan)
-        attach_plan(model, plan)
     elif found[1] != plan:
         raise ValueError(
             f"The checkpoint '{source}' was quantized differently from the model: "
@@ -97,14 +97,14 @@ def record_of(model: nn.Module, tensors: Mapping[str, Tensor], text: str | None)
         return text
     quantizers = activation_quantizers(model).values()
     kept = {name: tensor.clone() for name, tensor in live.items()}
-    books = [(quantizer.observed, quantizer.poison) for quantizer in quantizers]
+    books = [(quantizer.observed, quantizer.poison, quantizer.batches) for quantizer in quantizers]
     try:
         model.load_state_dict({name: tensors[name] for name in live})
         return record_text(model)
     finally:
         model.load_state_dict(kept)
-        for quantizer, (observed, poison) in zip(quantizers, books, strict=True):
-            quantizer.observed, quantizer.poison = observed, poison
+        for quantizer, book in zip(quantizers, books, strict=True):
+            quantizer.observed, quantizer.poison, quantizer.batches = book
 
 
 def record_text(model: nn.Module) -> str | None:

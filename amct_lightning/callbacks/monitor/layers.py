@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from amct_lightning.callbacks.monitor.metric import usable_clips
+from amct_lightning.conversion.plan import find_plan
 from amct_lightning.modules import QATLayer, quantized_layers
 from amct_lightning.modules.folding import current_weight, is_sharded
-from amct_lightning.plan import find_plan
 from amct_lightning.quantizers import ActivationQuantizer, WeightQuantizer
 from amct_lightning.quantizers.functional import activation_scale_offset
 from amct_lightning.quantizers.weight_functional import fake_quantize_weight

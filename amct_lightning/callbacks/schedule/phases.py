@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from amct_lightning.callbacks.schedule.checks import check_contradictions, check_patterns
 from amct_lightning.callbacks.schedule.holding import FrozenNorm, Holder
 from amct_lightning.callbacks.schedule.schedule import LayerPhase, Phase, Position, QuantSchedule
+from amct_lightning.conversion.plan import find_plan
 from amct_lightning.modules import QATLayer
 from amct_lightning.modules.folding import current_weight
-from amct_lightning.plan import find_plan
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, WeightQuantizer
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

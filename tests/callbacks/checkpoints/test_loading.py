@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from amct_lightning import QuantRecord, QuantRetrainCallback, RetrainConfig, load_qat_checkpoint, quantized_layers
-from amct_lightning.plan import find_plan
+from amct_lightning.conversion.plan import find_plan
 from tests.callbacks.conftest import Net, TrainerFactory, loader
 
 X = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(1))

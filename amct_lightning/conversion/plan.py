@@ -18,7 +18,9 @@ from amct_lightning.graph.eligibility import Candidate, find_candidates
 from amct_lightning.graph.trace import InputData, Trace, Value
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
 
-_PLAN_ATTRIBUTE = "_amct_quant_plan"
+PLAN_ATTRIBUTE = "_amct_quant_plan"
+"""Where a converted model keeps its plan."""
+
 _RELU = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
 
 
@@ -168,11 +170,6 @@ def make_plan(
     return QuantPlan(resolved, layers, search_n, tuple(refused.values()), ends)
 
 
-def attach_plan(model: nn.Module, plan: QuantPlan) -> None:
-    """Keep ``plan`` with the converted model; deepcopy and pickle take it along."""
-    setattr(model, _PLAN_ATTRIBUTE, plan)
-
-
 def find_plan(model: nn.Module) -> tuple[nn.Module, QuantPlan] | None:
     """Return the converted module inside ``model`` (or itself) and its plan, or ``None`` if there is none.
 
@@ -180,7 +177,7 @@ def find_plan(model: nn.Module) -> tuple[nn.Module, QuantPlan] | None:
         model: A converted model, or a wrapper around one (DDP, a LightningModule, a compiled module).
     """
     for module in model.modules():
-        plan = module.__dict__.get(_PLAN_ATTRIBUTE)
+        plan = module.__dict__.get(PLAN_ATTRIBUTE)
         if plan is not None:
             return module, plan
     return None

@@ -1,0 +1,127 @@
+"""Turn the planned layers of a float model into their QAT twins, and back.
+
+A model is converted if it carries a plan, and only then: :func:`convert_layers` attaches it, :func:`revert_layers`
+takes it away, ``find_plan`` finds it.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from amct_lightning.config import DataConfig, WeightConfig
+from amct_lightning.conversion.plan import PLAN_ATTRIBUTE, LayerPlan, QuantPlan
+from amct_lightning.layer_types import LAYER_TYPES
+from amct_lightning.modules import QATLayer, leave_out_of_broadcast, quantized_layers
+from amct_lightning.modules.folding import whole_tensor
+from amct_lightning.modules.registry import QAT_CLASSES, channel_layout
+from amct_lightning.modules.shift_hook import install_shift_search, remove_shift_search
+from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, Quantizer, WeightQuantizer
+
+
+def convert_layers(model: nn.Module, plan: QuantPlan) -> None:
+    """Convert the planned layers of ``model`` in place; deepcopy and pickle of the model take the plan along.
+
+    Args:
+        model: The float model the plan was made for, or one of the same structure.
+        plan: What to do with which layer.
+
+    Raises:
+        ValueError: If a planned layer is missing, has another type, or holds NaN or infinite weights; the model
+            is unchanged then.
+    """
+    layers = {layer.name: _planned_layer(model, layer.name) for layer in plan.layers}
+    quantizers: dict[str, ActivationQuantizer] = {}
+    for layer_plan in plan.layers:
+        _convert_layer(layers[layer_plan.name], layer_plan, plan, quantizers)
+        if plan.search_n and not isinstance(layers[layer_plan.name], nn.RNNBase):
+            batch_norm = None if layer_plan.batch_norm is None else model.get_submodule(layer_plan.batch_norm)
+            install_shift_search(cast(QATLayer, layers[layer_plan.name]), batch_norm)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # Its fused evaluation path would read the weights directly and pass the quantizers by; this public
+            # attribute is one of the conditions of that path.
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # nested tensors cannot be rounded
+    leave_out_of_broadcast(model)
+    setattr(model, PLAN_ATTRIBUTE, plan)
+
+
+def revert_layers(model: nn.Module) -> None:
+    """Turn the QAT layers of ``model`` back into float layers, in place; weights stay, quantizers are dropped.
+
+    Args:
+        model: A converted model.
+
+    Example:
+        >>> from amct_lightning import prepare_qat
+        >>> model = prepare_qat(nn.Sequential(nn.Linear(4, 2)), None, torch.ones(1, 4))
+        >>> revert_layers(model)
+        >>> model
+        Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+        )
+    """
+    remove_shift_search(model)
+    for layer in quantized_layers(model).values():
+        cast(QATLayer, layer).revert()
+    leave_out_of_broadcast(model)
+    for module in model.modules():
+        module.__dict__.pop(PLAN_ATTRIBUTE, None)
+
+
+def _convert_layer(
+    layer: nn.Module, plan: LayerPlan, model_plan: QuantPlan, quantizers: dict[str, ActivationQuantizer]
+) -> None:
+    twin = QAT_CLASSES[type(layer)]
+    config = model_plan.config[plan.name]
+    batch_num = model_plan.config.batch_num * plan.calls
+    if plan.shares_input_of not in quantizers:
+        quantizers[plan.shares_input_of] = _activation_quantizer(config.retrain_data_config, plan.fixed_min, batch_num)
+    own: dict[str, Quantizer] = {"input_quantizer": quantizers[plan.shares_input_of]}
+    if "hidden_quantizer" in twin.activation_quantizers:
+        own["hidden_quantizer"] = _activation_quantizer(config.retrain_data_config, plan.fixed_min_hidden, batch_num)
+    for name, parameter in twin.weight_quantizers.items():
+        own[name] = _weight_quantizer(layer, parameter, config.retrain_weight_config)
+    twin.convert(layer, own, plan.calibrates_input)
+
+
+def _activation_quantizer(config: DataConfig, fixed_min: bool, batch_num: int) -> ActivationQuantizer:
+    clip = None if config.clip_max is None or config.clip_min is None else (config.clip_max, config.clip_min)
+    return ActivationQuantizer(config.num_bits, fixed_min, clip, batch_num)
+
+
+def _weight_quantizer(layer: nn.Module, parameter: str, config: WeightConfig) -> WeightQuantizer:
+    layout = channel_layout(layer)
+    weight = whole_tensor(cast(Tensor, getattr(layer, parameter))).detach()
+    channel_wise = bool(config.channel_wise)
+    if config.algo == "ulq_retrain":
+        elements = LAYER_TYPES[type(layer)].scale_elements(layer, weight, channel_wise)
+        return LearnedWeightQuantizer(config.num_bits, channel_wise, layout, weight, elements)
+    return WeightQuantizer(config.num_bits, channel_wise, layout, weight)
+
+
+def _planned_layer(model: nn.Module, name: str) -> nn.Module:
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"The quantization plan names layer '{name}', which {type(model).__name__} does not have. "
+            "Was the plan made for another model?"
+        ) from None
+    if type(layer) not in LAYER_TYPES:
+        raise ValueError(
+            f"The quantization plan names layer '{name}', but it is a {type(layer).__name__} now; only "
+            f"{', '.join(kind.__name__ for kind in LAYER_TYPES)} can be quantized."
+        )
+    for parameter in QAT_CLASSES[type(layer)].weight_quantizers.values():
+        weight = whole_tensor(cast(Tensor, getattr(layer, parameter)))
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            raise ValueError(
+                f"The weight of layer '{name}' contains NaN or infinite values. Start from a checkpoint whose weights "
+                "are finite."
+            )
+    return layer
