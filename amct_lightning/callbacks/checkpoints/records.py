@@ -1,140 +1,152 @@
-"""The side of the callback that faces checkpoints: what goes into them, what comes out, and the record files."""
+"""Records in files: that of the run, those beside checkpoints, and the text of the record that they hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Self
 
-from amct_lightning.callbacks.averaging import averaged_modules
-from amct_lightning.callbacks.calibration_count import CalibrationCount
-from amct_lightning.callbacks.checkpoints.io import RecordCheckpointIO, copy_records_of_links
-from amct_lightning.callbacks.checkpoints.state import adopt_plan, make_entry, record_of, restore_observed
-from amct_lightning.callbacks.checks import find_submodule
-from amct_lightning.callbacks.training import Training
-from amct_lightning.checkpoint_file import CHECKPOINT_KEY
-from amct_lightning.files import write_text
+from amct_lightning.files import check_writable, write_text
+from amct_lightning.modules import activation_quantizers
+from amct_lightning.modules.folding import is_sharded
+from amct_lightning.protocols import ShardingStrategy
+from amct_lightning.record import QuantRecord
 
 
-class CheckpointSide(Callback):
-    """Base of :class:`QuantRetrainCallback`; a :class:`RecordCheckpointIO` calls it for every checkpoint.
+@dataclass(frozen=True)
+class RecordFile:
+    """Where the record of a run goes.
 
     Attributes:
-        config: What the user gave as configuration.
-        submodule: Dotted name of the converted part of the LightningModule, ``None`` for all of it.
+        path: The file.
+        is_written: Whether it is; a ``fast_dev_run`` leaves nothing behind.
     """
 
-    config: Any
-    submodule: str | None
+    path: Path
+    is_written: bool
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._model: nn.Module | None = None
-        self._record_path = Path("record.txt")
-        self._missing_config: FileNotFoundError | None = None
-        self._calibration = CalibrationCount()
-        self._is_fitting = False
-        self._training: Training | None = None
-        self._loaded_entry: dict[str, Any] = {}
-        self._writes_record = True
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Put plan, calibration state and record into the checkpoint, and frozen factors into averages of weights."""
-        if self._training is not None:
-            self._training.settle_averages()
-        copy_records_of_links(trainer.checkpoint_callbacks)
-        state = self.checkpoint_state()
-        if state is not None:
-            checkpoint[CHECKPOINT_KEY] = state
-
-    @override
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Take back batches that a calibration in progress had observed."""
-        entry = self._loaded_entry = checkpoint.get(CHECKPOINT_KEY, {})
-        self._calibration.steps = entry.get("calibration_steps", 0)
-        restore_observed(self._converted(), entry)
-        if entry:
-            for average in averaged_modules(trainer):  # whose states other callbacks are about to load
-                adopt_plan(find_submodule(average, self.submodule), entry, "checkpoint", replace=True)
-        if self._training is not None:  # as the searches for learning rate and batch size do
-            self._training.forget()
-
-    def checkpoint_state(self) -> dict[str, Any] | None:
-        """Return what a checkpoint has to hold beside the weights, or ``None`` without a converted model."""
-        return None if self._model is None else make_entry(self._model, self.submodule, self._calibration.steps)
-
-    def record_of(self, tensors: Mapping[str, Tensor], text: str | None) -> str | None:
-        """Return the record that belongs to the tensors of a checkpoint.
+    @classmethod
+    def of(cls, trainer: pl.Trainer, path: str | Path | None, config: object) -> Self:
+        """Return the file of a Trainer's run, after a look whether it can be written.
 
         Args:
-            tensors: The ``state_dict`` in the checkpoint.
-            text: The record of the model as it is.
-        """
-        prefix = f"{self.submodule}." if self.submodule else ""
-        own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        return record_of(self._converted(), own, text)
+            trainer: The Trainer.
+            path: The user's choice; ``None`` means ``record.txt`` in the Trainer's ``default_root_dir``.
+            config: The configuration, which may be a file.
 
-    def record_saved(self, text: str | None) -> None:
-        """Write ``record_file``; without a usable record, and in a ``fast_dev_run``, the last written one stays.
+        Raises:
+            OSError: If it cannot be written.
+            ValueError: If it is the file of the configuration.
+        """
+        final = Path(path or Path(trainer.default_root_dir, "record.txt"))
+        if trainer.is_global_zero:
+            check_writable(final, "record file")
+            if isinstance(config, (str, Path)) and Path(config).resolve() == final.resolve():
+                raise ValueError(
+                    f"record_file '{final}' is the configuration file, which would be overwritten. Give the record a "
+                    "path of its own."
+                )
+        return cls(final, not trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+    def write(self, text: str | None) -> None:
+        """Write a record; without a usable one, and in a ``fast_dev_run``, the last written one stays.
 
         Args:
             text: The record, or ``None``.
         """
-        if text is not None and self._writes_record:
-            write_text(self._record_path, text)
+        if text is not None and self.is_written:
+            write_text(self.path, text)
 
-    def checkpoint_loaded(self, state: dict[str, Any] | None, source: str) -> None:
-        """Convert a model that waits for the plan of its checkpoint; refuse a checkpoint with another plan.
 
-        Args:
-            state: The checkpoint's entry of this package, ``None`` if it has none.
-            source: The checkpoint's path.
+def record_path(checkpoint_path: str | Path) -> Path:
+    """Return where the record of a checkpoint is.
 
-        Raises:
-            ValueError: If model and checkpoint are quantized differently.
-        """
-        if self._model is None:
-            return
-        if state is not None:
-            adopt_plan(self._model, state, source, replace=self.config is None)
-            self._missing_config = None
-        elif self._is_fitting:
-            raise ValueError(
-                f"'{source}' was written without QuantRetrainCallback, so the state of its optimizer does not fit the "
-                "quantized model. Load the float weights into the LightningModule, and fit without ckpt_path."
-            )
+    Example:
+        >>> record_path("run/epoch=3.ckpt").name
+        'epoch=3.record.txt'
+    """
+    path = Path(checkpoint_path)
+    return path.with_name(path.name.removesuffix(".ckpt") + ".record.txt")
 
-    def _restore_observed(self) -> None:
-        """Take back observed batches again; a callback that averages weights has loaded the model once more."""
-        if self._loaded_entry:
-            restore_observed(self._converted(), self._loaded_entry)
-        self._loaded_entry = {}
 
-    def _wrap_checkpoint_io(self, trainer: pl.Trainer) -> None:
-        self._loaded_entry = {}
-        self._writes_record = not trainer.fast_dev_run  # type: ignore[attr-defined]
-        inner = trainer.strategy.checkpoint_io
-        if isinstance(inner, RecordCheckpointIO):
-            inner.owner = self
-        else:
-            trainer.strategy.checkpoint_io = RecordCheckpointIO(inner, self)
+@rank_zero_only
+def copy_records_of_links(checkpoint_callbacks: Iterable[Any]) -> None:
+    """Give a last checkpoint that is a link (``save_last="link"``), which no CheckpointIO saves, its record.
 
-    def _require_conversion(self) -> None:
-        if self._missing_config is not None:
-            raise self._missing_config
+    Args:
+        checkpoint_callbacks: The Trainer's checkpoint callbacks.
+    """
+    for callback in checkpoint_callbacks:
+        path = Path(getattr(callback, "last_model_path", ""))
+        if path.is_symlink():
+            record, original = record_path(path), record_path(path.resolve())
+            if original.is_file():
+                write_text(record, original.read_bytes().decode())
+            else:
+                record.unlink(missing_ok=True)
 
-    def _converted(self) -> nn.Module:
-        self._require_conversion()
-        if self._model is None:
-            raise RuntimeError("QuantRetrainCallback has no model yet: it is used outside of a Trainer run.")
-        return self._model
+
+def record_text(model: nn.Module) -> str | None:
+    """Return the present record, or ``None`` while calibrating or when a factor is not finite.
+
+    Args:
+        model: The converted module.
+    """
+    if not all(quantizer.has_range for quantizer in activation_quantizers(model).values()):
+        return None
+    try:
+        return QuantRecord.from_model(model).to_text()
+    except ValueError as error:
+        rank_zero_warn(f"The record was not written, the last good one stays: {error}")
+        return None
+
+
+def present_record(trainer: pl.Trainer, model: nn.Module) -> str | None:
+    """Return the present record on rank zero; with sharded weights a collective.
+
+    Args:
+        trainer: The Trainer.
+        model: The converted module.
+
+    Returns:
+        The record, or ``None`` if there is none yet, or on other ranks.
+    """
+    everywhere = is_sharded(model)
+    if everywhere and isinstance(trainer.strategy, ShardingStrategy):
+        trainer.strategy.share_buffers()  # statistics differ among ranks, and all must gather the same weights
+    text = record_text(model) if everywhere or trainer.is_global_zero else None
+    return text if trainer.is_global_zero else None
+
+
+def record_of(model: nn.Module, submodule: str | None, tensors: Mapping[str, Tensor], text: str | None) -> str | None:
+    """Return the record of a checkpoint, whose tensors weight averaging may have put in place of the model's.
+
+    Args:
+        model: The converted module.
+        submodule: Its dotted name in the LightningModule, ``None`` if it is all of it.
+        tensors: The ``state_dict`` in the checkpoint.
+        text: The record of the model as it is.
+    """
+    prefix, live = f"{submodule}." if submodule else "", model.state_dict()
+    tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    is_plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in live.values())
+    if not is_plain or not live.keys() <= tensors.keys():
+        return text  # a sharded or partial state, which this process cannot look into
+    if all(tensors[name].data_ptr() == tensor.data_ptr() for name, tensor in live.items()):
+        return text
+    quantizers = activation_quantizers(model).values()
+    kept = {name: tensor.clone() for name, tensor in live.items()}
+    books = [(quantizer.observed, quantizer.poison) for quantizer in quantizers]
+    try:
+        model.load_state_dict({name: tensors[name] for name in live})
+        return record_text(model)
+    finally:
+        model.load_state_dict(kept)
+        for quantizer, (observed, poison) in zip(quantizers, books, strict=True):
+            quantizer.observed, quantizer.poison = observed, poison

@@ -1,0 +1,113 @@
+"""How the callback converts a model when it is set up, or goes on with one that is converted already."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from amct_lightning.callbacks.checkpoints.state import QuantState
+from amct_lightning.callbacks.checks import describe_difference
+from amct_lightning.callbacks.inputs import BatchToInput, find_input
+from amct_lightning.callbacks.schedule.schedule import QuantSchedule
+from amct_lightning.callbacks.sharding import reshard
+from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config
+from amct_lightning.graph.plan import QuantPlan, attach_plan, find_plan, make_plan
+from amct_lightning.modules import convert_layers, quantized_layers
+from amct_lightning.modules.registry import LAYER_TYPES
+from amct_lightning.report import conversion_report
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The arguments of :class:`QuantRetrainCallback` that count for the conversion; see there."""
+
+    config: ConfigLike
+    schedule: QuantSchedule | None
+    input_data: Any
+    batch_to_input: BatchToInput | None
+    allow_reuse: bool
+    search_n: bool
+
+    def apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: QuantState) -> None:
+        """Convert a float model, or make sure that a converted one is quantized as it should be.
+
+        Args:
+            trainer: The Trainer, in its setup phase.
+            pl_module: The LightningModule.
+            state: The model in it; told if its configuration is missing.
+
+        Raises:
+            ValueError: If the model cannot be converted so, or was converted in another way.
+        """
+        if find_plan(state.model) is None:
+            self._convert(trainer, pl_module, state)
+            return
+        with suppress(FileNotFoundError):
+            check_unchanged(state.model, self.config, config_source(self.config), self.schedule)
+        number = len(quantized_layers(state.model))
+        rank_zero_info(f"QuantRetrainCallback: going on with {number} quantized layers.")
+
+    def _convert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: QuantState) -> None:
+        model = state.model
+        try:
+            config, source = load_config(self.config), config_source(self.config)
+        except FileNotFoundError as error:
+            state.missing_config = error  # a checkpoint that is about to be loaded may bring its own
+            return
+        run, input_data = model, self.input_data
+        if input_data is None:
+            run, input_data = find_input(trainer, pl_module, model, self.batch_to_input)
+        plan = make_plan(model, config, input_data, run, source, self.allow_reuse, self.search_n)
+        reshard(pl_module)
+        plan = with_batches(plan, self.schedule)
+        convert_layers(model, plan)
+        attach_plan(model, plan)
+        report = conversion_report(model)
+        rank_zero_info(f"QuantRetrainCallback: the record goes to '{state.record.path}'. {report}")
+
+
+def with_batches(plan: QuantPlan, schedule: QuantSchedule | None) -> QuantPlan:
+    """Return a plan whose calibrations take as many batches as a schedule says."""
+    if schedule is None or schedule.calibrate_batches is None:
+        return plan
+    settings = plan.config.to_dict() | {"batch_num": schedule.calibrate_batches}
+    return replace(plan, config=RetrainConfig.from_dict(settings, "QuantSchedule"))
+
+
+def check_unchanged(model: nn.Module, config: ConfigLike, source: str, schedule: QuantSchedule | None = None) -> None:
+    """Refuse a configuration that is not the one by which a model was converted before.
+
+    Args:
+        model: The converted module.
+        config: What the user gave; ``None`` goes on with what there is.
+        source: What it is called in messages.
+        schedule: The schedule, which may set the number of calibration batches.
+
+    Raises:
+        ValueError: If it would quantize the model differently.
+    """
+    found = find_plan(model)
+    if found is None or config is None:
+        return
+    root, plan = found
+    layers = {name: _as_float(root.get_submodule(name)) for name in plan.config}
+    wanted = with_batches(replace(plan, config=load_config(config).resolve(layers, source)), schedule)
+    if wanted != plan:
+        raise ValueError(
+            f"{type(model).__name__} is quantized already, and {source} would do it differently: "
+            f"{describe_difference(wanted, plan)} (there: as it is; here: as configured). Leave `config` out to go on "
+            "with the layers as they are, or begin with the float model."
+        )
+
+
+def _as_float(layer: nn.Module) -> nn.Module:
+    """View a QAT layer as one of its float class, which the rules of configurations go by."""
+    kind = next(kind for kind in LAYER_TYPES if isinstance(layer, kind))
+    view = kind.__new__(kind)
+    view.__dict__ = layer.__dict__
+    return view
