@@ -47,8 +47,8 @@ class Training:
         self.model = model
         self.calibration = calibration
         self.max_epochs = max_epochs
-        self.phases = PhaseRunner(schedule, model, max_epochs)
-        self.phases.begin(trainer.optimizers, Position(trainer.current_epoch, max_epochs=max_epochs))
+        begin = Position(trainer.current_epoch, max_epochs=max_epochs)
+        self.phases = PhaseRunner(schedule, model, trainer.optimizers, begin)
         self.calibration.begin(model)
         self.averages = Averages(trainer, model)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]

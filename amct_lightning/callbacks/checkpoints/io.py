@@ -10,10 +10,10 @@ from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from amct_lightning.callbacks.checkpoints.records import record_of, record_path
+from amct_lightning.callbacks.checkpoints.records import put_record, record_of, record_path
 from amct_lightning.callbacks.checkpoints.state import QuantState
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY
-from amct_lightning.files import atomic_path, write_text
+from amct_lightning.files import atomic_path
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -81,10 +81,8 @@ class RecordCheckpointIO(CheckpointIO):
     @rank_zero_only
     def _write_record(self, text: str | None, path: Any) -> None:
         self.state.record.write(text)
-        if _is_local(path) and text is not None:
-            write_text(record_path(path), text)
-        elif _is_local(path):
-            record_path(path).unlink(missing_ok=True)
+        if _is_local(path):
+            put_record(path, text)
 
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -104,7 +102,7 @@ class RecordCheckpointIO(CheckpointIO):
         """Remove a checkpoint and its record."""
         self.inner.remove_checkpoint(path)
         if _is_local(path):
-            record_path(path).unlink(missing_ok=True)
+            put_record(path, None)
 
     @override
     def teardown(self) -> None:
@@ -119,7 +117,7 @@ def _heal_record(path: Any, checkpoint: dict[str, Any]) -> None:
     record = record_path(path)
     if text is not None and _is_local(path) and record.exists() and record.read_bytes() != text.encode():
         with suppress(OSError):  # a folder that may only be read is no reason not to load from it
-            write_text(record, text)
+            put_record(path, text)
 
 
 def _is_local(path: Any) -> bool:

@@ -75,6 +75,19 @@ def record_path(checkpoint_path: str | Path) -> Path:
     return path.with_name(path.name.removesuffix(".ckpt") + ".record.txt")
 
 
+def put_record(checkpoint_path: str | Path, text: str | None) -> None:
+    """Write the record beside a checkpoint, or remove the one that is there.
+
+    Args:
+        checkpoint_path: The checkpoint.
+        text: The record, ``None`` if there is none.
+    """
+    if text is None:
+        record_path(checkpoint_path).unlink(missing_ok=True)
+    else:
+        write_text(record_path(checkpoint_path), text)
+
+
 @rank_zero_only
 def copy_records_of_links(checkpoint_callbacks: Iterable[Any]) -> None:
     """Give a last checkpoint that is a link (``save_last="link"``), which no CheckpointIO saves, its record.
@@ -85,11 +98,8 @@ def copy_records_of_links(checkpoint_callbacks: Iterable[Any]) -> None:
     for callback in checkpoint_callbacks:
         path = Path(getattr(callback, "last_model_path", ""))
         if path.is_symlink():
-            record, original = record_path(path), record_path(path.resolve())
-            if original.is_file():
-                write_text(record, original.read_bytes().decode())
-            else:
-                record.unlink(missing_ok=True)
+            original = record_path(path.resolve())
+            put_record(path, original.read_bytes().decode() if original.is_file() else None)
 
 
 def record_text(model: nn.Module) -> str | None:
