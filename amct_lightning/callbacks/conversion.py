@@ -44,11 +44,12 @@ class Conversion:
         Raises:
             ValueError: If the model cannot be converted so, or was converted in another way.
         """
-        if find_plan(state.model) is None:
+        found = find_plan(state.model)
+        if found is None:
             self._convert(trainer, pl_module, state)
             return
         with suppress(FileNotFoundError):
-            check_unchanged(state.model, self.config, config_source(self.config), self.schedule)
+            self._check_unchanged(*found, type(state.model).__name__)
         number = len(quantized_layers(state.model))
         rank_zero_info(f"QuantRetrainCallback: going on with {number} quantized layers.")
 
@@ -64,45 +65,32 @@ class Conversion:
             run, input_data = find_input(trainer, pl_module, model, self.batch_to_input)
         plan = make_plan(model, config, input_data, run, source, self.allow_reuse, self.search_n)
         reshard(pl_module)
-        plan = with_batches(plan, self.schedule)
+        plan = self._with_batches(plan)
         convert_layers(model, plan)
         attach_plan(model, plan)
         report = conversion_report(model)
         rank_zero_info(f"QuantRetrainCallback: the record goes to '{state.record.path}'. {report}")
 
+    def _check_unchanged(self, root: nn.Module, plan: QuantPlan, name: str) -> None:
+        """Refuse a configuration that is not the one by which a model was converted before."""
+        if self.config is None:
+            return
+        source = config_source(self.config)
+        layers = {layer: _as_float(root.get_submodule(layer)) for layer in plan.config}
+        wanted = self._with_batches(replace(plan, config=load_config(self.config).resolve(layers, source)))
+        if wanted != plan:
+            raise ValueError(
+                f"{name} is quantized already, and {source} would do it differently: "
+                f"{describe_difference(wanted, plan)} (there: as it is; here: as configured). Leave `config` out to go "
+                "on with the layers as they are, or begin with the float model."
+            )
 
-def with_batches(plan: QuantPlan, schedule: QuantSchedule | None) -> QuantPlan:
-    """Return a plan whose calibrations take as many batches as a schedule says."""
-    if schedule is None or schedule.calibrate_batches is None:
-        return plan
-    settings = plan.config.to_dict() | {"batch_num": schedule.calibrate_batches}
-    return replace(plan, config=RetrainConfig.from_dict(settings, "QuantSchedule"))
-
-
-def check_unchanged(model: nn.Module, config: ConfigLike, source: str, schedule: QuantSchedule | None = None) -> None:
-    """Refuse a configuration that is not the one by which a model was converted before.
-
-    Args:
-        model: The converted module.
-        config: What the user gave; ``None`` goes on with what there is.
-        source: What it is called in messages.
-        schedule: The schedule, which may set the number of calibration batches.
-
-    Raises:
-        ValueError: If it would quantize the model differently.
-    """
-    found = find_plan(model)
-    if found is None or config is None:
-        return
-    root, plan = found
-    layers = {name: _as_float(root.get_submodule(name)) for name in plan.config}
-    wanted = with_batches(replace(plan, config=load_config(config).resolve(layers, source)), schedule)
-    if wanted != plan:
-        raise ValueError(
-            f"{type(model).__name__} is quantized already, and {source} would do it differently: "
-            f"{describe_difference(wanted, plan)} (there: as it is; here: as configured). Leave `config` out to go on "
-            "with the layers as they are, or begin with the float model."
-        )
+    def _with_batches(self, plan: QuantPlan) -> QuantPlan:
+        """Let the calibrations of a plan take as many batches as the schedule says."""
+        if self.schedule is None or self.schedule.calibrate_batches is None:
+            return plan
+        settings = plan.config.to_dict() | {"batch_num": self.schedule.calibrate_batches}
+        return replace(plan, config=RetrainConfig.from_dict(settings, "QuantSchedule"))
 
 
 def _as_float(layer: nn.Module) -> nn.Module:
