@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from amct_lightning.callbacks.schedule.schedule import QuantSchedule
-from amct_lightning.config import ConfigLike, QuantChoices, RetrainConfig, load_config, resolve_config
+from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.conversion.plan import QuantPlan, find_plan
-from amct_lightning.layer_types import supported_class
 from amct_lightning.modules import activation_quantizers
 
 
@@ -106,49 +103,6 @@ def describe_difference(model: QuantPlan, checkpoint: QuantPlan) -> str:
     return "the data flow between the layers is not the same"
 
 
-def refuse_config_as_record(record: Path, config: object) -> None:
-    """Refuse to write the record over the configuration file."""
-    if isinstance(config, (str, Path)) and Path(config).resolve() == record.resolve():
-        raise ValueError(
-            f"record_file '{record}' is the configuration file, which would be overwritten. Give the record a path of "
-            "its own."
-        )
-
-
-def with_batches(plan: QuantPlan, schedule: QuantSchedule | None) -> QuantPlan:
-    """Return a plan whose calibrations take as many batches as a schedule says."""
-    if schedule is None or schedule.calibrate_batches is None:
-        return plan
-    settings = plan.config.to_dict() | {"batch_num": schedule.calibrate_batches}
-    return replace(plan, config=RetrainConfig.from_dict(settings, "QuantSchedule"))
-
-
-def check_unchanged(model: nn.Module, config: ConfigLike, source: str, schedule: QuantSchedule | None = None) -> None:
-    """Refuse a configuration that is not the one by which a model was converted before.
-
-    Args:
-        model: The converted module.
-        config: What the user gave; ``None`` goes on with what there is.
-        source: What it is called in messages.
-        schedule: The schedule, which may set the number of calibration batches.
-
-    Raises:
-        ValueError: If it would quantize the model differently.
-    """
-    found = find_plan(model)
-    if found is None or config is None:
-        return
-    root, plan = found
-    layers = {name: _as_float(root.get_submodule(name)) for name in plan.config}
-    wanted = with_batches(replace(plan, config=resolve_config(load_config(config), layers, source)), schedule)
-    if wanted != plan:
-        raise ValueError(
-            f"{type(model).__name__} is quantized already, and {source} would do it differently: "
-            f"{describe_difference(wanted, plan)} (there: as it is; here: as configured). Leave `config` out to go on "
-            "with the layers as they are, or begin with the float model."
-        )
-
-
 def warn_spawned(trainer: pl.Trainer) -> None:
     """Warn that the model of the main process stays float when others are started to train theirs."""
     # Private in Lightning (2.5, 2.6): nothing public tells a strategy that spawns or forks from the others.
@@ -171,11 +125,3 @@ def warn_unfinished(model: nn.Module, steps: int, record: Path) -> None:
             f"after {steps} training batches ({', '.join(map(repr, waiting[:8]))}); batch_num is "
             f"{found[1].config.batch_num}. Train longer, or lower batch_num.{old}"
         )
-
-
-def _as_float(layer: nn.Module) -> nn.Module:
-    """View a QAT layer as one of its float class, which the rules of configurations go by."""
-    kind = supported_class(layer)
-    view = kind.__new__(kind)
-    view.__dict__ = layer.__dict__
-    return view

@@ -25,52 +25,45 @@ _REMEDY = (
 )
 
 
-def find_input(trainer: pl.Trainer, pl_module: pl.LightningModule, batch_to_input: BatchToInput | None) -> InputData:
-    """Return arguments for the LightningModule's forward.
+def find_input(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module, batch_to_input: BatchToInput | None
+) -> tuple[nn.Module, InputData]:
+    """Return what is to be run to see the data flow of a model, and arguments for the LightningModule's forward.
 
     Args:
         trainer: The trainer, in its setup phase.
         pl_module: The LightningModule.
+        model: The part of it to be seen, which is run itself if the LightningModule has no forward of its own.
         batch_to_input: Turns a batch into the arguments; by default a batch ``(x, ...)`` gives ``x``, a mapping
             the entries that forward takes.
 
     Returns:
-        A tensor, a tuple of positional or a mapping of keyword arguments.
+        The module, and a tensor, a tuple of positional or a mapping of keyword arguments.
 
     Raises:
         ValueError: If there is no example input and no batch can be drawn or understood.
     """
-    example = pl_module.example_input_array
-    if example is not None:
-        return example
+    run = model if type(pl_module).forward is pl.LightningModule.forward else pl_module
+    if pl_module.example_input_array is not None:
+        return run, pl_module.example_input_array
     batch = _first_batch(trainer, pl_module)
-    return (batch_to_input or _Default(pl_module))(batch)
+    return run, batch_to_input(batch) if batch_to_input else _usual_input(pl_module, batch)
 
 
-def calls_forward(pl_module: pl.LightningModule) -> bool:
-    """Tell whether a LightningModule has a forward of its own."""
-    return type(pl_module).forward is not pl.LightningModule.forward
-
-
-class _Default:
-    """The usual batch layouts: a tensor, ``(x, ...)``, or a mapping with the names of forward's parameters."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.parameters = inspect.signature(module.forward).parameters
-
-    def __call__(self, batch: Any) -> InputData:
-        if isinstance(batch, Tensor):
-            return batch
-        if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
-            return self(batch[0])
-        if isinstance(batch, Mapping):
-            named = {key: value for key, value in batch.items() if key in self.parameters}
-            if named:
-                return named
-        raise ValueError(
-            f"The first batch is a {type(batch).__name__} from which the arguments of forward("
-            f"{', '.join(self.parameters)}) cannot be told. {_REMEDY}"
-        )
+def _usual_input(module: nn.Module, batch: Any) -> InputData:
+    """Understand the usual batches: a tensor, ``(x, ...)``, or a mapping with the names of forward's parameters."""
+    parameters = inspect.signature(module.forward).parameters
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
+        batch = batch[0]
+    if isinstance(batch, Tensor):
+        return batch
+    named = {key: batch[key] for key in batch if key in parameters} if isinstance(batch, Mapping) else {}
+    if named:
+        return named
+    raise ValueError(
+        f"The first batch is a {type(batch).__name__} from which the arguments of forward({', '.join(parameters)}) "
+        f"cannot be told. {_REMEDY}"
+    )
 
 
 def _first_batch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import compress
 from typing import Any, cast
 
@@ -61,10 +61,8 @@ class ClipGroups:
             scheduler_configs: Lightning's configurations of the learning rate schedulers.
         """
         schedulers = [config.scheduler for config in scheduler_configs]
-        if self._lr_scale != 1 or self._weight_decay is not None:
-            for optimizer in optimizers:
-                own = [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer]
-                move_clips(optimizer, own, self._clips, self._lr_scale, self._weight_decay)
+        for optimizer in optimizers:
+            self._move(optimizer, [scheduler for scheduler in schedulers if scheduler.optimizer is optimizer])
         groups = _group_of(optimizers)
         self._left_out = {key for key, weight in self._weights.items() if key not in groups and id(weight) in groups}
         self._counts = [len(optimizer.param_groups) for optimizer in optimizers]
@@ -93,74 +91,67 @@ class ClipGroups:
             if group is not None and id(clip) not in groups.keys() | self._left_out:
                 group["params"].append(clip)
         for optimizer in optimizers:
-            join_clips(optimizer, self._clips, self._lr_scale, self._weight_decay)
+            self._join(optimizer)
         self._counts = [len(optimizer.param_groups) for optimizer in optimizers]
 
+    def _move(self, optimizer: Optimizer, schedulers: list[Any]) -> None:
+        """Move the clips of an optimizer that has not stepped yet into groups of their own.
 
-def join_clips(
-    optimizer: Optimizer, clips: Iterable[nn.Parameter], lr_scale: float, weight_decay: float | None
-) -> None:
-    """Move clips out of groups that they share with other parameters, into the group that there is for clips.
+        A new group has the settings of the one it came from, apart from learning rate and weight decay; the schedulers
+        follow it like that one. LBFGS takes a single group: its clips are not moved.
+        """
+        for index, group, is_clip in self._shared_groups(optimizer):
+            if isinstance(optimizer, LBFGS):
+                rank_zero_warn("LBFGS takes one parameter group, so quant_lr_scale does not count for its clips.")
+                continue
+            optimizer.add_param_group(self._split(group, is_clip))
+            for scheduler in schedulers:
+                _follow(scheduler, index, self._lr_scale)
 
-    If there is none yet, one is made before the group they are in: that is the newest, and BackboneFinetuning
-    expects it to stay the last.
+    def _join(self, optimizer: Optimizer) -> None:
+        """Move the clips of an optimizer into the group that there is for clips.
 
-    Args:
-        optimizer: The optimizer.
-        clips: The clip parameters of the model.
-        lr_scale: Factor of the learning rate, for a new group.
-        weight_decay: Weight decay of the clips; ``None`` keeps that of the old group.
-    """
-    wanted = {id(clip) for clip in clips}
-    own = next((g for g in optimizer.param_groups if g["params"] and all(id(p) in wanted for p in g["params"])), None)
-    for index, group in enumerate(list(optimizer.param_groups)):
-        is_clip = [id(p) in wanted for p in group["params"]]
-        if any(is_clip) and not all(is_clip) and _is_to_move(group, lr_scale, weight_decay):
-            new = _split(group, is_clip, lr_scale, weight_decay)
+        If there is none yet, one is made before the group they are in: that is the newest, and BackboneFinetuning
+        expects it to stay the last.
+        """
+        wanted = set(map(id, self._clips))
+        groups = optimizer.param_groups
+        own = next((g for g in groups if g["params"] and all(id(p) in wanted for p in g["params"])), None)
+        for index, group, is_clip in self._shared_groups(optimizer):
+            new = self._split(group, is_clip)
             if own is None:
                 optimizer.add_param_group(new)
-                own = optimizer.param_groups.pop()
-                optimizer.param_groups.insert(index, own)
+                own = groups.pop()
+                groups.insert(index, own)
             else:
                 own["params"].extend(new["params"])
 
+    def _shared_groups(self, optimizer: Optimizer) -> Iterator[tuple[int, dict[str, Any], list[bool]]]:
+        """Yield the groups that clips have to leave: each with its index, and which of its parameters are clips.
 
-def move_clips(
-    optimizer: Optimizer,
-    schedulers: Iterable[Any],
-    clips: Iterable[nn.Parameter],
-    lr_scale: float,
-    weight_decay: float | None,
-) -> None:
-    """Move the clips out of groups that they share with other parameters, into groups of their own.
+        A group that holds nothing but clips was made by the user and stays as it is, and so does one whose settings are
+        those that the clips are to have.
+        """
+        wanted, decay = set(map(id, self._clips)), self._weight_decay
+        for index, group in enumerate(list(optimizer.param_groups)):
+            is_clip = [id(p) in wanted for p in group["params"]]
+            differs = self._lr_scale != 1 or (decay is not None and group.get("weight_decay", decay) != decay)
+            if differs and any(is_clip) and not all(is_clip):
+                yield index, group, is_clip
 
-    A group that holds nothing but clips was made by the user and stays as it is, and so does one whose settings are
-    those that the clips are to have. A new group has the settings of the one it came from, apart from learning rate
-    and weight decay; the schedulers follow it like that one. LBFGS takes a single group: its clips are not moved.
-
-    Args:
-        optimizer: An optimizer that has not stepped yet.
-        schedulers: The learning rate schedulers of this optimizer.
-        clips: The clip parameters of the model.
-        lr_scale: Factor of the learning rate.
-        weight_decay: Weight decay of the clips; ``None`` keeps that of the old group.
-    """
-    wanted = {id(clip) for clip in clips}
-    schedulers = list(schedulers)
-    for index, group in enumerate(list(optimizer.param_groups)):
-        is_clip = [id(p) in wanted for p in group["params"]]
-        if not any(is_clip) or all(is_clip) or not _is_to_move(group, lr_scale, weight_decay):
-            continue
-        if isinstance(optimizer, LBFGS):
-            rank_zero_warn("LBFGS takes one parameter group, so quant_lr_scale does not count for its clips.")
-            continue
-        optimizer.add_param_group(_split(group, is_clip, lr_scale, weight_decay))
-        for scheduler in schedulers:
-            _follow(scheduler, index, lr_scale)
-
-
-def _is_to_move(group: dict[str, Any], lr_scale: float, weight_decay: float | None) -> bool:
-    return lr_scale != 1 or (weight_decay is not None and group.get("weight_decay", weight_decay) != weight_decay)
+    def _split(self, group: dict[str, Any], is_clip: list[bool]) -> dict[str, Any]:
+        """Take the clips out of ``group`` and return the group they go to."""
+        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        settings.update({key: settings[key] * self._lr_scale for key in _LEARNING_RATES if key in settings})
+        if self._weight_decay is not None and "weight_decay" in settings:
+            settings["weight_decay"] = self._weight_decay
+        clips: list[Any] = list(compress(group["params"], is_clip))
+        keep = [not flag for flag in is_clip]
+        group["params"] = list(compress(group["params"], keep))
+        if "param_names" in group:  # an optimizer made from named_parameters() wants names again
+            clips = list(zip(compress(group["param_names"], is_clip), clips, strict=True))
+            group["param_names"] = list(compress(group["param_names"], keep))
+        return {"params": clips, **settings}
 
 
 def _group_of(optimizers: Iterable[Optimizer]) -> dict[int, dict[str, Any]]:
@@ -173,21 +164,6 @@ def _of(layer: nn.Module) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
     layer = cast(QATLayer, layer)
     for name in (*layer.activation_quantizers, *layer.weight_quantizers):
         yield from ((factor, weight) for factor in getattr(layer, name).parameters())
-
-
-def _split(group: dict[str, Any], is_clip: list[bool], lr_scale: float, weight_decay: float | None) -> dict[str, Any]:
-    """Take the clips out of ``group`` and return the group they go to."""
-    settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-    settings.update({key: settings[key] * lr_scale for key in _LEARNING_RATES if key in settings})
-    if weight_decay is not None and "weight_decay" in settings:
-        settings["weight_decay"] = weight_decay
-    clips: list[Any] = list(compress(group["params"], is_clip))
-    keep = [not flag for flag in is_clip]
-    group["params"] = list(compress(group["params"], keep))
-    if "param_names" in group:  # an optimizer made from named_parameters() wants names again
-        clips = list(zip(compress(group["param_names"], is_clip), clips, strict=True))
-        group["param_names"] = list(compress(group["param_names"], keep))
-    return {"params": clips, **settings}
 
 
 def _follow(scheduler: Any, index: int, lr_scale: float) -> None:

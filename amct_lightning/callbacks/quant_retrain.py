@@ -8,49 +8,41 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from amct_lightning.callbacks.checkpoints.io import copy_records_of_links
-from amct_lightning.callbacks.checkpoints.side import CheckpointSide
-from amct_lightning.callbacks.checkpoints.state import record_text
+from amct_lightning.callbacks.averaging import averaged_modules
+from amct_lightning.callbacks.calibration_count import CalibrationCount
+from amct_lightning.callbacks.checkpoints.io import RecordCheckpointIO
+from amct_lightning.callbacks.checkpoints.records import RecordFile, copy_records_of_links, present_record, record_text
+from amct_lightning.callbacks.checkpoints.state import QuantState
 from amct_lightning.callbacks.checks import (
     check_arguments,
     check_neighbours,
-    check_unchanged,
     find_submodule,
-    refuse_config_as_record,
     warn_left_out,
     warn_spawned,
     warn_unfinished,
-    with_batches,
 )
-from amct_lightning.callbacks.inputs import BatchToInput, calls_forward, find_input
+from amct_lightning.callbacks.conversion import Conversion
+from amct_lightning.callbacks.inputs import BatchToInput
 from amct_lightning.callbacks.modes import expect_float, start_shift_search
 from amct_lightning.callbacks.param_groups import ClipGroups
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
-from amct_lightning.callbacks.sharding import (
-    build_layers,
-    check_complete,
-    check_tensor_parallel,
-    present_record,
-    reshard,
-)
-from amct_lightning.callbacks.training import Training, epochs_of, show_schedule
-from amct_lightning.config import QuantChoices, RetrainConfig, config_source, load_config
-from amct_lightning.conversion.convert import convert_layers
-from amct_lightning.conversion.plan import find_plan, make_plan
-from amct_lightning.conversion.report import conversion_report
-from amct_lightning.files import check_writable
-from amct_lightning.graph.trace import InputData
+from amct_lightning.callbacks.schedule.table import schedule_table
+from amct_lightning.callbacks.sharding import build_layers, check_complete, check_tensor_parallel
+from amct_lightning.callbacks.training import Training
+from amct_lightning.checkpoint_file import CHECKPOINT_KEY
+from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.modules import learned_factors, quantized_layers
 from amct_lightning.modules.convert import leave_out_of_broadcast
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.modules.shift_hook import synchronize_shift_search
 
 
-class QuantRetrainCallback(CheckpointSide):
+class QuantRetrainCallback(Callback):
     """Quantization-aware training of a LightningModule; nothing in the module changes.
 
     In ``setup``, for every stage, the layers named by ``config`` are converted in place (once; a second ``fit`` or
@@ -131,44 +123,47 @@ class QuantRetrainCallback(CheckpointSide):
         self.search_n = search_n
         self.schedule = schedule if schedule is None else QuantSchedule.of(schedule)
         check_arguments(self)
-        self._has_trained = False
+        self._calibration = CalibrationCount()
+        self._state: QuantState | None = None
         self._modules: list[nn.Module] = []
         self._max_epochs: int | None = None
         self._groups: ClipGroups | None = None
+        self._training: Training | None = None
+        self._has_trained = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Convert the model, before its weights are restored, moved or wrapped and optimizers are made."""
         check_neighbours(trainer.callbacks, self)  # type: ignore[attr-defined]
-        is_to_be_configured = build_layers(trainer, pl_module)
-        self._model = find_submodule(pl_module, self.submodule)
-        self._record_path = Path(self.record_file or Path(trainer.default_root_dir, "record.txt"))
-        self._missing_config = None
-        if trainer.is_global_zero:
-            check_writable(self._record_path, "record file")
-            refuse_config_as_record(self._record_path, self.config)
-        if find_plan(self._model) is None:
-            self._convert(trainer, pl_module, self._model)
-        else:
-            self._keep(self._model)
+        self._modules = build_layers(trainer, pl_module)
+        model = find_submodule(pl_module, self.submodule)
+        record = RecordFile.of(trainer, self.record_file, self.config)
+        is_fitting = stage == "fit"
+        state = QuantState(model, self.submodule, record, self._calibration, self.config is not None, is_fitting)
+        self._state = state
+        Conversion(
+            self.config, self.schedule, self.input_data, self.batch_to_input, self.allow_reuse, self.search_n
+        ).apply(trainer, pl_module, state)
         leave_out_of_broadcast(pl_module)  # the module that DDP wraps
-        self._modules = list(pl_module.modules()) if is_to_be_configured else []
-        self._is_fitting = stage == "fit"
         # The sanity check and the model summary run the layers before any batch could calibrate them.
-        expect_float(self._model, self._is_fitting)
+        expect_float(model, is_fitting)
         warn_spawned(trainer)
-        self._wrap_checkpoint_io(trainer)
+        trainer.strategy.checkpoint_io = RecordCheckpointIO(trainer.strategy.checkpoint_io, state)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the clips their own treatment in the optimizers, before their states are restored."""
+        model, epochs = self._converted(), trainer.max_epochs
         check_complete(pl_module, self._modules)
-        check_tensor_parallel(quantized_layers(self._converted()))
-        self._max_epochs = epochs_of(trainer)  # before StochasticWeightAveraging adds one
-        show_schedule(trainer, self._converted(), self.schedule)
-        self._groups = ClipGroups(self._converted(), self.quant_lr_scale, self.quant_weight_decay)
+        check_tensor_parallel(quantized_layers(model))
+        # Before StochasticWeightAveraging adds one.
+        self._max_epochs = None if epochs is None or epochs < 0 else epochs
+        if self.schedule is not None:
+            table = schedule_table(self.schedule, quantized_layers(model), self._max_epochs)
+            rank_zero_info(f"QuantRetrainCallback: the schedule\n{table}")
+        self._groups = ClipGroups(model, self.quant_lr_scale, self.quant_weight_decay)
         self._groups.begin(trainer.optimizers, trainer.lr_scheduler_configs)
-        warn_left_out(trainer.optimizers, learned_factors(self._converted()))
+        warn_left_out(trainer.optimizers, learned_factors(model))
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -201,9 +196,8 @@ class QuantRetrainCallback(CheckpointSide):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with the schedule, and to watch for NaN and infinite activations."""
         expect_float(self._converted(), False)
-        schedule = self.schedule or QuantSchedule()
-        self._restore_observed()
-        model, max_epochs = self._converted(), self._max_epochs
+        self._run.restore_again()
+        model, schedule, max_epochs = self._converted(), self.schedule or QuantSchedule(), self._max_epochs
         self._training = Training(trainer, model, schedule, max_epochs, self._calibration, self.on_nonfinite)
 
     @override
@@ -221,7 +215,7 @@ class QuantRetrainCallback(CheckpointSide):
     ) -> None:
         """Keep the optimizer off frozen factors."""
         if self._training is not None:
-            self._training.before_step(optimizer)
+            self._training.phases.before_step(optimizer)
 
     @override
     def on_train_batch_end(
@@ -242,10 +236,10 @@ class QuantRetrainCallback(CheckpointSide):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the record of the final state, which other callbacks may have averaged; all ranks wait for it."""
-        text = present_record(trainer, self._converted()) if self._has_trained else None
-        if self._has_trained and trainer.is_global_zero:
-            self.record_saved(text)
-            warn_unfinished(self._converted(), self._calibration.steps, self._record_path)
+        if self._has_trained:
+            self._write_record(trainer)
+            if trainer.is_global_zero:
+                warn_unfinished(self._converted(), self._calibration.steps, self._run.record.path)
         copy_records_of_links(trainer.checkpoint_callbacks)
         self._has_trained = False
         trainer.strategy.barrier("QuantRetrainCallback.on_fit_end")
@@ -256,42 +250,49 @@ class QuantRetrainCallback(CheckpointSide):
         # With sharded weights all ranks would have to take part, and one of them may be what failed.
         if self._training is not None and trainer.is_global_zero and not is_sharded(self._converted()):
             with suppress(RuntimeError, OSError):  # a device or disk that failed must not hide the exception itself
-                self.record_saved(record_text(self._converted()))
+                self._run.record.write(record_text(self._converted()))
         if self._training is not None:
             self._training.close()
         self._training = None
 
-    def _convert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
-        try:
-            config, source = load_config(self.config), config_source(self.config)
-        except FileNotFoundError as error:
-            self._missing_config = error  # a checkpoint that is about to be loaded may bring its own
-            return
-        run, input_data = self._run_and_input(trainer, pl_module, model)
-        plan = make_plan(model, config, input_data, run, source, self.allow_reuse, self.search_n)
-        reshard(pl_module)
-        plan = with_batches(plan, self.schedule)
-        convert_layers(model, plan)
-        report = conversion_report(model)
-        rank_zero_info(f"QuantRetrainCallback: the record goes to '{self._record_path}'. {report}")
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put plan, calibration state and record into the checkpoint, and frozen factors into averages of weights."""
+        if self._training is not None:
+            self._training.settle_averages()
+        copy_records_of_links(trainer.checkpoint_callbacks)
+        entry = None if self._state is None else self._state.entry()
+        if entry is not None:
+            checkpoint[CHECKPOINT_KEY] = entry
 
-    def _keep(self, model: nn.Module) -> None:
-        """Go on with a model that is converted already, unless it is to be quantized differently now."""
-        with suppress(FileNotFoundError):
-            check_unchanged(model, self.config, config_source(self.config), self.schedule)
-        rank_zero_info(f"QuantRetrainCallback: going on with {len(quantized_layers(model))} quantized layers.")
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take back batches that a calibration in progress had observed."""
+        self._run.restore(checkpoint.get(CHECKPOINT_KEY, {}), averaged_modules(trainer))
+        if self._training is not None:  # as the searches for learning rate and batch size do
+            self._training.phases.forget()
 
-    def _run_and_input(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module
-    ) -> tuple[nn.Module, InputData]:
-        if self.input_data is not None:
-            return model, self.input_data
-        run = pl_module if calls_forward(pl_module) else model
-        return run, find_input(trainer, pl_module, self.batch_to_input)
+    @property
+    def _run(self) -> QuantState:
+        if self._state is None:
+            raise RuntimeError("QuantRetrainCallback has no model yet: it is used outside of a Trainer run.")
+        return self._state
+
+    def _converted(self) -> nn.Module:
+        return self._run.converted()
 
     def _finish_shift_search(self, trainer: pl.Trainer) -> None:
         if trainer.sanity_checking:
             return
         synchronize_shift_search(self._converted())
-        if self.search_n and not self._is_fitting:
-            self.record_saved(present_record(trainer, self._converted()))
+        if self.search_n and not self._run.is_fitting:
+            self._write_record(trainer)
+
+    def _write_record(self, trainer: pl.Trainer) -> None:
+        text = present_record(trainer, self._converted())
+        if trainer.is_global_zero:
+            self._run.record.write(text)

@@ -11,12 +11,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from amct_lightning.callbacks.checkpoints.state import record_text
 from amct_lightning.layer_types import LAYER_TYPES
 from amct_lightning.modules.folding import is_sharded
+from amct_lightning.protocols import ShardingStrategy
 
 
-def build_layers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+def build_layers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[nn.Module]:
     """Let a LightningModule make the layers that it makes in ``configure_model``; they must exist to be converted.
 
     Strategies of this package can shard converted layers. If there are layers already, it is then left to Lightning to
@@ -27,19 +27,20 @@ def build_layers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         pl_module: The LightningModule.
 
     Returns:
-        Whether ``configure_model`` is still to be called.
+        The modules that there are, if ``configure_model`` is still to be called; else none.
 
     Raises:
         ValueError: If a layer was sharded in a way that it cannot be converted any more.
     """
     if not is_overridden("configure_model", pl_module):
-        return False
+        return []
     is_built = next(pl_module.parameters(), None) is not None
-    if is_built and getattr(trainer.strategy, "shards_in_configure_model", False):
-        return True
+    strategy = trainer.strategy
+    if is_built and isinstance(strategy, ShardingStrategy) and strategy.shards_in_configure_model:
+        return list(pl_module.modules())
     pl_module.configure_model()  # idempotent by Lightning's contract
     if not is_sharded(pl_module):
-        return False
+        return []
     for name, module in pl_module.named_modules():
         if isinstance(module, FSDPModule) and isinstance(module, tuple(LAYER_TYPES)):
             raise ValueError(
@@ -48,8 +49,8 @@ def build_layers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
                 f"contains the layer, or make the layers in __init__ and only shard them in configure_model."
             )
     if not any(parameter.is_meta for parameter in pl_module.parameters()):
-        pl_module.to(trainer.strategy.root_device)  # what is sharded is there already
-    return False
+        pl_module.to(strategy.root_device)  # what is sharded is there already
+    return []
 
 
 def check_complete(pl_module: nn.Module, converted: Collection[nn.Module]) -> None:
@@ -57,7 +58,7 @@ def check_complete(pl_module: nn.Module, converted: Collection[nn.Module]) -> No
 
     Args:
         pl_module: The LightningModule.
-        converted: The modules that it had then; none if all layers were there.
+        converted: What :func:`build_layers` returned then.
 
     Raises:
         ValueError: If there are such layers.
@@ -109,25 +110,6 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def present_record(trainer: Any, model: nn.Module) -> str | None:
-    """Return the present record on rank zero; with sharded weights a collective.
-
-    Args:
-        trainer: The Trainer.
-        model: The converted module.
-
-    Returns:
-        The record, or ``None`` if there is none yet, or on other ranks.
-    """
-    if is_sharded(model):
-        share = getattr(trainer.strategy, "share_buffers", None)
-        if share is not None:  # statistics differ among ranks, and all of them must gather the same weights
-            share()
-        text = record_text(model)
-        return text if trainer.is_global_zero else None
-    return record_text(model) if trainer.is_global_zero else None
 
 
 def _unsharded_type(module: Any) -> type[nn.Module]:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from torch.optim import Optimizer
 
 from amct_lightning.callbacks.averaging import Averages
 from amct_lightning.callbacks.calibration_count import CalibrationCount
@@ -16,8 +15,6 @@ from amct_lightning.callbacks.modes import compile_anew
 from amct_lightning.callbacks.nonfinite import NonfiniteWatch
 from amct_lightning.callbacks.schedule.phases import PhaseRunner
 from amct_lightning.callbacks.schedule.schedule import Phase, Position, QuantSchedule
-from amct_lightning.callbacks.schedule.table import schedule_table
-from amct_lightning.modules import quantized_layers
 
 PHASE_METRIC = "quant_phase"
 """Name of the logged metric: 0 float, 1 calibrating, 2 learning, 3 frozen."""
@@ -33,6 +30,9 @@ class Training:
         max_epochs: Number of epochs that the user wants; StochasticWeightAveraging lets the Trainer make one more.
         calibration: The count of calibration batches, which outlives a training.
         on_nonfinite: See :class:`QuantRetrainCallback`.
+
+    Attributes:
+        phases: The phases of the layers.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Training:
         self.model = model
         self.calibration = calibration
         self.max_epochs = max_epochs
-        self.phases = PhaseRunner(schedule, model, max_epochs)
-        self.phases.begin(trainer.optimizers, Position(trainer.current_epoch, max_epochs=max_epochs))
+        begin = Position(trainer.current_epoch, max_epochs=max_epochs)
+        self.phases = PhaseRunner(schedule, model, trainer.optimizers, begin)
         self.calibration.begin(model)
         self.averages = Averages(trainer, model)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -77,14 +77,6 @@ class Training:
         if text != self._told:
             rank_zero_info(f"QuantRetrainCallback: epoch {at.epoch}, batch {batch}: {text}")
             self._told = text
-
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Keep an optimizer off frozen factors.
-
-        Args:
-            optimizer: The optimizer that is about to step.
-        """
-        self.phases.before_step(optimizer)
 
     def end_batch(self, trainer: pl.Trainer) -> None:
         """Let the processes agree on fresh calibrations, once; report non-finite activations at the interval.
@@ -117,29 +109,6 @@ class Training:
         """Let go of the Trainer."""
         self.phases.end()
         self._stop_showing()
-
-    def forget(self) -> None:
-        """Look at all layers again: other values were loaded into the model."""
-        self.phases.forget()
-
-
-def show_schedule(trainer: pl.Trainer, model: nn.Module, schedule: QuantSchedule | None) -> None:
-    """Print a schedule that the user gave.
-
-    Args:
-        trainer: The Trainer.
-        model: The converted module.
-        schedule: The schedule, ``None`` for the default.
-    """
-    if schedule is not None:
-        table = schedule_table(schedule, quantized_layers(model), epochs_of(trainer))
-        rank_zero_info(f"QuantRetrainCallback: the schedule\n{table}")
-
-
-def epochs_of(trainer: pl.Trainer) -> int | None:
-    """Return the number of epochs of a training, ``None`` if it is not limited by epochs."""
-    epochs = trainer.max_epochs
-    return None if epochs is None or epochs < 0 else epochs
 
 
 def show_in_progress_bar(trainer: pl.Trainer, phases: PhaseRunner) -> Callable[[], None]:

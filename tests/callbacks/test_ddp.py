@@ -19,6 +19,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from amct_lightning import QuantRetrainCallback, RetrainConfig
+from amct_lightning.callbacks.checkpoints.records import RecordFile
 from amct_lightning.modules import calibration, activation_quantizers
 from tests.callbacks.conftest import Net, loader
 
@@ -44,8 +45,8 @@ config = RetrainConfig.default(Net(), torch.zeros(1, 2, 4, 4))
 config.batch_num = batch_num
 callback = QuantRetrainCallback(config, out / "r.txt")
 saved = []
-record_saved = callback.record_saved
-callback.record_saved = lambda text: (saved.append(text is not None), record_saved(text))
+write = RecordFile.write
+RecordFile.write = lambda self, text: (saved.append(text is not None), write(self, text))
 trainer = pl.Trainer(
     accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False, enable_progress_bar=False,
     enable_model_summary=False, enable_checkpointing=False, callbacks=[callback, Compare()], default_root_dir=out,

@@ -21,6 +21,7 @@ from typing_extensions import override
 from amct_lightning.ascend.devices import npu
 from amct_lightning.ascend.fsdp.units import reshard
 from amct_lightning.files import atomic_path, make_parent
+from amct_lightning.protocols import WrappingCheckpointIO
 
 META = "meta.pt"
 """The file of a checkpoint folder with all that is not sharded; named as Lightning names it."""
@@ -112,7 +113,8 @@ class ShardedCheckpoints(ModelParallelStrategy):
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO | None) -> None:
-        inner = getattr(io, "inner", io)  # one that writes records beside checkpoints has the actual one inside
+        # one that writes records beside checkpoints has the actual one inside
+        inner = io.inner if isinstance(io, WrappingCheckpointIO) else io
         if io is not None and self._save_distributed_checkpoint and not isinstance(inner, ShardedCheckpointIO):
             raise MisconfigurationException(
                 f"{type(inner).__name__} cannot write the checkpoint folders of a sharded model. Leave it out, or "
@@ -157,7 +159,7 @@ class ShardedCheckpoints(ModelParallelStrategy):
         """
         path = self.broadcast(filepath)
         io = self.checkpoint_io
-        if hasattr(io, "complete"):  # what needs all ranks, before one of them writes
+        if isinstance(io, WrappingCheckpointIO):  # what needs all ranks, before one of them writes
             io.complete(checkpoint)
         if self._save_distributed_checkpoint:
             io.save_checkpoint(checkpoint, path, storage_options)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from amct_lightning.ascend.fsdp.units import KEEPS_WHOLE, reshard
+from amct_lightning.ascend.fsdp.units import keeps_whole, reshard
 
 _SHOWN = 5
 _MODEL = "model"
@@ -216,7 +216,7 @@ def _check_groups(key: str, optimizer: Optimizer, stored: Iterable[str], folder:
 
 def _check_names(model: nn.Module, own: Mapping[str, Any], stored: set[str], strict: bool, path: Path) -> None:
     """Refuse other names, apart from modules that may be absent as a whole: a float checkpoint has no quantizers."""
-    lenient = [f"{name}." for name, module in model.named_modules() if getattr(module, KEEPS_WHOLE, False)]
+    lenient = [f"{name}." for name, module in model.named_modules() if keeps_whole(module)]
     optional = {prefix for prefix in lenient if not any(name.startswith(prefix) for name in stored)}
     missing = [n for n in own if n not in stored and not n.startswith(tuple(optional))]
     unexpected = [name for name in stored if name not in own]

@@ -11,10 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-Units = Sequence[str] | Callable[[str, nn.Module], bool] | None
+from amct_lightning.protocols import KeepsWhole
 
-KEEPS_WHOLE = "keeps_whole"
-"""An attribute of modules whose parameters are too small to shard and are needed outside of the forward."""
+Units = Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, units: Units, min_num_params: int, reshard: bool | None) -> None:
@@ -80,7 +79,7 @@ def whole_parameters(module: nn.Module) -> set[nn.Parameter]:
         parameter
         for part in module.modules()
         for parameter in part.parameters(recurse=False)
-        if getattr(part, KEEPS_WHOLE, False) or parameter.dim() == 0
+        if keeps_whole(part) or parameter.dim() == 0
     }
 
 
@@ -97,10 +96,10 @@ def without_whole_modules(module: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    before = {part: dict(part._modules) for part in module.modules() if any(map(_keeps_whole, part.children()))}
+    before = {part: dict(part._modules) for part in module.modules() if any(map(keeps_whole, part.children()))}
     for part, children in before.items():
         for name, child in children.items():
-            if _keeps_whole(child):
+            if keeps_whole(child):
                 del part._modules[name]
     try:
         yield
@@ -109,12 +108,13 @@ def without_whole_modules(module: nn.Module) -> Iterator[None]:
             now = dict(part._modules)
             part._modules.clear()
             for name in (*children, *(name for name in now if name not in children)):
-                if name in now or _keeps_whole(children[name]):
+                if name in now or keeps_whole(children[name]):
                     part._modules[name] = now.get(name, children.get(name))
 
 
-def _keeps_whole(module: object) -> bool:
-    return bool(getattr(module, KEEPS_WHOLE, False))
+def keeps_whole(module: object) -> bool:
+    """Tell whether a module says that its parameters stay whole."""
+    return isinstance(module, KeepsWhole) and module.keeps_whole
 
 
 def _owners(module: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
@@ -165,7 +165,7 @@ def _is_wanted(path: str, module: nn.Module, units: Units, is_large: bool) -> bo
 
 
 def _can_be_unit(module: nn.Module, owners: dict[nn.Parameter, list[nn.Module]]) -> bool:
-    if _keeps_whole(module) or type(module).forward is nn.Module.forward:
+    if keeps_whole(module) or type(module).forward is nn.Module.forward:
         return False
     inside = set(module.modules())
     own = set(module.parameters()) - whole_parameters(module)

@@ -65,7 +65,12 @@ def load_qat_checkpoint(
         >>> load_qat_checkpoint(BoringModel, folder + "/last.ckpt").layer.input_quantizer
         ActivationQuantizer(num_bits=8, fixed_min=False, calibrated)
     """
-    checkpoint, foreign = _read(ckpt_path, map_location)
+    if Path(ckpt_path).is_dir():
+        raise IsADirectoryError(
+            f"'{ckpt_path}' is a folder, a sharded checkpoint. Make one file of it first: "
+            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {ckpt_path}"
+        )
+    checkpoint, foreign = read_foreign_checkpoint(ckpt_path, map_location)
     saved = _saved(checkpoint, ckpt_path)
     if isinstance(model_or_class, type):
         module_class = _checked_class(model_or_class, checkpoint, foreign, ckpt_path)
@@ -80,16 +85,6 @@ def load_qat_checkpoint(
     load_strictly(model, _complete(model, saved.state_dict), saved.path)
     restore_observed(root, saved.entry)
     return model
-
-
-def _read(path: str | Path, map_location: Any) -> tuple[dict[str, Any], list[str]]:
-    """Read a checkpoint without running code from it; also return the names of classes that it would take."""
-    if Path(path).is_dir():
-        raise IsADirectoryError(
-            f"'{path}' is a folder, a sharded checkpoint. Make one file of it first: "
-            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
-        )
-    return read_foreign_checkpoint(path, map_location)
 
 
 def _saved(checkpoint: dict[str, Any], path: str | Path) -> Saved:

@@ -2,39 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
-from amct_lightning.callbacks.checks import describe_difference
+from amct_lightning.callbacks.calibration_count import CalibrationCount
+from amct_lightning.callbacks.checkpoints.records import RecordFile, record_text
+from amct_lightning.callbacks.checks import describe_difference, find_submodule
 from amct_lightning.conversion.convert import convert_layers, revert_layers
 from amct_lightning.conversion.plan import QuantPlan, find_plan
 from amct_lightning.modules import activation_quantizers
 from amct_lightning.modules.folding import is_sharded
-from amct_lightning.record import QuantRecord
 
 
-def make_entry(model: nn.Module, submodule: str | None, calibration_steps: int) -> dict[str, Any] | None:
-    """Return the entry of a checkpoint, plain data and tensors, or ``None`` if ``model`` is not converted.
+@dataclass
+class QuantState:
+    """The quantized model of one run, as its checkpoints hold it and as they bring it back.
 
-    Args:
-        model: The converted module.
-        submodule: Its name in the LightningModule, ``None`` if it is all of it.
-        calibration_steps: Number of training batches so far.
+    Attributes:
+        model: The module; still in float while it waits for the plan of a checkpoint.
+        submodule: Its dotted name in the LightningModule, ``None`` if it is all of it.
+        record: The file for its record.
+        calibration: How far its calibration has come.
+        is_configured: Whether a configuration was given, so that the plan of a checkpoint cannot replace it.
+        is_fitting: Whether optimizers go on from checkpoints, too.
+        missing_config: Why the model could not be converted: a checkpoint may bring what its configuration is missing.
     """
-    found = find_plan(model)
-    if found is None:
-        return None
-    root = next(name for name, module in model.named_modules() if module is found[0])  # one converted by hand is inside
-    return {
-        "plan": found[1].to_dict(),
-        "submodule": ".".join(filter(None, (submodule, root))) or None,
-        "record": record_text(model),
-        "calibration_steps": calibration_steps,
-        "observed": {name: q.observed for name, q in activation_quantizers(model).items() if q.observed},
-    }
+
+    model: nn.Module
+    submodule: str | None
+    record: RecordFile
+    calibration: CalibrationCount
+    is_configured: bool
+    is_fitting: bool
+    missing_config: FileNotFoundError | None = None
+    _loaded: dict[str, Any] = field(default_factory=dict)
+
+    def converted(self) -> nn.Module:
+        """Return the model.
+
+        Raises:
+            FileNotFoundError: If it could not be converted.
+        """
+        if self.missing_config is not None:
+            raise self.missing_config
+        return self.model
+
+    def entry(self) -> dict[str, Any] | None:
+        """Return what a checkpoint has to hold beside the weights, plain data and tensors; ``None`` in float."""
+        found = find_plan(self.model)
+        if found is None:
+            return None
+        # A module that was converted by hand is inside.
+        root = next(name for name, module in self.model.named_modules() if module is found[0])
+        observed = {name: q.observed for name, q in activation_quantizers(self.model).items() if q.observed}
+        return {
+            "plan": found[1].to_dict(),
+            "submodule": ".".join(filter(None, (self.submodule, root))) or None,
+            "record": record_text(self.model),
+            "calibration_steps": self.calibration.steps,
+            "observed": observed,
+        }
+
+    def adopt(self, entry: dict[str, Any] | None, source: str) -> None:
+        """Convert a model that waits for the plan of its checkpoint; refuse a checkpoint with another plan.
+
+        Args:
+            entry: What :meth:`entry` gave when the checkpoint was written, ``None`` if it has none.
+            source: The checkpoint's path.
+
+        Raises:
+            ValueError: If model and checkpoint are quantized differently.
+        """
+        if entry is not None:
+            adopt_plan(self.model, entry, source, replace=not self.is_configured)
+            self.missing_config = None
+        elif self.is_fitting:
+            raise ValueError(
+                f"'{source}' was written without QuantRetrainCallback, so the state of its optimizer does not fit the "
+                "quantized model. Load the float weights into the LightningModule, and fit without ckpt_path."
+            )
+
+    def restore(self, entry: dict[str, Any], averages: Iterable[nn.Module]) -> None:
+        """Take back a calibration in progress, once the weights are loaded.
+
+        Args:
+            entry: What :meth:`entry` gave when the checkpoint was written, empty if it has none.
+            averages: Copies of the LightningModule, whose states other callbacks are about to load.
+        """
+        self._loaded = entry
+        self.calibration.steps = entry.get("calibration_steps", 0)
+        restore_observed(self.converted(), entry)
+        for average in averages if entry else ():
+            adopt_plan(find_submodule(average, self.submodule), entry, "checkpoint", replace=True)
+
+    def restore_again(self) -> None:
+        """Take it back again when training begins: a callback that averages weights has loaded the model once more."""
+        if self._loaded:
+            restore_observed(self.converted(), self._loaded)
+        self._loaded = {}
 
 
 def adopt_plan(model: nn.Module, entry: dict[str, Any], source: str, replace: bool = False) -> None:
@@ -42,7 +110,7 @@ def adopt_plan(model: nn.Module, entry: dict[str, Any], source: str, replace: bo
 
     Args:
         model: The module, float or converted.
-        entry: What :func:`make_entry` gave.
+        entry: What :meth:`QuantState.entry` gave.
         source: The checkpoint's path, for messages.
         replace: Convert a model that was converted differently again, instead of refusing it.
 
@@ -74,49 +142,8 @@ def restore_observed(model: nn.Module, entry: dict[str, Any]) -> None:
 
     Args:
         model: The converted module, its tensors loaded.
-        entry: What :func:`make_entry` gave.
+        entry: What :meth:`QuantState.entry` gave.
     """
     observed = entry.get("observed", {})
     for name, quantizer in activation_quantizers(model).items():
         quantizer.observed = [batch.to(quantizer.clip_max.device) for batch in observed.get(name, [])]
-
-
-def record_of(model: nn.Module, tensors: Mapping[str, Tensor], text: str | None) -> str | None:
-    """Return the record of a checkpoint, whose tensors weight averaging may have put in place of the model's.
-
-    Args:
-        model: The converted module.
-        tensors: What the checkpoint holds of its state_dict.
-        text: The record of the model as it is.
-    """
-    live = model.state_dict()
-    is_plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in live.values())
-    if not is_plain or not live.keys() <= tensors.keys():
-        return text  # a sharded or partial state, which this process cannot look into
-    if all(tensors[name].data_ptr() == tensor.data_ptr() for name, tensor in live.items()):
-        return text
-    quantizers = activation_quantizers(model).values()
-    kept = {name: tensor.clone() for name, tensor in live.items()}
-    books = [(quantizer.observed, quantizer.poison, quantizer.batches) for quantizer in quantizers]
-    try:
-        model.load_state_dict({name: tensors[name] for name in live})
-        return record_text(model)
-    finally:
-        model.load_state_dict(kept)
-        for quantizer, book in zip(quantizers, books, strict=True):
-            quantizer.observed, quantizer.poison, quantizer.batches = book
-
-
-def record_text(model: nn.Module) -> str | None:
-    """Return the present record, or ``None`` while calibrating or when a factor is not finite.
-
-    Args:
-        model: The converted module.
-    """
-    if not all(quantizer.has_range for quantizer in activation_quantizers(model).values()):
-        return None
-    try:
-        return QuantRecord.from_model(model).to_text()
-    except ValueError as error:
-        rank_zero_warn(f"The record was not written, the last good one stays: {error}")
-        return None

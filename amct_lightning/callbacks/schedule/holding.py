@@ -49,21 +49,15 @@ class Holder:
             else:
                 self._has_unwatched = True
 
-    def hold(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Hold these parameters and no others; those held already keep the value that they had then.
+    def hold(self, parameters: Iterable[nn.Parameter], also: bool = False) -> None:
+        """Hold these parameters; those held already keep the value that they had then.
 
         Args:
             parameters: The parameters.
+            also: Whether to go on holding the others.
         """
-        self._held = {id(p): self._held[id(p)] if id(p) in self._held else (p, _value(p)) for p in parameters}
-
-    def hold_also(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Hold more parameters.
-
-        Args:
-            parameters: The parameters.
-        """
-        self._held.update({id(p): (p, _value(p)) for p in parameters if id(p) not in self._held})
+        now = {id(p): self._held[id(p)] if id(p) in self._held else (p, _local(p.detach()).clone()) for p in parameters}
+        self._held = self._held | now if also else now
 
     def drop_gradients(self, optimizer: Optimizer) -> None:
         """Forget the gradients of held parameters that an optimizer is about to use.
@@ -99,10 +93,6 @@ class Holder:
 def _local(tensor: Tensor) -> Tensor:
     """Return what this process has of a tensor that may be sharded; operators on lists take no mixture."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _value(parameter: nn.Parameter) -> Tensor:
-    return _local(parameter.detach()).clone()
 
 
 class FrozenNorm:

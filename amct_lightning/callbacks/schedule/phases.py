@@ -26,7 +26,8 @@ class PhaseRunner:
     Args:
         schedule: The schedule.
         model: The converted module.
-        max_epochs: Number of epochs of the training; ``None`` if it is not limited by epochs.
+        optimizers: The optimizers of the training.
+        at: Where the training begins. What is frozen there is kept as it is, before the first batch, too.
 
     Attributes:
         layers: The quantized layers by name.
@@ -37,7 +38,7 @@ class PhaseRunner:
         ValueError: If the schedule contradicts itself or names layers that there are not.
     """
 
-    def __init__(self, schedule: QuantSchedule, model: nn.Module, max_epochs: int | None) -> None:
+    def __init__(self, schedule: QuantSchedule, model: nn.Module, optimizers: list[Optimizer], at: Position) -> None:
         found = find_plan(model)
         root, layers = (model, ()) if found is None else (found[0], found[1].layers)
         self.schedule = schedule
@@ -45,7 +46,7 @@ class PhaseRunner:
         self.owners = {layer.name: layer.shares_input_of for layer in layers}
         norms = {name: module for name, module in root.named_modules() if isinstance(module, BATCH_NORMS)}
         folded = {layer.batch_norm: layer.name for layer in layers if layer.batch_norm is not None}
-        check_contradictions(schedule, max_epochs)
+        check_contradictions(schedule, at.max_epochs)
         check_patterns(schedule, [*self.layers, *norms])
         self.batch_norms = [
             (name if schedule.pattern_of(name) is not None else folded.get(name, name), module)
@@ -56,17 +57,8 @@ class PhaseRunner:
         self._frozen_norms: dict[nn.Module, FrozenNorm] = {}
         self._waiting: list[ActivationQuantizer] = []  # to be frozen as soon as they are calibrated
         self._holder = Holder()
-        self._at: Position | None = None
-
-    def begin(self, optimizers: list[Optimizer], at: Position) -> None:
-        """Keep what is frozen as it is, in the steps of these optimizers and in what comes before the first of them.
-
-        Args:
-            optimizers: The optimizers of the training.
-            at: Where the training begins.
-        """
         self._holder.watch(optimizers)
-        self._at = None
+        self._at: Position | None = None
         self._apply_norms(at, [])
 
     def forget(self) -> None:
@@ -109,7 +101,7 @@ class PhaseRunner:
         """
         for quantizer in [quantizer for quantizer in self._waiting if not quantizer.calibrating]:
             quantizer.freeze()
-            self._holder.hold_also([quantizer.clip_max, quantizer.clip_min])
+            self._holder.hold([quantizer.clip_max, quantizer.clip_min], also=True)
         self._holder.drop_gradients(optimizer)
 
     def end_batch(self, step: int) -> None:

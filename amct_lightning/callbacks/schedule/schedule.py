@@ -10,7 +10,7 @@ from enum import IntEnum
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from amct_lightning.callbacks.schedule.checks import check_exceptions, check_fields, check_names
+from amct_lightning.callbacks.schedule.fields import check_exceptions, check_fields, check_names
 
 Epoch = int | float
 """An epoch counted from 0 as an int, or a share of ``max_epochs`` as a float between 0 and 1."""

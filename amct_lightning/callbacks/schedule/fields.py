@@ -1,0 +1,94 @@
+"""What is checked of the fields of a schedule when it is made."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_MOMENTS = ("start", "freeze_data", "freeze_weights", "freeze_bn")
+_PERIODS = ("update_every_n_steps", "update_every_n_epochs")
+_EXCEPTIONS = (*_MOMENTS, "calibrate", *_PERIODS)
+
+
+def check_fields(values: Mapping[str, Any], where: str = "QuantSchedule") -> None:
+    """Refuse fields of a wrong type or value.
+
+    Args:
+        values: Field name -> value; also of an exception for some layers.
+        where: What it is called in messages.
+
+    Raises:
+        TypeError: If a field has the wrong type.
+        ValueError: If a field has a wrong value.
+    """
+    for name in _MOMENTS:
+        if values.get(name) is not None:
+            _check_moment(values[name], f"{where}({name}={values[name]!r})")
+    calibrate = values.get("calibrate")
+    if isinstance(calibrate, list) and not calibrate:
+        raise ValueError(f"{where}(calibrate=[]): give at least one epoch, or None for the default.")
+    for moment in calibrate if isinstance(calibrate, list) else [calibrate]:
+        if moment is not None or isinstance(calibrate, list):
+            _check_moment(moment, f"{where}(calibrate={calibrate!r})")
+    for name in (*_PERIODS, "calibrate_batches"):
+        value = values.get(name, 1)
+        if value is None and name == "calibrate_batches":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{where}({name}={value!r}): must be an integer.")
+        if value < 1:
+            raise ValueError(f"{where}({name}={value!r}): must be 1 or more.")
+
+
+def check_exceptions(layers: Any) -> None:
+    """Refuse exceptions that are no mapping of patterns to fields, or have wrong fields.
+
+    Args:
+        layers: Pattern -> fields.
+
+    Raises:
+        TypeError: If it is no such mapping, or a field has the wrong type.
+        ValueError: If a field is unknown or has a wrong value.
+    """
+    if not isinstance(layers, Mapping):
+        raise TypeError(f"QuantSchedule(layers={layers!r}): must be a mapping of layer name patterns to fields.")
+    for pattern, values in layers.items():
+        where = f"QuantSchedule.layers[{pattern!r}]"
+        if not isinstance(pattern, str) or not isinstance(values, Mapping):
+            raise TypeError(f"{where} = {values!r}: must be a mapping of fields, such as {{'freeze_data': 3}}.")
+        check_names(values, _EXCEPTIONS, where)
+        check_fields(values, where)
+
+
+def check_names(values: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:
+    """Refuse unknown field names, and say which is probably meant.
+
+    Args:
+        values: The fields.
+        allowed: The names that there are.
+        where: What it is called in messages.
+
+    Raises:
+        ValueError: If there is an unknown name.
+
+    Example:
+        >>> check_names({"freeze_bm": 3}, ["freeze_bn"], "schedule")
+        Traceback (most recent call last):
+        ValueError: schedule: there is no field 'freeze_bm'. Did you mean 'freeze_bn'? The fields are freeze_bn.
+    """
+    allowed = list(allowed)
+    for name in values:
+        if name not in allowed:
+            close = difflib.get_close_matches(str(name), allowed, 1)
+            guess = f" Did you mean '{close[0]}'?" if close else ""
+            raise ValueError(f"{where}: there is no field '{name}'.{guess} The fields are {', '.join(allowed)}.")
+
+
+def _check_moment(moment: Any, where: str) -> None:
+    if isinstance(moment, bool) or not isinstance(moment, (int, float)):
+        raise TypeError(f"{where}: must be an epoch as an integer, or a share of max_epochs as a float in [0, 1].")
+    if isinstance(moment, float) and not 0 <= moment <= 1:
+        raise ValueError(f"{where}: a float is a share of max_epochs and must be in [0, 1]; give epochs as integers.")
+    if moment < 0:
+        raise ValueError(f"{where}: epochs are counted from 0.")
