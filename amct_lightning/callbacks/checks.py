@@ -17,6 +17,7 @@ from amct_lightning.config import ConfigLike, QuantChoices, RetrainConfig, load_
 from amct_lightning.graph.plan import QuantPlan, find_plan
 from amct_lightning.modules import activation_quantizers
 from amct_lightning.modules.registry import LAYER_TYPES
+from amct_lightning.wording import abbreviated
 
 
 def find_submodule(pl_module: nn.Module, name: str | None) -> nn.Module:
@@ -168,7 +169,7 @@ def warn_unfinished(model: nn.Module, steps: int, record: Path) -> None:
         old = " The file that is there is an older one." if record.exists() else ""
         rank_zero_warn(
             f"No record was written: {len(waiting)} of {len(quantizers)} activation quantizers are not calibrated "
-            f"after {steps} training batches ({', '.join(map(repr, waiting[:8]))}); batch_num is "
+            f"after {steps} training batches ({abbreviated(waiting)}); batch_num is "
             f"{found[1].config.batch_num}. Train longer, or lower batch_num.{old}"
         )
 

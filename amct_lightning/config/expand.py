@@ -12,11 +12,11 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from amct_lightning.config.checks import abbreviated, closest
 from amct_lightning.config.layer import LayerConfig
 from amct_lightning.config.layer_types import int4_obstacle, without_int4
 from amct_lightning.config.retrain import RetrainConfig
 from amct_lightning.modules.registry import LAYER_TYPES
+from amct_lightning.wording import abbreviated, closest
 
 if TYPE_CHECKING:
     from torch import nn

@@ -14,7 +14,6 @@ from typing import Any, TypedDict
 from amct_lightning.config.checks import (
     PRECISION_MODES,
     Fault,
-    closest,
     found,
     key_faults,
     layer_faults,
@@ -25,6 +24,7 @@ from amct_lightning.config.checks import (
 from amct_lightning.config.layer import DataConfig, LayerConfig, WeightConfig
 from amct_lightning.config.resolve import NOTHING_ENABLED
 from amct_lightning.config.text_file import read_text
+from amct_lightning.wording import closest
 
 RUN_KEYS = ("version", "fakequant_precision_mode", "batch_num")
 LAYER_KEYS = ("retrain_enable", "retrain_data_config", "retrain_weight_config")

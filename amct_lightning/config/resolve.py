@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from amct_lightning.config.checks import abbreviated, closest
 from amct_lightning.config.layer import LayerConfig
 from amct_lightning.config.layer_types import (
     can_be_channel_wise,
@@ -14,6 +13,7 @@ from amct_lightning.config.layer_types import (
     with_channel_wise_default,
     without_int4,
 )
+from amct_lightning.wording import abbreviated, closest
 
 if TYPE_CHECKING:
     from torch import nn

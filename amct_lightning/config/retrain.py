@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from amct_lightning.config.checks import closest, found, raise_first, run_faults
+from amct_lightning.config.checks import found, raise_first, run_faults
 from amct_lightning.config.json_format import (
     RUN_KEYS,
     dump_text,
@@ -19,6 +19,7 @@ from amct_lightning.config.json_format import (
 from amct_lightning.config.layer import LayerConfig
 from amct_lightning.config.resolve import resolve_layers
 from amct_lightning.files import write_text
+from amct_lightning.wording import closest
 
 if TYPE_CHECKING:
     from torch import nn
