@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
-from amct_lightning.amct.migrate import abbreviate
 from amct_lightning.amct.restore import read_checkpoint
+from amct_lightning.wording import abbreviated
 
 CHECKPOINT_KEY = "amct_lightning"
 """Entry of a checkpoint that holds the plan, the calibration state and the record."""
@@ -63,7 +63,7 @@ def read_foreign_checkpoint(path: str | Path, map_location: Any = "cpu") -> tupl
             return read_checkpoint(path, map_location), foreign
     except RuntimeError as error:
         raise RuntimeError(
-            f"'{path}' cannot be read without running code from it: it holds objects of {abbreviate(foreign)} that "
+            f"'{path}' cannot be read without running code from it: it holds objects of {abbreviated(foreign)} that "
             "cannot be left out. If you trust the file, read it with torch.load(..., weights_only=False), delete what "
             "holds them (often 'hyper_parameters') and save it again."
         ) from error

@@ -1,20 +1,17 @@
 # PYTHON_ARGCOMPLETE_OK
 """The command ``amct-lightning``: what it is given is handed to one of ``amct_lightning/commands/``.
 
-:class:`QuantCLI` is here for scripts of your own; it is loaded when it is asked for.
+:class:`QuantCLI` is here for scripts of your own.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from amct_lightning.commands import dispatch
 from amct_lightning.commands.errors import guarded
-
-if TYPE_CHECKING:
-    from amct_lightning.commands.quant_cli import QuantCLI
+from amct_lightning.commands.quant_cli import QuantCLI
 
 __all__ = ["QuantCLI", "main"]
 
@@ -37,12 +34,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [argument for argument in given if argument != "--debug"]
     return guarded(lambda: dispatch(arguments), arguments, debug=len(arguments) < len(given))
-
-
-def __getattr__(name: str) -> Any:
-    """Load :class:`QuantCLI`, which needs Lightning, only for those who use it."""
-    if name == "QuantCLI":
-        from amct_lightning.commands.quant_cli import QuantCLI  # noqa: PLC0415
-
-        return QuantCLI
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,7 @@ Only names and tensors: reading a file is the business of ``restore_quant_retrai
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import cast
 
 import torch
@@ -25,6 +25,7 @@ from amct_lightning.amct.layout import (
 from amct_lightning.conversion.plan import QuantPlan, find_plan
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
 from amct_lightning.quantizers import LearnedWeightQuantizer, ShiftSearch, WeightQuantizer
+from amct_lightning.wording import abbreviated
 
 
 def convert_amct_state_dict(state_dict: State, model: nn.Module, *, to_amct: bool = False) -> dict[str, Tensor]:
@@ -104,18 +105,6 @@ def strip_module_prefix(state_dict: State, model: nn.Module) -> State:
     return {key.removeprefix(prefix): value for key, value in state_dict.items()}
 
 
-def abbreviate(names: Iterable[str], limit: int = 6) -> str:
-    """Quote names for a message, no more than a few.
-
-    Example:
-        >>> abbreviate(["a", "b", "c"], limit=2)
-        "'a', 'b' and 1 more"
-    """
-    listed = list(names)
-    shown = ", ".join(f"'{name}'" for name in listed[:limit])
-    return f"{shown} and {len(listed) - limit} more" if len(listed) > limit else shown
-
-
 def _from_amct(state: State, root: nn.Module, plan: QuantPlan, layout: list[Entry]) -> dict[str, Tensor]:
     own = root.state_dict()
     result = {entry.ours: state[entry.amct] for entry in layout if entry.ours is not None}
@@ -175,7 +164,7 @@ def _check(given: Mapping[str, object], expected: State, optional: Collection[st
     shapes = {key: (getattr(given[key], "shape", None), expected[key].shape) for key in given if key in expected}
     wrong = [f"{key} {tuple(a or ())} instead of {tuple(b)}" for key, (a, b) in shapes.items() if a != b]
     found = {"missing": missing, "unexpected": unexpected, "of another shape": wrong}
-    faults = "; ".join(f"{kind} ({len(keys)}): {abbreviate(keys)}" for kind, keys in found.items() if keys)
+    faults = "; ".join(f"{kind} ({len(keys)}): {abbreviated(keys)}" for kind, keys in found.items() if keys)
     if faults:
         raise ValueError(
             f"This is not the state_dict {what}. Tensors {faults}. Both models must be converted with the same "

@@ -20,6 +20,7 @@ from amct_lightning.modules import activation_quantizers
 from amct_lightning.modules.calibration import Agreement
 from amct_lightning.quantizers import WeightQuantizer
 from amct_lightning.record import QuantRecord
+from amct_lightning.wording import cut_off
 
 
 def install_hooks(model: nn.Module, record_file: str) -> None:
@@ -96,7 +97,7 @@ def _report_nonfinite(model: nn.Module) -> None:
         quantizers[name].forget_nonfinite()
     if found:
         warnings.warn(
-            f"NaN or infinite values reached the activation quantizers of {', '.join(found[:8])} in training. Check "
+            f"NaN or infinite values reached the activation quantizers of {cut_off(found)} in training. Check "
             "the input data, lower the learning rate, or clip gradients.",
             stacklevel=2,
         )

@@ -9,7 +9,8 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor, nn
 
-from amct_lightning.amct.migrate import abbreviate, convert_amct_state_dict, is_amct_state_dict, strip_module_prefix
+from amct_lightning.amct.migrate import convert_amct_state_dict, is_amct_state_dict, strip_module_prefix
+from amct_lightning.wording import abbreviated
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -70,17 +71,17 @@ def select_state_dict(content: Mapping[str, Any], name: str | None, path: str | 
         return content
     if name not in content:
         raise KeyError(
-            f"The pth_file '{path}' has no key name: {name}. It has {abbreviate(content) or 'nothing'}; give one of "
+            f"The pth_file '{path}' has no key name: {name}. It has {abbreviated(content) or 'nothing'}; give one of "
             "them as state_dict_name, or none if the file is itself the state_dict."
         )
     state_dict = content[name]
     if not isinstance(state_dict, Mapping):
         raise RuntimeError(
             f"The entry '{name}' of '{path}' is of type {type(state_dict).__name__} and no state_dict. The file has "
-            f"{abbreviate(content)}; give the one with the weights as state_dict_name."
+            f"{abbreviated(content)}; give the one with the weights as state_dict_name."
         )
     if not state_dict:
-        raise KeyError(f"The entry '{name}' of '{path}' is empty. The file has {abbreviate(content)}.")
+        raise KeyError(f"The entry '{name}' of '{path}' is empty. The file has {abbreviated(content)}.")
     return state_dict
 
 
@@ -120,7 +121,7 @@ def load_strictly(model: nn.Module, state_dict: Mapping[str, Tensor], path: str 
     if missing or unexpected:
         raise RuntimeError(
             f"'{path}' does not fit the converted {type(model).__name__}. "
-            f"Missing: {abbreviate(missing) or 'nothing'}; unexpected: {abbreviate(unexpected) or 'nothing'}. "
+            f"Missing: {abbreviated(missing) or 'nothing'}; unexpected: {abbreviated(unexpected) or 'nothing'}. "
             + _remedy(missing, state_dict, unexpected)
         )
     try:
@@ -146,7 +147,7 @@ def _load(file: BinaryIO, path: str | Path, map_location: Any) -> Any:
 def _remedy(missing: list[str], state_dict: Mapping[str, Any], unexpected: list[str]) -> str:
     entries = [key for key in unexpected if isinstance(state_dict[key], Mapping)]
     if entries:
-        return f"If one of {abbreviate(entries)} is the state_dict, give its name as state_dict_name."
+        return f"If one of {abbreviated(entries)} is the state_dict, give its name as state_dict_name."
     if not unexpected and missing and all("_quantizer." in key for key in missing):
         return (
             "It is the state of the float model: load it into the float model and convert that with "

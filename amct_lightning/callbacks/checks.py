@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.conversion.plan import QuantPlan, find_plan
 from amct_lightning.modules import activation_quantizers
+from amct_lightning.wording import abbreviated
 
 
 def find_submodule(pl_module: nn.Module, name: str | None) -> nn.Module:
@@ -122,6 +123,6 @@ def warn_unfinished(model: nn.Module, steps: int, record: Path) -> None:
         old = " The file that is there is an older one." if record.exists() else ""
         rank_zero_warn(
             f"No record was written: {len(waiting)} of {len(quantizers)} activation quantizers are not calibrated "
-            f"after {steps} training batches ({', '.join(map(repr, waiting[:8]))}); batch_num is "
+            f"after {steps} training batches ({abbreviated(waiting)}); batch_num is "
             f"{found[1].config.batch_num}. Train longer, or lower batch_num.{old}"
         )

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from amct_lightning.modules import activation_quantizers
+from amct_lightning.wording import cut_off
 
 
 class NonfiniteWatch:
@@ -76,10 +77,10 @@ class NonfiniteWatch:
 
     def _report(self, found: dict[str, int]) -> None:
         first = min(found.values())
-        layers = ", ".join(f"'{name}' (step {step})" for name, step in sorted(found.items(), key=lambda i: i[1])[:8])
+        layers = cut_off(f"'{name}' (step {step})" for name, step in sorted(found.items(), key=lambda i: i[1]))
         message = (
-            f"NaN or infinite values reached the activation quantizer of layer {layers}"
-            f"{' and others' if len(found) > 8 else ''}; first at step {first}. Check the input data, lower the "
+            f"NaN or infinite values reached the activation quantizer of layer {layers}; "
+            f"first at step {first}. Check the input data, lower the "
             "learning rate, or clip gradients. No record is written while a factor is not finite."
         )
         if self.reaction == "raise":

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from amct_lightning.layer_types import LAYER_TYPES
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.protocols import ShardingStrategy
+from amct_lightning.wording import cut_off
 
 
 def build_layers(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[nn.Module]:
@@ -72,7 +73,7 @@ def check_complete(pl_module: nn.Module, converted: Collection[nn.Module]) -> No
     if late and known:
         raise ValueError(
             f"configure_model of {type(pl_module).__name__} has made layers that are not quantized, after others were: "
-            f"{', '.join(late[:8])}. Make all layers in __init__, or all of them in configure_model."
+            f"{cut_off(late)}. Make all layers in __init__, or all of them in configure_model."
         )
 
 

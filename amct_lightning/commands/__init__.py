@@ -1,19 +1,18 @@
-"""The subcommands of ``amct-lightning``, one file each; what they need is imported when they run.
+"""The subcommands of ``amct-lightning``, one file each.
 
 A new one is a :class:`Command` in a file of its own and an entry in :func:`all_commands`.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
-from amct_lightning.commands.base import Command, UserError, root_parser
-from amct_lightning.commands.completion import finished_words, is_completing, offer
+from amct_lightning.commands.base import Command, UserError, finished_words, is_completing, offer, root_parser
 from amct_lightning.commands.config import ConfigCommand
 from amct_lightning.commands.record.command import RecordCommand
 from amct_lightning.commands.report import ReportCommand
 from amct_lightning.commands.run import RunCommand
+from amct_lightning.wording import closest
 
 __all__ = ["Command", "all_commands", "dispatch"]
 
@@ -57,10 +56,8 @@ def dispatch(arguments: Sequence[str]) -> int:
     if chosen is not None:
         return chosen.execute(arguments, commands)
     if name is not None:
-        close = difflib.get_close_matches(name, [command.name for command in commands], 1)
-        guess = f" Did you mean '{close[0]}'?" if close else ""
-        listed = ", ".join(command.name for command in commands)
-        raise UserError(f"there is no command '{name}'.{guess} The commands are {listed}.")
+        names = [command.name for command in commands]
+        raise UserError(f"there is no command '{name}'.{closest(name, names)} The commands are {', '.join(names)}.")
     root_parser(commands).parse_args(list(arguments) or ["--help"])
     return 0
 

@@ -1,8 +1,9 @@
-"""What all subcommands have in common: how they are listed, parsed and started, and what their help looks like."""
+"""What all subcommands have in common: how they are listed, parsed, completed and started."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,8 +11,6 @@ from importlib import metadata
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from typing_extensions import override
-
-from amct_lightning.commands.completion import offer
 
 PROGRAM = "amct-lightning"
 
@@ -165,6 +164,41 @@ def new_parser(
         exit_on_error=False,
         formatter_class=HelpFormatter,
     )
+
+
+# Completion in the shell is jsonargparse's, by argcomplete, which sets environment variables and calls the command.
+
+
+def is_completing() -> bool:
+    """Tell whether a shell asks for completions."""
+    return "_ARGCOMPLETE" in os.environ
+
+
+def finished_words() -> list[str]:
+    """Return the words on the shell's command line after the program, without the one that is being typed."""
+    line = os.environ.get("COMP_LINE", "")
+    line = line[: int(os.environ.get("COMP_POINT", len(line)))]
+    words = line.split() if line.endswith(" ") else line.split()[:-1]
+    return words[int(os.environ["_ARGCOMPLETE"]) :]
+
+
+def offer(parser: ArgumentParser, used: Sequence[str] = ()) -> None:
+    """Answer the shell with what a parser takes; the process ends.
+
+    argcomplete (seen in 3.7) fails in the subcommands of jsonargparse (seen in 4.53), so the parser is that of the
+    subcommand alone, and argcomplete begins its work behind the words that lead there.
+
+    Args:
+        parser: The parser.
+        used: The words that lead to it.
+    """
+    skip(len(used))
+    parser.parse_args([])
+
+
+def skip(words: int) -> None:
+    """Let argcomplete begin some words later."""
+    os.environ["_ARGCOMPLETE"] = str(int(os.environ["_ARGCOMPLETE"]) + words)
 
 
 def _version() -> str:

@@ -6,18 +6,19 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
+from torch import nn
 from typing_extensions import override
 
 from amct_lightning.commands.base import ParsedCommand
+from amct_lightning.commands.choices_text import in_few_words, to_simple, to_yaml
+from amct_lightning.commands.model_input import find_part, make_input, make_model
 from amct_lightning.commands.output import check_output, deliver, short_warnings
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from amct_lightning.conversion.plan import QuantPlan
+from amct_lightning.config import config_source, load_config
+from amct_lightning.conversion.convert import convert_layers
+from amct_lightning.conversion.plan import QuantPlan, make_plan
+from amct_lightning.conversion.report import conversion_report
 
 _EPILOG = """\
 examples:
@@ -116,9 +117,6 @@ class ConfigCommand(ParsedCommand):
 
 
 def _plan(options: Namespace) -> tuple[nn.Module, QuantPlan]:
-    from amct_lightning.commands.model_input import find_part, make_input, make_model  # noqa: PLC0415  (torch)
-    from amct_lightning.config import config_source, load_config  # noqa: PLC0415
-    from amct_lightning.conversion.plan import make_plan  # noqa: PLC0415
 
     choices = load_config(options.choices)
     model = make_model(options.model, options.init_arg or [], options.ckpt)
@@ -131,8 +129,6 @@ def _plan(options: Namespace) -> tuple[nn.Module, QuantPlan]:
 
 
 def _text(part: nn.Module, plan: QuantPlan, options: Namespace) -> str:
-    from amct_lightning.commands.choices_text import in_few_words, to_simple, to_yaml  # noqa: PLC0415  (torch)
-
     if options.format == "json":
         return plan.config.to_text()
     layers = {name: part.get_submodule(name) for name in plan.config}
@@ -144,8 +140,5 @@ def _text(part: nn.Module, plan: QuantPlan, options: Namespace) -> str:
 
 def _explanation(part: nn.Module, plan: QuantPlan) -> str:
     """Convert the model, which nobody needs after this, and return the table."""
-    from amct_lightning.conversion.convert import convert_layers  # noqa: PLC0415  (torch)
-    from amct_lightning.conversion.report import conversion_report  # noqa: PLC0415
-
     convert_layers(part, plan)
     return str(conversion_report(part))

@@ -13,8 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from amct_lightning.commands.base import PROGRAM, UserError
-from amct_lightning.commands.completion import is_completing
+from amct_lightning.commands.base import PROGRAM, UserError, is_completing
 
 INTERRUPTED = 130
 TERMINATED = 143

@@ -7,16 +7,15 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from amct_lightning.commands.base import UserError
 from amct_lightning.files import check_writable, write_text
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-# rich is imported when it is needed, not here: in a process that loads it before Lightning, Python's typing caches
-# turn Lightning's `int | float` into rich's `float | int`, and --trainer.limit_train_batches=1 into 1.0, all of them.
 _UNLIMITED = 10_000
 
 
@@ -60,9 +59,6 @@ def new_table(*columns: str) -> Table:
     Args:
         columns: The titles; those that begin with ``>`` are of numbers, at the right.
     """
-    from rich import box  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-
     table = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False)
     for title in columns:
         is_number = title.startswith(">")
@@ -72,8 +68,6 @@ def new_table(*columns: str) -> Table:
 
 def show(table: Table) -> None:
     """Print a table; one that goes into a pipe or file is never cut to the width of a terminal."""
-    from rich.console import Console  # noqa: PLC0415
-
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else _UNLIMITED, highlight=False).print(table)
 
 

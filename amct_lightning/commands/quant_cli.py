@@ -13,9 +13,9 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
-# Importing the package is also what makes its accelerators and strategies known to the Trainer by name, so that
-# `--trainer.accelerator` and `--trainer.strategy` take them. This import is the one place on which that depends.
-from amct_lightning import QuantRetrainCallback
+# The first import of anything of the package runs its __init__.py, which makes its accelerators and strategies known to
+# the Trainer by name, so that `--trainer.accelerator` and `--trainer.strategy` take them.
+from amct_lightning.callbacks import QuantRetrainCallback
 from amct_lightning.commands.base import UserError
 from amct_lightning.files import write_text
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
-from amct_lightning.commands.base import PROGRAM, Command, HelpFormatter
-from amct_lightning.commands.completion import skip
+from amct_lightning.commands.base import PROGRAM, Command, HelpFormatter, skip
+from amct_lightning.commands.quant_cli import QuantCLI
 
 _FIT = """\
 examples:
@@ -57,8 +57,6 @@ class RunCommand(Command):
     @override
     def execute(self, arguments: Sequence[str], commands: Sequence[Command]) -> int:
         """Hand the arguments to the LightningCLI."""
-        from amct_lightning.commands.quant_cli import QuantCLI  # noqa: PLC0415  (Lightning takes its time)
-
         names = [command.name for command in commands if isinstance(command, RunCommand)]
         QuantCLI(
             args=list(arguments),
@@ -74,7 +72,5 @@ class RunCommand(Command):
     @override
     def complete(self, words: list[str]) -> None:
         """Answer a shell that asks for completions."""
-        from amct_lightning.commands.quant_cli import QuantCLI  # noqa: PLC0415  (Lightning takes its time)
-
         skip(1)
         QuantCLI(args=[], run=False)  # without subcommands: see offer(); parsing answers and ends the process

@@ -8,10 +8,11 @@ the model (which layers exist, what their type allows) are in ``resolve.py``.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+from amct_lightning.wording import closest
 
 DATA_ALGOS = ("ulq_quantize",)
 WEIGHT_ALGOS = ("arq_retrain", "ulq_retrain")
@@ -24,7 +25,6 @@ _SMALLEST_RANGE = 1.192092896e-7
 """Below it (the float32 machine epsilon) a range has no scale."""
 _LARGEST_BATCH_NUM = 2**31 - 1
 PRECISION_MODES = ("DEFAULT", "FORCE_FP16_QUANT")
-_NAMES_SHOWN = 8
 
 
 class Fault(NamedTuple):
@@ -123,28 +123,6 @@ def found(value: object) -> str:
         '1 (int)'
     """
     return f"{reprlib.repr(value)} ({type(value).__name__})"
-
-
-def closest(name: object, allowed: Iterable[str]) -> str:
-    """Suggest the names that are most like ``name``, as a sentence to append to a message, or nothing.
-
-    Example:
-        >>> closest("con1", ["conv1", "fc"])
-        " Did you mean 'conv1'?"
-    """
-    matches = difflib.get_close_matches(str(name), list(allowed), n=3)
-    return f" Did you mean {' or '.join(map(repr, matches))}?" if matches else ""
-
-
-def abbreviated(names: Sequence[str]) -> str:
-    """List names in a message, not too many of them.
-
-    Example:
-        >>> abbreviated(["conv1", "fc"])
-        "'conv1', 'fc'"
-    """
-    shown = ", ".join(map(repr, names[:_NAMES_SHOWN]))
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
 
 
 def _choice_faults(values: Mapping[str, object], key: str, allowed: tuple[str, ...]) -> Iterator[Fault]:

@@ -11,18 +11,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict
 
-from amct_lightning.config.checks import (
-    PRECISION_MODES,
-    Fault,
-    closest,
-    found,
-    key_faults,
-    raise_first,
-    type_fault,
-)
+from amct_lightning.config.checks import PRECISION_MODES, Fault, found, key_faults, raise_first, type_fault
 from amct_lightning.config.layer import DataConfig, LayerConfig, WeightConfig, make_layer
 from amct_lightning.config.resolve import NOTHING_ENABLED
 from amct_lightning.config.text_file import read_text
+from amct_lightning.wording import closest
 
 RUN_KEYS = ("version", "fakequant_precision_mode", "batch_num")
 LAYER_KEYS = ("retrain_enable", "retrain_data_config", "retrain_weight_config")

@@ -10,10 +10,10 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from amct_lightning.config.checks import abbreviated, closest
 from amct_lightning.config.choices import QuantChoices
 from amct_lightning.config.layer import LayerConfig
 from amct_lightning.layer_types import LAYER_TYPES
+from amct_lightning.wording import abbreviated, closest
 
 NOTHING_ENABLED = (
     'No layer retrain enabled. Set "retrain_enable":true, spelled out, in at least one layer to be quantized.'

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from amct_lightning.config.checks import closest, found, located, raise_first, run_faults
+from amct_lightning.config.checks import found, located, raise_first, run_faults
 from amct_lightning.config.choices import QuantChoices
 from amct_lightning.config.json_format import RUN_KEYS, dump_text, layer_to_dict, parse_config, read_json
 from amct_lightning.config.layer import LayerConfig
@@ -20,6 +20,7 @@ from amct_lightning.config.simple_format import read_simple_config
 from amct_lightning.files import write_text
 from amct_lightning.graph.eligibility import eligible_layers
 from amct_lightning.graph.trace import InputData
+from amct_lightning.wording import closest
 
 _logger = logging.getLogger(__name__)
 

@@ -15,11 +15,12 @@ from typing import Any
 from google.protobuf import text_format
 from google.protobuf.message import Message
 
-from amct_lightning.config.checks import closest, located
+from amct_lightning.config.checks import located
 from amct_lightning.config.choices import QuantChoices
 from amct_lightning.config.layer import LayerConfig, make_layer
 from amct_lightning.config.simple_schema import SIMPLE_SCHEMA
 from amct_lightning.config.text_file import read_text
+from amct_lightning.wording import closest
 
 _PRUNING = ("prune_config", "regular_prune_skip_layers", "regular_prune_skip_types")
 _TYPE_NAMES = {number: name for name, number in SIMPLE_SCHEMA.enums["DataType"].items()}

@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from amct_lightning.config.checks import abbreviated
 from amct_lightning.conversion.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.graph.eligibility import NOT_REACHED
 from amct_lightning.layer_types import supported_class
 from amct_lightning.text_table import TEXT_BOX, as_text
+from amct_lightning.wording import abbreviated
 
 _NARROW = 17
 _NOTES_WIDTH = 22

@@ -7,8 +7,7 @@ from torch import nn
 
 from amct_lightning.layer_types import LAYER_TYPES
 from amct_lightning.modules.layers import QATLayer
-
-_SHOWN = 5
+from amct_lightning.wording import cut_off
 
 
 def check_float_model(model: nn.Module) -> None:
@@ -32,10 +31,9 @@ Python module it was made from, and script the model after training.
         raise TypeError(f"The model must be a torch.nn.Module, got {type(model).__name__}.")
     quantized = [name for name, module in model.named_modules() if isinstance(module, QATLayer)]
     if quantized:
-        shown = ", ".join(quantized[:_SHOWN]) + (", ..." if len(quantized) > _SHOWN else "")
         raise RuntimeError(
-            f"The model cannot be quantized because {len(quantized)} of its layers are quantized already ({shown}). "
-            "Give the float model, or go on with the one you have."
+            f"The model cannot be quantized because {len(quantized)} of its layers are quantized already "
+            f"({cut_off(quantized)}). Give the float model, or go on with the one you have."
         )
     for name, module in model.named_modules():
         obstacle = _obstacle(module)

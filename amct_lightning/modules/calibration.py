@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from amct_lightning.modules.convert import activation_quantizers
 from amct_lightning.quantizers import ActivationQuantizer
+from amct_lightning.wording import abbreviated, cut_off
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -63,7 +64,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     left = [name for name, quantizer in quantizers.items() if quantizer.calibrating]
     if left:
         raise ValueError(
-            f"The batches ended before these layers were calibrated: {', '.join(left[:8])}. Give at least `batch_num` "
+            f"The batches ended before these layers were calibrated: {cut_off(left)}. Give at least `batch_num` "
             "batches that reach every quantized layer."
         )
 
@@ -145,7 +146,7 @@ def _refuse_nonfinite(quantizers: Mapping[str, ActivationQuantizer]) -> None:
         quantizers[name].forget_nonfinite()
     if found:
         raise ValueError(
-            f"NaN or infinite values reached the activation quantizers of {', '.join(map(repr, found[:8]))} in the "
+            f"NaN or infinite values reached the activation quantizers of {abbreviated(found)} in the "
             "calibration; they were left out. Check the batches, convert again and calibrate on finite ones."
         )
 

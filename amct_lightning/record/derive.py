@@ -18,6 +18,7 @@ from amct_lightning.modules.layers import QATLayer
 from amct_lightning.quantizers import LearnedWeightQuantizer, ShiftSearch, WeightQuantizer
 from amct_lightning.quantizers.functional import EPS
 from amct_lightning.record.layer_record import LayerRecord
+from amct_lightning.wording import abbreviated, cut_off
 
 _FP16_MAX = 65504.0
 _FP16_MIN_NORMAL = 2.0**-14
@@ -49,10 +50,10 @@ def derive_layers(model: nn.Module) -> dict[str, LayerRecord]:
         if not all(layer.get_quantizer(attribute).has_range for attribute in layer.activation_quantizers)
     ]
     if waiting:
-        shown = ", ".join(f"'{name}'" for name in waiting[:8]) + (", ..." if len(waiting) > 8 else "")
         raise ValueError(
-            f"{len(waiting)} of {len(layers)} quantized layers are not calibrated yet: {shown}. Train for at least "
-            f"{plan.config.batch_num} batch(es) that reach them, or call amct_lightning.calibrate(model, batches)."
+            f"{len(waiting)} of {len(layers)} quantized layers are not calibrated yet: {abbreviated(waiting)}. "
+            f"Train for at least {plan.config.batch_num} batch(es) that reach them, or call "
+            "amct_lightning.calibrate(model, batches)."
         )
     _warn_unusable_scales(layers)
     return {layer.name: _derive(root, layers[layer.name], layer, plan) for layer in plan.layers}
@@ -68,7 +69,7 @@ def _warn_unusable_scales(layers: Mapping[str, QATLayer]) -> None:
         if count:
             wrong[name] = count
     if wrong:
-        listed = ", ".join(f"'{name}' ({count})" for name, count in list(wrong.items())[:8])
+        listed = cut_off(f"'{name}' ({count})" for name, count in wrong.items())
         warnings.warn(
             f"Learned weight scales became negative or zero in {listed}. The deployed network cannot use them and will "
             "differ from the trained one. Train the scales with a smaller learning rate (quant_lr_scale=0.01 in "

@@ -7,10 +7,11 @@ Only numbers and words are here. The text form is in ``proto_text.py``, the coll
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from amct_lightning.record import checks
-from amct_lightning.record.numeric import difference, to_float32, to_integer, to_list
+from amct_lightning.record.compare import compare
+from amct_lightning.record.numeric import to_float32, to_integer, to_list
 
 
 @dataclass(frozen=True)
@@ -128,20 +129,7 @@ class LayerRecord:
             >>> layer.differences(LayerRecord(scale_d=0.5, offset_d=2, scale_w=[1.0], offset_w=[0]))
             ['offset_d: 0 here, 2 there']
         """
-        lines: list[str] = []
-        for name in (item.name for item in fields(self) if item.name != "kv_cache"):
-            found = difference(getattr(self, name), getattr(other, name), rtol)
-            lines += [f"{name}: {found}"] if found else []
-        return lines + self._kv_cache_differences(other, rtol)
-
-    def _kv_cache_differences(self, other: LayerRecord, rtol: float) -> list[str]:
-        if self.kv_cache is None or other.kv_cache is None:
-            found = difference(self.kv_cache, other.kv_cache, rtol)
-            return [f"kv_cache: {found}"] if found else []
-        scale = difference(self.kv_cache.scale, other.kv_cache.scale, rtol)
-        offset = difference(self.kv_cache.offset, other.kv_cache.offset, rtol)
-        named = (("scale", scale), ("offset", offset))
-        return [f"kv_cache {name}: {found}" for name, found in named if found]
+        return [str(found) for found in compare({"": self}, {"": other}, rtol)]
 
     def _problems(self) -> Iterator[str]:
         # The order matters: the types come first because the offsets' ranges are looked up by them.

@@ -1,4 +1,4 @@
-"""Numbers in the precision of the record file: float32 and whole numbers, and how two of them compare."""
+"""Numbers in the precision of the record file: float32 and whole numbers."""
 
 from __future__ import annotations
 
@@ -85,42 +85,3 @@ def to_list(name: str, values: Iterable[Any], convert: Callable[[str, Any], Numb
     except TypeError as error:
         raise TypeError(f"{name} is {values!r}; it must be a list of numbers.") from error
     return [convert(f"{name}[{position}]", item) for position, item in enumerate(items)]
-
-
-def difference(here: object, there: object, rtol: float) -> str | None:
-    """Say how two values of a field differ, floats within a relative tolerance.
-
-    Args:
-        here: A number, a word, a list of numbers or None.
-        there: The value to compare with.
-        rtol: Tolerance of floats relative to the larger one.
-
-    Returns:
-        What differs, or None.
-
-    Example:
-        >>> difference([0.5, 1.0], [0.5, 2.0], 1e-4)
-        '1 of 2 values, first [1]: 1.0 here, 2.0 there'
-        >>> difference(1.0, 1.00001, 1e-4) is None
-        True
-    """
-    if isinstance(here, list) and isinstance(there, list):
-        return _list_difference(here, there, rtol)
-    return None if _close(here, there, rtol) else f"{here!r} here, {there!r} there"
-
-
-def _list_difference(here: list[Any], there: list[Any], rtol: float) -> str | None:
-    if len(here) != len(there):
-        return f"{len(here)} values here, {len(there)} there"
-    differing = [n for n, pair in enumerate(zip(here, there, strict=True)) if not _close(*pair, rtol)]
-    if not differing:
-        return None
-    first = differing[0]
-    example = f"first [{first}]: {here[first]!r} here, {there[first]!r} there"
-    return f"{len(differing)} of {len(here)} values, {example}"
-
-
-def _close(here: object, there: object, rtol: float) -> bool:
-    if isinstance(here, float) and isinstance(there, float):
-        return math.isclose(here, there, rel_tol=rtol)
-    return here == there

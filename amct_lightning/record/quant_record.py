@@ -10,6 +10,7 @@ from torch import nn
 from amct_lightning.files import write_text
 from amct_lightning.record import proto_text
 from amct_lightning.record.checks import check_text
+from amct_lightning.record.compare import Difference, compare
 from amct_lightning.record.derive import derive_layers
 from amct_lightning.record.layer_record import LayerRecord
 
@@ -204,15 +205,24 @@ class QuantRecord(Mapping[str, LayerRecord]):
             >>> QuantRecord({"fc": layer}).differences(QuantRecord())
             ['fc: only here']
         """
-        lines = []
-        for name in dict.fromkeys([*self, *other]):
-            if name not in other or name not in self:
-                lines.append(f"{name}: only {'here' if name in self else 'there'}")
-            else:
-                lines += [f"{name}: {line}" for line in self[name].differences(other[name], rtol)]
+        return [str(found) for found in self.compare(other, rtol)]
+
+    def compare(self, other: QuantRecord, rtol: float = 0.0, atol: float = 0.0) -> list[Difference]:
+        """Find where two records differ, with both values.
+
+        Args:
+            other: The record to compare with.
+            rtol: Tolerance of the scales, relative to the larger one.
+            atol: Absolute tolerance of the scales; they are equal within either.
+
+        Returns:
+            One entry per layer that only one side has and per field that differs; the last one may be that of other
+            features (pruning, key/value caches).
+        """
+        found = list(compare(self, other, rtol, atol))
         if self._extras != other._extras:
-            lines.append("the entries of other features (pruning, key/value caches) differ")
-        return lines
+            found.append(Difference("", "", self._extras, other._extras))
+        return found
 
     def __getitem__(self, name: str) -> LayerRecord:
         return self._layers[name]

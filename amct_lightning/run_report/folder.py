@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from amct_lightning.wording import cut_off
+
 METRICS_FILE = "metrics.csv"
 MONITOR_FILE = "quant_monitor.csv"
 _VERSION = re.compile(r"version_(\d+)")
@@ -51,10 +53,9 @@ def choose_log_folders(found: Sequence[Path], steps_of: StepsOf, notes: list[str
     chosen = _newest_chain(versions, steps_of)
     left_out = [str(path) for path in sorted(found) if path not in chosen and steps_of(path)]
     if left_out:
-        shown = ", ".join(left_out[:4]) + (f" and {len(left_out) - 4} more" if len(left_out) > 4 else "")
         notes.append(
-            f"The curves are those of the newest run, {', '.join(map(str, chosen))}. Left out: {shown}; give the "
-            "folder of one of these to see it."
+            f"The curves are those of the newest run, {', '.join(map(str, chosen))}. Left out: {cut_off(left_out)}; "
+            "give the folder of one of these to see it."
         )
     return chosen
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from amct_lightning.config.checks import abbreviated
 from amct_lightning.run_report import tables
 from amct_lightning.run_report.curves import MOST_POINTS, OWN, draw_curves, panels, spans
 from amct_lightning.run_report.layers import SIDES, changes, draw_scales, draw_sqnr, sqnr_rows
@@ -15,6 +14,7 @@ from amct_lightning.run_report.ranges import draw_all_widths, draw_ranges, most_
 from amct_lightning.run_report.sources import Run
 from amct_lightning.run_report.svg import inline_svg
 from amct_lightning.run_report.tables import number, text
+from amct_lightning.wording import abbreviated
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

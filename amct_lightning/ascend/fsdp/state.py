@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from amct_lightning.ascend.fsdp.units import keeps_whole, reshard
+from amct_lightning.wording import cut_off
 
-_SHOWN = 5
 _MODEL = "model"
 
 
@@ -222,7 +222,7 @@ def _check_names(model: nn.Module, own: Mapping[str, Any], stored: set[str], str
     unexpected = [name for name in stored if name not in own]
     if strict and (missing or unexpected):
         parts = [
-            f"{word} {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
+            f"{word} {cut_off(names)}"
             for word, names in (("it lacks", missing), ("the model has no", sorted(unexpected)))
             if names
         ]

@@ -12,11 +12,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from amct_lightning.amct.migrate import abbreviate
 from amct_lightning.amct.restore import load_strictly
 from amct_lightning.callbacks.checkpoints.placement import Saved, place
 from amct_lightning.callbacks.checkpoints.state import adopt_plan, restore_observed
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY, is_foreign, read_foreign_checkpoint
+from amct_lightning.wording import abbreviated
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -92,7 +92,7 @@ def _saved(checkpoint: dict[str, Any], path: str | Path) -> Saved:
     if not isinstance(entry, dict) or "plan" not in entry or not isinstance(state_dict, Mapping):
         raise ValueError(
             f"'{path}' was not written in training with QuantRetrainCallback: it has no entry '{CHECKPOINT_KEY}' with "
-            f"a quantization plan beside a 'state_dict', but {abbreviate(checkpoint) or 'nothing'}. Load a float "
+            f"a quantization plan beside a 'state_dict', but {abbreviated(checkpoint) or 'nothing'}. Load a float "
             "checkpoint with load_from_checkpoint, a file of create_quant_retrain_model's or AMCT's model with "
             "restore_quant_retrain_model."
         )
@@ -111,10 +111,10 @@ def _checked_class(
         parameters = checkpoint.get(pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY)
         named = parameters.items() if isinstance(parameters, Mapping) else ()
         holders = [name for name, value in named if any(map(is_foreign, tree_leaves(value)))]
-        where = f"the hyper parameters {abbreviate(holders)} hold" if holders else "it holds"
+        where = f"the hyper parameters {abbreviated(holders)} hold" if holders else "it holds"
         raise ValueError(
             f"{cls.__name__} cannot be made from '{path}' without running code from the file: {where} objects of "
-            f"{abbreviate(foreign)}. Make the module yourself and pass the instance: "
+            f"{abbreviated(foreign)}. Make the module yourself and pass the instance: "
             f"load_qat_checkpoint({cls.__name__}(...), '{path}')."
         )
     return cls
@@ -143,7 +143,7 @@ def _configured(model: Module, init_kwargs: dict[str, Any]) -> Module:
     if init_kwargs:
         raise TypeError(
             f"load_qat_checkpoint got an instance of {type(model).__name__} and arguments for its class "
-            f"({abbreviate(init_kwargs)}). Give the arguments when you make the instance."
+            f"({abbreviated(init_kwargs)}). Give the arguments when you make the instance."
         )
     if isinstance(model, pl.LightningModule) and is_overridden("configure_model", model):
         model.configure_model()  # idempotent by Lightning's contract; the layers must exist now

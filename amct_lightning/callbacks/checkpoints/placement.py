@@ -9,8 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from amct_lightning.amct.migrate import abbreviate
 from amct_lightning.conversion.plan import QuantPlan
+from amct_lightning.wording import abbreviated
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ def place(saved: Saved, model: nn.Module) -> tuple[Saved, nn.Module]:
     outside = [name for name in names if not name.startswith(prefix)]
     if outside:
         raise ValueError(
-            f"'{saved.path}' also quantizes {abbreviate(outside)}, outside of '{prefix.removesuffix('.')}', which is "
+            f"'{saved.path}' also quantizes {abbreviated(outside)}, outside of '{prefix.removesuffix('.')}', which is "
             f"all that {type(model).__name__} holds. Pass the LightningModule instead."
         )
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     missing = [name for name in names if name.removeprefix(prefix) not in known]
     if missing:
         raise ValueError(
-            f"'{saved.path}' is of another architecture: {type(model).__name__} has no {abbreviate(missing)}. "
+            f"'{saved.path}' is of another architecture: {type(model).__name__} has no {abbreviated(missing)}. "
             "Pass a module like the one that was trained."
         )
     if base.startswith(prefix):
@@ -78,13 +78,13 @@ def _find_prefix(saved: Saved, model: nn.Module, names: list[str]) -> str:
         return fitting[0]
     if fitting:
         raise ValueError(
-            f"'{saved.path}' has the names of {type(model).__name__} several times, after {abbreviate(fitting)}. Pass "
+            f"'{saved.path}' has the names of {type(model).__name__} several times, after {abbreviated(fitting)}. Pass "
             "the LightningModule instead."
         )
     fewest = min(lacking, key=lambda start: len(lacking[start]), default=None)
     raise ValueError(
         f"'{saved.path}' is of another architecture: after no prefix it has all the tensors of {type(model).__name__}; "
-        f"it lacks {abbreviate(own if fewest is None else lacking[fewest])}. Pass a module like the one that was "
+        f"it lacks {abbreviated(own if fewest is None else lacking[fewest])}. Pass a module like the one that was "
         "trained, or the LightningModule."
     )
 

@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from amct_lightning.callbacks.schedule.schedule import LayerPhase, Position, QuantSchedule
-from amct_lightning.config.checks import abbreviated
 from amct_lightning.text_table import TEXT_BOX, as_text
+from amct_lightning.wording import abbreviated
 
 _MOST_EPOCHS = 200
 Cells = tuple[str, str, str, str]

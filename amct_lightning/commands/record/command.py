@@ -10,10 +10,10 @@ from types import MappingProxyType
 from jsonargparse import ArgumentParser, Namespace
 from typing_extensions import override
 
-from amct_lightning.commands.base import ParsedCommand, UserError, new_parser
-from amct_lightning.commands.completion import offer
+from amct_lightning.commands.base import ParsedCommand, UserError, new_parser, offer
 from amct_lightning.commands.output import deliver, show
-from amct_lightning.commands.record.file import extract, find_problems, read_extras, read_record, read_text
+from amct_lightning.commands.record.file import extract, find_problems, read_record, read_text
+from amct_lightning.commands.record.table import as_plain, contents, difference_table
 
 _EPILOG = """\
 examples:
@@ -134,8 +134,6 @@ _WHY_EMPTY = "A record file is empty until the first evaluation or checkpoint af
 
 
 def _show(options: Namespace) -> int:
-    from amct_lightning.commands.record.table import as_plain, contents  # noqa: PLC0415  (torch)
-
     record = read_record(options.file)
     if options.json:
         sys.stdout.write(json.dumps(as_plain(record), indent=2, ensure_ascii=False) + "\n")
@@ -160,15 +158,11 @@ def _check(options: Namespace) -> int:
 
 
 def _diff(options: Namespace) -> int:
-    from amct_lightning.commands.record.table import Difference, difference_table, differences  # noqa: PLC0415  (torch)
-
     for name in ("atol", "rtol"):
         if not 0 <= options[name] < float("inf"):
             raise UserError(f"--{name} {options[name]}: must be a number >= 0.")
     first, second = read_record(options.first), read_record(options.second)
-    found = differences(first, second, options.atol, options.rtol)
-    if read_extras(options.first) != read_extras(options.second):
-        found.append(Difference("(pruning, key/value caches)", "", "", "", "the entries of these features differ"))
+    found = first.compare(second, options.rtol, options.atol)
     if not found:
         return 0
     show(difference_table(found, options.first, options.second))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from amct_lightning.checkpoint_file import CHECKPOINT_KEY, read_foreign_checkpoint
 from amct_lightning.commands.base import UserError
-
-if TYPE_CHECKING:
-    from amct_lightning.record import QuantRecord
+from amct_lightning.record import QuantRecord, proto_text
 
 _ZIP = b"PK\x03\x04"  # what torch.save writes begins like this
 
@@ -44,20 +43,7 @@ def read_record(path: str) -> QuantRecord:
     Raises:
         ValueError: If it is not a valid record.
     """
-    from amct_lightning.record import QuantRecord  # noqa: PLC0415  (torch)
-
     return QuantRecord.from_text(*read_text(path))
-
-
-def read_extras(path: str) -> str:
-    """Return the entries of other features, pruning and key/value caches, in a valid record.
-
-    Args:
-        path: A record file or checkpoint.
-    """
-    from amct_lightning.record import proto_text  # noqa: PLC0415  (torch)
-
-    return proto_text.read(read_text(path)[0])[1]
 
 
 def find_problems(text: bytes) -> tuple[int, list[str]]:
@@ -73,8 +59,6 @@ def find_problems(text: bytes) -> tuple[int, list[str]]:
         >>> find_problems(b'record { key: "fc" value { scale_d: 0 offset_d: 0 scale_w: 1 offset_w: 0 } }')
         (1, ["layer 'fc': scale_d is 0.0; a scale must be finite and greater than 0 in float32."])
     """
-    from amct_lightning.record import QuantRecord, proto_text  # noqa: PLC0415  (torch)
-
     try:
         layers, _ = proto_text.read(text)
     except ValueError as error:
@@ -98,9 +82,6 @@ def extract(path: str) -> str:
         UserError: If it has none.
         RuntimeError: If it is no checkpoint, or cannot be read without running code.
     """
-    from amct_lightning.checkpoint_file import CHECKPOINT_KEY, read_foreign_checkpoint  # noqa: PLC0415
-    from amct_lightning.record import QuantRecord  # noqa: PLC0415
-
     entry: Any = read_foreign_checkpoint(path)[0].get(CHECKPOINT_KEY)
     if not isinstance(entry, dict):
         raise UserError(

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
 
 from amct_lightning.commands.output import new_table
 from amct_lightning.record import LayerRecord, QuantRecord
 from amct_lightning.record.checks import OFFSET_RANGES
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from amct_lightning.record.compare import Difference
 
 
 def contents(record: QuantRecord) -> Table:
@@ -49,56 +47,8 @@ def as_plain(record: QuantRecord) -> dict[str, dict[str, Any]]:
     }
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Where two records differ.
-
-    Attributes:
-        layer: Name of the layer.
-        field: Name of the field; empty if only one side has the layer.
-        first: What the first record has.
-        second: What the second record has.
-        note: How many values of a list differ, and by how much.
-    """
-
-    layer: str
-    field: str
-    first: str
-    second: str
-    note: str = ""
-
-
-def differences(first: QuantRecord, second: QuantRecord, atol: float, rtol: float) -> list[Difference]:
-    """Compare two records.
-
-    Args:
-        first: One record.
-        second: The other.
-        atol: Absolute tolerance of the scales.
-        rtol: Tolerance of the scales relative to the larger one; they are equal within either. Integers and words
-            must be the same.
-
-    Returns:
-        One entry per layer that only one side has and per field that differs.
-
-    Example:
-        >>> make = lambda scale: QuantRecord({"fc": LayerRecord(scale, 3, [0.25], [0])})
-        >>> [(d.field, d.first, d.second) for d in differences(make(0.5), make(0.625), atol=0, rtol=0)]
-        [('scale_d', '0.5', '0.625')]
-        >>> differences(make(0.5), make(0.625), atol=0, rtol=0.25)
-        []
-    """
-    found: list[Difference] = []
-    for name in dict.fromkeys([*first, *second]):
-        if name in first and name in second:
-            found += _layer_differences(name, first[name], second[name], atol, rtol)
-        else:
-            found.append(Difference(name, "", *("present" if name in side else "missing" for side in (first, second))))
-    return found
-
-
 def difference_table(found: list[Difference], first: str, second: str) -> Table:
-    """Return a table of differences.
+    """Return a table of differences; of a list that differs it shows the worst value.
 
     Args:
         found: The differences.
@@ -106,9 +56,27 @@ def difference_table(found: list[Difference], first: str, second: str) -> Table:
         second: Name of the second file.
     """
     table = new_table("layer", "field", first, second, "difference")
-    for row in found:
-        table.add_row(row.layer, row.field, row.first, row.second, row.note)
+    for difference in found:
+        table.add_row(*_row(difference))
     return table
+
+
+def _row(found: Difference) -> tuple[str, ...]:
+    here, there, field, count = found.here, found.there, found.field, ""
+    if not field and not found.layer:
+        return "(pruning, key/value caches)", "", "", "", "the entries of these features differ"
+    if not field:
+        return found.layer, "", *("missing" if side is None else "present" for side in (here, there)), ""
+    if found.places:
+        worst = max(found.places, key=lambda place: _relative(here[place], there[place]))
+        count = f"({len(found.places)} of {len(here)} values; this is the worst)"
+        here, there, field = here[worst], there[worst], f"{field}[{worst}]"
+    elif isinstance(here, list) and isinstance(there, list):
+        here, there = f"{len(here)} values", f"{len(there)} values"
+    note = ""
+    if isinstance(here, float) and isinstance(there, float):
+        note = f"{_relative(here, there):.2g} relative, {abs(here - there):.2g} absolute"
+    return found.layer, field, _exact(here), _exact(there), f"{note} {count}".strip()
 
 
 def _line(layer: LayerRecord, scale: float, offset: int, scales: list[float]) -> list[str]:
@@ -131,45 +99,6 @@ def _exact(value: Any) -> str:
     return f"{value:.9g}" if isinstance(value, float) else str(value)  # 9 digits tell any two float32 apart
 
 
-def _layer_differences(
-    name: str, first: LayerRecord, second: LayerRecord, atol: float, rtol: float
-) -> Iterator[Difference]:
-    for field, here, there in _fields(first, second):
-        if isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
-            wrong = [n for n, pair in enumerate(zip(here, there, strict=True)) if not _close(*pair, atol, rtol)]
-            if wrong:
-                worst = max(wrong, key=lambda n: _relative(here[n], there[n]))
-                one, other = here[worst], there[worst]
-                note = f"{_note(one, other)} ({len(wrong)} of {len(here)} values; this is the worst)".strip()
-                yield Difference(name, f"{field}[{worst}]", _exact(one), _exact(other), note)
-        elif isinstance(here, list) and isinstance(there, list):
-            yield Difference(name, field, f"{len(here)} values", f"{len(there)} values")
-        elif not _close(here, there, atol, rtol):
-            yield Difference(name, field, _exact(here), _exact(there), _note(here, there))
-
-
-def _fields(first: LayerRecord, second: LayerRecord) -> Iterator[tuple[str, Any, Any]]:
-    for item in fields(first):
-        here, there = getattr(first, item.name), getattr(second, item.name)
-        if item.name == "kv_cache" and here is not None and there is not None:
-            yield "kv_cache.scale", here.scale, there.scale
-            yield "kv_cache.offset", here.offset, there.offset
-        else:
-            yield item.name, here, there
-
-
-def _close(here: Any, there: Any, atol: float, rtol: float) -> bool:
-    if isinstance(here, float) and isinstance(there, float):
-        return math.isclose(here, there, rel_tol=rtol, abs_tol=atol)
-    return bool(here == there)
-
-
 def _relative(here: float, there: float) -> float:
     largest = max(abs(here), abs(there))
     return abs(here - there) / largest if largest else 0.0
-
-
-def _note(here: Any, there: Any) -> str:
-    if isinstance(here, float) and isinstance(there, float):
-        return f"{_relative(here, there):.2g} relative, {abs(here - there):.2g} absolute"
-    return ""
