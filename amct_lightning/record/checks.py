@@ -32,8 +32,7 @@ def check_scales(name: str, scales: Sequence[float]) -> Iterator[str]:
         'scale_w[1] is 0.0; a scale must be finite and greater than 0 in float32.'
     """
     for position, scale in enumerate(scales):
-        if not (math.isfinite(scale) and scale > 0):
-            yield f"{name}[{position}] is {scale}; a scale must be finite and greater than 0 in float32."
+        yield from check_scale(f"{name}[{position}]", scale)
 
 
 def check_scale(name: str, scale: float) -> Iterator[str]:

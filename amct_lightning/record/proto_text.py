@@ -6,14 +6,15 @@ Files, comparison and the mapping that users see are in ``quant_record.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from google.protobuf import text_format
 from google.protobuf.message import Message
 
 from amct_lightning.record.layer_record import KVCacheRecord, LayerRecord
-from amct_lightning.record.schema import message_class
+from amct_lightning.record.schema import RECORD_SCHEMA
+
+_ScaleOffsetRecord = RECORD_SCHEMA.message_class("ScaleOffsetRecord")
 
 
 def read(text: str | bytes) -> tuple[dict[str, LayerRecord], str]:
@@ -45,7 +46,7 @@ def read(text: str | bytes) -> tuple[dict[str, LayerRecord], str]:
             layers[name] = _layer(name, entry)
         else:
             foreign.append(content["record"][number - 1])
-    extras = message_class("ScaleOffsetRecord")(record=foreign, prune_record=content.get("prune_record", ()))
+    extras = _ScaleOffsetRecord(record=foreign, prune_record=content.get("prune_record", ()))
     return layers, text_format.MessageToString(extras)
 
 
@@ -68,7 +69,7 @@ def write(layers: Mapping[str, LayerRecord], extras: str = "") -> str:
         ['  key: "fc"', '  value {', '    scale_d: 0.1']
     """
     entries = [_entry(name, layer) for name, layer in layers.items()]
-    message = message_class("ScaleOffsetRecord")(record=entries)
+    message = _ScaleOffsetRecord(record=entries)
     if extras:
         message.MergeFrom(_parse(extras))
     return text_format.MessageToString(message)
@@ -87,7 +88,7 @@ def _decode(text: str | bytes) -> str:
 
 def _parse(text: str) -> Message:
     try:
-        message = text_format.Parse(text, message_class("ScaleOffsetRecord")())
+        message = text_format.Parse(text, _ScaleOffsetRecord())
     except text_format.ParseError as error:
         raise ValueError(_parse_problem(error)) from error
     except UnicodeError as error:
@@ -134,12 +135,8 @@ def _layer(name: str, entry: dict[str, Any]) -> LayerRecord:
     return LayerRecord(**factors)
 
 
-def _entry(name: str, layer: LayerRecord) -> Message:
+def _entry(name: str, layer: LayerRecord) -> dict[str, Any]:
     # The fields carry the names of the schema; protobuf leaves out what is None or an empty list.
-    factors = {item.name: getattr(layer, item.name) for item in fields(layer) if item.name != "kv_cache"}
-    value = message_class("SingleLayerRecord")(**factors)
-    cache = layer.kv_cache
-    if cache is None:
-        return message_class("MapFiledEntry")(key=name, value=value)
-    kv_cache = message_class("SingleLayerKVCacheRecord")(scale=cache.scale, offset=cache.offset)
-    return message_class("MapFiledEntry")(key=name, value=value, kv_cache_value=kv_cache)
+    value, cache = dict(vars(layer)), layer.kv_cache
+    del value["kv_cache"]
+    return {"key": name, "value": value, "kv_cache_value": None if cache is None else vars(cache)}

@@ -5,17 +5,10 @@ How a schema becomes classes is in ``proto_schema.py``; reading and writing of r
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from types import MappingProxyType
 from typing import Final
 
-from google.protobuf.descriptor_pb2 import FileDescriptorProto
-from google.protobuf.message import Message
-
 from amct_lightning.proto_schema import Field, Schema
-
-FILE_NAME: Final = "amct_lightning/record/scale_offset_record.proto"
 
 _MESSAGES: Final = MappingProxyType(
     {
@@ -77,39 +70,9 @@ _ATTRIBUTE_TYPES: Final = MappingProxyType(
     {"UNDEFINED": 0, "FLOAT": 1, "INT": 2, "STRING": 3, "FLOATS": 6, "INTS": 7, "STRINGS": 8}
 )
 
-_SCHEMA: Final = Schema(FILE_NAME, _MESSAGES, MappingProxyType({"AttrProto.AttributeType": _ATTRIBUTE_TYPES}))
-
-
-@cache
-def message_class(name: str) -> Callable[..., Message]:
-    """Give the protobuf class of one message of the record file.
-
-    Args:
-        name: The name of the message, for example ``"SingleLayerRecord"``.
-
-    Returns:
-        The class; calling it with field names as keywords makes a message.
-
-    Raises:
-        KeyError: If the schema has no such message.
-
-    Example:
-        >>> message_class("SingleLayerRecord")(scale_d=0.5, scale_w=[0.25])
-        scale_d: 0.5
-        scale_w: 0.25
-        <BLANKLINE>
-    """
-    return _SCHEMA.message_class(name)
-
-
-def file_descriptor() -> FileDescriptorProto:
-    """Describe the record file's messages as a ``.proto`` file in protobuf's own terms.
-
-    Returns:
-        A new description, not registered anywhere.
-
-    Example:
-        >>> [message.name for message in file_descriptor().message_type][:2]
-        ['ScaleOffsetRecord', 'MapFiledEntry']
-    """
-    return _SCHEMA.describe()
+RECORD_SCHEMA: Final = Schema(
+    "amct_lightning/record/scale_offset_record.proto",
+    _MESSAGES,
+    MappingProxyType({"AttrProto.AttributeType": _ATTRIBUTE_TYPES}),
+)
+"""The messages of a record file; the root is ``ScaleOffsetRecord``."""

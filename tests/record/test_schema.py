@@ -6,14 +6,14 @@ import sys
 import pytest
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto
 
-from amct_lightning.record.schema import file_descriptor, message_class
+from amct_lightning.record.schema import RECORD_SCHEMA
 
 COLLISION = """
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorProto
-from amct_lightning.record.schema import file_descriptor
+from amct_lightning.record.schema import RECORD_SCHEMA
 
-ours = file_descriptor()
+ours = RECORD_SCHEMA.describe()
 names = [message.name for message in ours.message_type]
 empty = [DescriptorProto(name=name) for name in names]
 theirs = FileDescriptorProto(name=ours.name, syntax="proto2", message_type=empty)
@@ -55,14 +55,14 @@ CONTRACT = {
 
 @pytest.mark.parametrize("name", CONTRACT)
 def test_messages_have_the_names_and_numbers_of_the_contract(name: str) -> None:
-    found = {message.name: message for message in file_descriptor().message_type}[name]
+    found = {message.name: message for message in RECORD_SCHEMA.describe().message_type}[name]
     assert {field.name: field.number for field in found.field} == CONTRACT[name]
 
 
 def test_only_the_name_of_a_prune_node_is_required() -> None:
     required = [
         (message.name, field.name)
-        for message in file_descriptor().message_type
+        for message in RECORD_SCHEMA.describe().message_type
         for field in message.field
         if field.label == FieldDescriptorProto.LABEL_REQUIRED
     ]
@@ -80,7 +80,7 @@ def test_only_the_name_of_a_prune_node_is_required() -> None:
     ],
 )
 def test_absent_fields_have_the_defaults_of_the_contract(field: str, default: object) -> None:
-    assert getattr(message_class("SingleLayerRecord")(), field) == default
+    assert getattr(RECORD_SCHEMA.message_class("SingleLayerRecord")(), field) == default
 
 
 def test_same_message_names_in_the_default_pool_do_not_collide() -> None:

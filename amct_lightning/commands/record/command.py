@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 from typing_extensions import override
@@ -66,18 +67,18 @@ class RecordCommand(ParsedCommand):
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add the arguments to the parser of the command."""
         actions = parser.add_subcommands(title="actions", description=None, metavar="ACTION")
-        for name, (summary, epilog, add_arguments) in _ACTIONS.items():
-            child = new_parser(summary, epilog)
-            actions.add_subcommand(name, child, help=summary)
+        for name, action in _ACTIONS.items():
+            child = new_parser(action.summary, action.epilog)
+            actions.add_subcommand(name, child, help=action.summary)
             child.prog = f"{parser.prog} {name}"
-            add_arguments(child)
+            action.add_arguments(child)
 
     @override
     def complete(self, words: list[str]) -> None:
         """Answer a shell that asks for completions."""
         if len(words) > 1 and words[1] in _ACTIONS:
             parser = new_parser()
-            _ACTIONS[words[1]][2](parser)
+            _ACTIONS[words[1]].add_arguments(parser)
             offer(parser, words[:2])
         else:
             super().complete(words)
@@ -90,13 +91,7 @@ class RecordCommand(ParsedCommand):
     @override
     def run(self, options: Namespace) -> int:
         """Do what the action says."""
-        actions: dict[str, Callable[[Namespace], int]] = {
-            "show": _show,
-            "check": _check,
-            "diff": _diff,
-            "extract": _extract,
-        }
-        return actions[options.subcommand](options[options.subcommand])
+        return _ACTIONS[options.subcommand].run(options[options.subcommand])
 
 
 def _add_show(parser: ArgumentParser) -> None:
@@ -120,15 +115,6 @@ def _add_extract(parser: ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", help="The file to write; without it, stdout.")
     parser.add_argument("--force", action="store_true", help="Replace the file if it exists.")
 
-
-_ACTIONS: Mapping[str, tuple[str, str, Callable[[ArgumentParser], None]]] = MappingProxyType(
-    {
-        "show": ("Show the factors of all layers as a table.", _SHOW, _add_show),
-        "check": ("Check that record files are valid.", _CHECK, _add_check),
-        "diff": ("Compare two records.", _DIFF, _add_diff),
-        "extract": ("Write the record that is in a checkpoint to a file.", _EXTRACT, _add_extract),
-    }
-)
 
 _WHY_EMPTY = "A record file is empty until the first evaluation or checkpoint after the calibration."
 
@@ -172,3 +158,20 @@ def _diff(options: Namespace) -> int:
 def _extract(options: Namespace) -> int:
     deliver(extract(options.checkpoint), options.output, options.force, "record")
     return 0
+
+
+class _Action(NamedTuple):
+    summary: str
+    epilog: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], int]
+
+
+_ACTIONS: Mapping[str, _Action] = MappingProxyType(
+    {
+        "show": _Action("Show the factors of all layers as a table.", _SHOW, _add_show, _show),
+        "check": _Action("Check that record files are valid.", _CHECK, _add_check, _check),
+        "diff": _Action("Compare two records.", _DIFF, _add_diff, _diff),
+        "extract": _Action("Write the record that is in a checkpoint to a file.", _EXTRACT, _add_extract, _extract),
+    }
+)
