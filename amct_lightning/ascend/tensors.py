@@ -55,29 +55,6 @@ def explained_errors() -> Iterator[None]:
         raise
 
 
-def generator_state(device: torch.device) -> Tensor:
-    """Give the state of a device's random number generator.
-
-    Args:
-        device: The device.
-
-    Returns:
-        The state, uint8 on the CPU.
-    """
-    state: Tensor = npu().get_rng_state(device)
-    return state
-
-
-def set_generator_state(device: torch.device, state: Tensor) -> None:
-    """Set the state of a device's random number generator.
-
-    Args:
-        device: The device.
-        state: What :func:`generator_state` gave.
-    """
-    npu().set_rng_state(state.cpu(), device)
-
-
 def resume_rng(device: torch.device, states: Sequence[Tensor], rank: int, ranks: int) -> None:
     """Go on with the generator of a checkpoint, if the checkpoint has one for every rank.
 
@@ -88,7 +65,7 @@ def resume_rng(device: torch.device, states: Sequence[Tensor], rank: int, ranks:
         ranks: The number of ranks.
     """
     if len(states) == ranks:
-        set_generator_state(device, states[rank])
+        npu().set_rng_state(states[rank].cpu(), device)
         return
     rank_zero_info(
         f"The checkpoint has the random number generators of {len(states)} NPU(s) (npu_rng_states), this run has "

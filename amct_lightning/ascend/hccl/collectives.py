@@ -14,6 +14,11 @@ _BUCKET = 1 << 25  # elements that are sent at once
 ReduceName = dist.ReduceOp | dist.ReduceOp.RedOpType | str | None
 
 
+def connected() -> bool:
+    """Tell whether this process belongs to a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def reduce_tensor(tensor: Tensor, group: dist.ProcessGroup | None, reduce_op: ReduceName) -> Tensor:
     """Reduce a tensor over all ranks.
 
