@@ -74,7 +74,7 @@ class AscendFabricStrategy(OnNPUs, DDPStrategy):
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:  # type: ignore[override]
         """How the data is split; None on one device."""
-        return super().distributed_sampler_kwargs if self._is_distributed() else None
+        return super().distributed_sampler_kwargs if self.is_distributed else None
 
     @override
     def setup_environment(self) -> None:
@@ -82,20 +82,17 @@ class AscendFabricStrategy(OnNPUs, DDPStrategy):
         ParallelStrategy.setup_environment(self)
         self._options.apply()
         self._set_world_ranks()
-        if not self._is_distributed():
+        if not self.is_distributed:
             self._backward_sync_control = _NothingToSkip()  # type: ignore[assignment]
             return
-        self.make_process_group()
+        self._make_process_group()
 
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
         """Wrap a module for training on many devices."""
-        if not self._is_distributed():
+        if not self.is_distributed:
             return module
         return DistributedDataParallel(module, device_ids=[self.root_device.index], **self._ddp_kwargs)
-
-    def _is_distributed(self) -> bool:
-        return self.num_nodes * self.num_processes > 1
 
 
 class _OnCPU(TorchCheckpointIO):

@@ -26,8 +26,8 @@ AcceleratorNames = _AcceleratorRegistry
 StrategyNames = _StrategyRegistry
 
 # Lightning has no public launchers; its trainer looks for these very classes.
-LightningProcessLauncher = _MultiProcessingLauncher
-LightningScriptLauncher = _SubprocessScriptLauncher
+BaseProcessLauncher = _MultiProcessingLauncher
+BaseScriptLauncher = _SubprocessScriptLauncher
 # What Lightning's own launcher of scripts does in every process.
 set_num_threads = _set_num_threads_if_needed
 

@@ -30,6 +30,8 @@ class OnNPUs:
     root_device: torch.device
     global_rank: int
     world_size: int
+    num_nodes: int
+    num_processes: int
     cluster_environment: ClusterEnvironment | None
     _hccl: HCCLSettings
     _options: NPUOptions
@@ -64,7 +66,12 @@ class OnNPUs:
             )
         self._accelerator = accelerator
 
-    def make_process_group(self) -> bool:
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there is more than one process; the data is then split among them."""
+        return self.num_nodes * self.num_processes > 1
+
+    def _make_process_group(self) -> bool:
         """Connect the ranks over HCCL, if that has not happened yet.
 
         No ``device_id`` is given: with one, torch expects a backend that can split groups, and HCCL cannot.

@@ -26,7 +26,7 @@ from amct_lightning.ascend.on_npus import OnNPUs, given
 from amct_lightning.ascend.precision import npu_precision
 from amct_lightning.ascend.processes.launchers import ProcessLauncher, ScriptLauncher
 from amct_lightning.ascend.processes.peers import Peers, connect_peers
-from amct_lightning.ascend.tensors import explained_errors, on_cpu, resume_rng
+from amct_lightning.ascend.tensors import explained_errors, on_cpu
 
 RNG_KEY = "npu_rng_states"
 
@@ -47,7 +47,6 @@ def _explained(name: str) -> Any:
 class NPUStrategy(OnNPUs, ParallelStrategy):
     """The common part of the strategies for Lightning's Trainer."""
 
-    num_nodes: int
     _start_method: StartMethod = "popen"
     _twin: Callable[[Precision | None], Precision | None] = staticmethod(npu_precision)
     _restored_rng: list[Tensor] | None = None
@@ -85,14 +84,9 @@ class NPUStrategy(OnNPUs, ParallelStrategy):
         self._cluster_environment = environment
 
     @property
-    def num_processes(self) -> int:
+    def num_processes(self) -> int:  # type: ignore[override]
         """Number of processes, and of devices, on this node."""
         return len(self.parallel_devices or [])
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether there is more than one process; Lightning then splits the data among them."""
-        return self.num_nodes * self.num_processes > 1
 
     @override
     def _configure_launcher(self) -> None:
@@ -106,7 +100,7 @@ class NPUStrategy(OnNPUs, ParallelStrategy):
     def start_process_group(self) -> None:
         """Connect the ranks, which from then on notice the end of another."""
         reset_seed()
-        if self.make_process_group():
+        if self._make_process_group():
             rank_zero_info(f"{self.world_size} processes are connected over {dist.get_backend()}.")
         if self.world_size > 1:
             address = given(self.cluster_environment).main_address
@@ -144,8 +138,13 @@ class NPUStrategy(OnNPUs, ParallelStrategy):
         """Continue with the generator of the checkpoint, if there is one."""
         super().on_train_start()
         states, self._restored_rng = self._restored_rng, None
-        if states is not None:
-            resume_rng(self.root_device, states, self.global_rank, self.world_size)
+        if states is not None and len(states) == self.world_size:
+            npu().set_rng_state(states[self.global_rank].cpu(), self.root_device)
+        elif states is not None:
+            rank_zero_info(
+                f"The checkpoint has the random number generators of {len(states)} NPU(s) ({RNG_KEY}), this run has "
+                f"{self.world_size}: they go on from the seed of this run instead."
+            )
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -95,14 +94,8 @@ class NPUSmi:
         return dict(self._chips[number]) if 0 <= number < len(self._chips) else {}
 
     def _ask(self) -> None:
-        program = shutil.which(self._command[0])
-        if program is None:
-            self._usable = False
-            return
         try:
-            answer = subprocess.run(
-                [program, *self._command[1:]], capture_output=True, timeout=self._timeout, check=True
-            )
+            answer = subprocess.run(self._command, capture_output=True, timeout=self._timeout, check=True)
         except (OSError, subprocess.SubprocessError):
             self._usable, self._chips = False, []
             return

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -32,10 +32,8 @@ def _and_then(hook: str, action: str) -> Any:
 class ShardedTraining(ShardedCheckpoints):
     """The part of a strategy that runs the steps, for a model of which some parameters stay whole."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._whole: list[nn.Parameter] = []
-        self._accumulates = False
+    _whole: Sequence[nn.Parameter] = ()
+    _accumulates = False
 
     def begin_steps(self, model: nn.Module) -> None:
         """Look for the parameters that are whole, and make them and the buffers equal on all ranks.
@@ -94,20 +92,17 @@ class ShardedTraining(ShardedCheckpoints):
             *args: The closure and the module.
             **kwargs: For the optimizer.
         """
-        divided: AbstractContextManager[None] = nullcontext()
-        if isinstance(optimizer, Optimizer):
-            divided = groups_by_kind(optimizer)
-        with divided:
+        with groups_by_kind(optimizer) if isinstance(optimizer, Optimizer) else nullcontext():
             return super().optimizer_step(optimizer, *args, **kwargs)
 
     # evaluations have the buffers of rank 0, as with DDP
     on_validation_start = _and_then("on_validation_start", "share_buffers")
     on_test_start = _and_then("on_test_start", "share_buffers")
     on_predict_start = _and_then("on_predict_start", "share_buffers")
-    on_validation_end = _and_then("on_validation_end", "free_weights")
-    on_test_end = _and_then("on_test_end", "free_weights")
-    on_predict_end = _and_then("on_predict_end", "free_weights")
+    on_validation_end = _and_then("on_validation_end", "_free_weights")
+    on_test_end = _and_then("on_test_end", "_free_weights")
+    on_predict_end = _and_then("on_predict_end", "_free_weights")
 
-    def free_weights(self) -> None:
+    def _free_weights(self) -> None:
         """Free the weights that the last forward has left gathered."""
         reshard(given(self.model))

@@ -16,11 +16,7 @@ from lightning.fabric.plugins import ClusterEnvironment
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from amct_lightning.ascend.devices import npu
-from amct_lightning.ascend.lightning_private import (
-    LightningProcessLauncher,
-    LightningScriptLauncher,
-    set_num_threads,
-)
+from amct_lightning.ascend.lightning_private import BaseProcessLauncher, BaseScriptLauncher, set_num_threads
 from amct_lightning.ascend.processes.lost_rank import PATIENCE, end_process
 
 MAIN_PROCESS = "AMCT_LIGHTNING_MAIN_PROCESS"
@@ -29,7 +25,7 @@ _LONGEST_END = 30.0
 _PAUSE = 0.5
 
 
-class ScriptLauncher(LightningScriptLauncher):
+class ScriptLauncher(BaseScriptLauncher):
     """Runs the script again for every further device, or joins a launched job.
 
     Lightning's own kills everything, without a traceback, as soon as it sees that a child has ended badly; it does
@@ -93,7 +89,7 @@ class ScriptLauncher(LightningScriptLauncher):
             time.sleep(_PAUSE)
 
 
-class ProcessLauncher(LightningProcessLauncher):
+class ProcessLauncher(BaseProcessLauncher):
     """Starts processes from this one (spawn, fork, forkserver); fork only while no device is in use."""
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
