@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.accelerators.registry import _AcceleratorRegistry
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import MixedPrecision
@@ -25,7 +24,7 @@ from amct_lightning.ascend.devices import (
     parse_device_ids,
     unavailable_reason,
 )
-from amct_lightning.ascend.lightning_private import add_npu_method, asks_for_cuda_streams
+from amct_lightning.ascend.lightning_private import AcceleratorNames, add_npu_method, asks_for_cuda_streams
 from amct_lightning.ascend.stats import NPUSmi, physical_position
 
 _FIX = "Write Trainer(accelerator='npu', strategy='ascend', ...), or in YAML: strategy: ascend"
@@ -180,7 +179,7 @@ class NPUAccelerator(Accelerator):
 
     @classmethod
     @override
-    def register_accelerators(cls, accelerator_registry: _AcceleratorRegistry) -> None:
+    def register_accelerators(cls, accelerator_registry: AcceleratorNames) -> None:
         """Make the name known to Lightning; doing it again changes nothing.
 
         Args:

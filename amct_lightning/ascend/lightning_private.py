@@ -1,96 +1,61 @@
-"""The places where this room needs something of Lightning that is not public API, one function each.
+"""The places where this room needs something of Lightning that is not public API, with the reason.
 
-Checked with Lightning 2.6.6.
+Checked with Lightning 2.6.6. What a strategy inherits from Lightning's, such as ``_launcher``, is used by it directly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
-
+import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.accelerators.registry import _AcceleratorRegistry
+from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin, _update_properties
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.init import _materialize_distributed_module
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
-from lightning.pytorch.strategies.launchers.launcher import _Launcher
-from lightning.pytorch.strategies.parallel import ParallelStrategy
-from lightning.pytorch.strategies.strategy import _ForwardRedirection
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from amct_lightning.ascend.devices import npu
-from amct_lightning.ascend.processes.launchers import ProcessLauncher, ScriptLauncher
+
+# Lightning hands its registries to public methods that it calls, and has no public name for their types.
+AcceleratorNames = _AcceleratorRegistry
+StrategyNames = _StrategyRegistry
+
+# Lightning has no public launchers; its trainer looks for these very classes.
+BaseProcessLauncher = _MultiProcessingLauncher
+BaseScriptLauncher = _SubprocessScriptLauncher
+# What Lightning's own launcher of scripts does in every process.
+set_num_threads = _set_num_threads_if_needed
+
+# Calls ``training_step`` through DDP's forward, aware of manual optimization; strategies other than DDPStrategy are not
+# expected to wrap a module in DDP.
+DDPForwardRedirection = _DDPForwardRedirection
+
+# Sends parameters and buffers of rank 0 to all ranks, respecting what DDP is told to ignore; private in torch as well.
+# DDPStrategy does it for validation and tests, where nothing wraps the model.
+sync_module_states = _sync_module_states
+
+# Gives the parameters of a module on the meta device memory and their first values; ModelParallelStrategy does it after
+# ``configure_model`` has sharded the module.
+materialize = _materialize_distributed_module
 
 
-def process_launcher(strategy: ParallelStrategy, method: Literal["spawn", "fork", "forkserver"]) -> _Launcher:
-    """Make the launcher that starts processes from this one.
+def trainer_of(module: pl.LightningModule | None) -> pl.Trainer | None:
+    """Give the trainer of a module, if there is one.
 
-    Private because Lightning has no public launchers.
-
-    Args:
-        strategy: The strategy.
-        method: How to start.
-
-    Returns:
-        The launcher.
-    """
-    return ProcessLauncher(strategy, start_method=method)
-
-
-def script_launcher(
-    environment: ClusterEnvironment, processes: int, nodes: int, connected: Callable[[], bool]
-) -> _Launcher:
-    """Make the launcher that runs the script again for every further device, or joins a launched job.
-
-    Private because Lightning has no public launchers.
-
-    Args:
-        environment: The cluster environment.
-        processes: Processes on this node.
-        nodes: Number of nodes.
-        connected: Tells whether the ranks watch each other.
-
-    Returns:
-        The launcher.
-    """
-    return ScriptLauncher(environment, processes, nodes, connected)
-
-
-def ddp_redirection() -> _ForwardRedirection:
-    """Make the object that calls ``training_step`` through DDP's forward, aware of manual optimization.
-
-    Private because strategies other than DDPStrategy are not expected to wrap a module in DDP.
-
-    Returns:
-        The redirection.
-    """
-    return _DDPForwardRedirection()
-
-
-def sync_module_states(module: nn.Module) -> None:
-    """Send parameters and buffers of rank 0 to all ranks, respecting what DDP is told to ignore.
-
-    Private in Lightning and in torch; DDPStrategy does it for validation and tests, where nothing wraps the model.
+    Private because the public property raises an error where there is none.
 
     Args:
         module: The module.
+
+    Returns:
+        The trainer.
     """
-    _sync_module_states(module)
-
-
-def materialize(module: nn.Module, device: torch.device) -> None:
-    """Give the parameters of a module on the meta device memory and their first values.
-
-    Private in Lightning; ModelParallelStrategy does it after ``configure_model`` has sharded the module.
-
-    Args:
-        module: The module.
-        device: The device.
-    """
-    _materialize_distributed_module(module, device)
+    return None if module is None else module._trainer
 
 
 def flush_static_graph(model: DistributedDataParallel) -> None:

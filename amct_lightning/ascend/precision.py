@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from functools import wraps
 from typing import Any, Literal, NoReturn, cast, get_args
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.types import Optimizable
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_warn
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 NPUPrecisionName = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
+
+
+def _as_inside(name: str) -> Any:
+    """Make a method of NPUPrecision that does what the plugin inside of it does."""
+
+    @wraps(getattr(Precision, name))
+    def method(self: NPUPrecision, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._inner, name)(*args, **kwargs)
+
+    return method
 
 
 class NPUPrecision(Precision):
@@ -76,67 +83,17 @@ class NPUPrecision(Precision):
                 _warn_vanishing_epsilon(optimizer)
         return super().connect(model, optimizers, lr_schedulers)
 
-    @override
-    def convert_module(self, module: nn.Module) -> nn.Module:
-        """Convert the parameters, with the ``-true`` settings."""
-        return self._inner.convert_module(module)
-
-    @override
-    def convert_input(self, data: Any) -> Any:
-        """Convert a batch, with the ``-true`` settings."""
-        return self._inner.convert_input(data)
-
-    @override
-    def convert_output(self, data: Any) -> Any:
-        """Convert an output."""
-        return self._inner.convert_output(data)
-
-    @override
-    def tensor_init_context(self) -> AbstractContextManager[None]:
-        """Create tensors in the dtype of the model."""
-        return self._inner.tensor_init_context()
-
-    @override
-    def module_init_context(self) -> AbstractContextManager[None]:
-        """Create modules in the dtype of the model."""
-        return self._inner.module_init_context()
-
-    @override
-    def forward_context(self) -> AbstractContextManager[None]:
-        """Cast inside of the step methods."""
-        return self._inner.forward_context()
-
-    @override
-    def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
-        """Scale the loss."""
-        return self._inner.pre_backward(tensor, module)
-
-    @override
-    def optimizer_step(  # type: ignore[override]
-        self, optimizer: Optimizable, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
-    ) -> Any:
-        """Unscale the gradients and step, unless they are not finite."""
-        return self._inner.optimizer_step(optimizer, model=model, closure=closure, **kwargs)
-
-    @override
-    def clip_gradients(
-        self,
-        optimizer: Optimizer,
-        clip_val: int | float = 0.0,
-        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
-    ) -> None:
-        """Clip the unscaled gradients."""
-        self._inner.clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Give the state of the scaler for the checkpoint."""
-        return self._inner.state_dict()
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of the scaler."""
-        self._inner.load_state_dict(state_dict)
+    convert_module = _as_inside("convert_module")
+    convert_input = _as_inside("convert_input")
+    convert_output = _as_inside("convert_output")
+    tensor_init_context = _as_inside("tensor_init_context")
+    module_init_context = _as_inside("module_init_context")
+    forward_context = _as_inside("forward_context")
+    pre_backward = _as_inside("pre_backward")
+    optimizer_step = _as_inside("optimizer_step")
+    clip_gradients = _as_inside("clip_gradients")
+    state_dict = _as_inside("state_dict")
+    load_state_dict = _as_inside("load_state_dict")
 
 
 def npu_precision(plugin: Precision | None) -> Precision | None:

@@ -1,64 +1,65 @@
-"""What all strategies of this room share: device, precision, reductions, generators, memory errors, checkpoints."""
+"""What the strategies for the Trainer have in common: processes, precision, generators, memory errors, checkpoints."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import atexit
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any
+from functools import wraps
+from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from amct_lightning.ascend.accelerator import NPUAccelerator
 from amct_lightning.ascend.cluster.environment import AscendClusterEnvironment
-from amct_lightning.ascend.collectives import ReduceName, gather, reduce_tensor
-from amct_lightning.ascend.hccl import HCCLSettings
-from amct_lightning.ascend.options import NPUOptions
+from amct_lightning.ascend.devices import npu
+from amct_lightning.ascend.hccl.collectives import connected, gather
+from amct_lightning.ascend.lightning_private import trainer_of
+from amct_lightning.ascend.on_npus import OnNPUs, given
 from amct_lightning.ascend.precision import npu_precision
+from amct_lightning.ascend.processes.launchers import ProcessLauncher, ScriptLauncher
 from amct_lightning.ascend.processes.peers import Peers, connect_peers
-from amct_lightning.ascend.tensors import explained_errors, generator_state, on_cpu, resume_rng, set_generator_state
+from amct_lightning.ascend.tensors import explained_errors, on_cpu
 
 RNG_KEY = "npu_rng_states"
 
+StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
-class NPUStrategy(ParallelStrategy):
-    """The common part, to be put before a strategy of Lightning in the list of bases.
 
-    A class made from it sets ``_hccl`` and ``_options`` before it calls ``super().__init__``.
-    """
+def _explained(name: str) -> Any:
+    """Make a method that does what Lightning's does, with errors of torch_npu explained."""
 
-    _hccl: HCCLSettings
-    _options: NPUOptions
+    @wraps(getattr(ParallelStrategy, name))
+    def method(self: NPUStrategy, *args: Any, **kwargs: Any) -> Any:
+        with explained_errors():
+            return getattr(super(NPUStrategy, self), name)(*args, **kwargs)
+
+    return method
+
+
+class NPUStrategy(OnNPUs, ParallelStrategy):
+    """The common part of the strategies for Lightning's Trainer."""
+
+    _start_method: StartMethod = "popen"
+    _twin: Callable[[Precision | None], Precision | None] = staticmethod(npu_precision)
     _restored_rng: list[Tensor] | None = None
     _sanity_rng: Tensor | None = None
     _peers: Peers | None = None
 
-    @property
-    @override
-    def accelerator(self) -> Accelerator | None:
-        """The accelerator: an :class:`NPUAccelerator`."""
-        return self._accelerator
-
-    @accelerator.setter
-    def accelerator(self, accelerator: Accelerator | None) -> None:
-        if accelerator is not None and not isinstance(accelerator, NPUAccelerator):
-            raise MisconfigurationException(
-                f"{type(self).__name__} trains on NPUs, but the accelerator is {type(accelerator).__name__} "
-                f"(accelerator='auto' never chooses the NPU). Write Trainer(accelerator='npu', ...), or leave out the "
-                f"strategy to train on another device."
-            )
-        self._accelerator = accelerator
+    batch_to_device = _explained("batch_to_device")
+    training_step = _explained("training_step")
+    validation_step = _explained("validation_step")
+    test_step = _explained("test_step")
+    predict_step = _explained("predict_step")
+    optimizer_step = _explained("optimizer_step")
+    backward = _explained("backward")
 
     @property
     @override
@@ -68,7 +69,7 @@ class NPUStrategy(ParallelStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        self._precision_plugin = npu_precision(precision_plugin)
+        self._precision_plugin = self._twin(precision_plugin)
 
     @property
     def cluster_environment(self) -> ClusterEnvironment | None:
@@ -82,25 +83,29 @@ class NPUStrategy(ParallelStrategy):
             environment = AscendClusterEnvironment()
         self._cluster_environment = environment
 
-    def start_process_group(self, **kwargs: Any) -> None:
-        """Connect the ranks over HCCL.
+    @property
+    def num_processes(self) -> int:  # type: ignore[override]
+        """Number of processes, and of devices, on this node."""
+        return len(self.parallel_devices or [])
 
-        No ``device_id`` is given: with one, torch expects a backend that can split groups, and HCCL cannot.
+    @override
+    def _configure_launcher(self) -> None:
+        """Choose how processes start; called by the trainer. One device needs none, so notebooks work."""
+        environment = given(self.cluster_environment)
+        if self._start_method != "popen" and self.is_distributed:
+            self._launcher = ProcessLauncher(self, start_method=self._start_method)
+        elif self.is_distributed or environment.creates_processes_externally:
+            self._launcher = ScriptLauncher(environment, self.num_processes, self.num_nodes, self.is_watching)
 
-        Args:
-            **kwargs: Arguments of ``torch.distributed.init_process_group``.
-        """
+    def start_process_group(self) -> None:
+        """Connect the ranks, which from then on notice the end of another."""
         reset_seed()
-        self._hccl.apply()
-        environment = self.cluster_environment
-        assert environment is not None
-        if not dist.is_initialized():
-            os.environ["MASTER_ADDR"] = environment.main_address
-            os.environ["MASTER_PORT"] = str(environment.main_port)
-            dist.init_process_group(rank=self.global_rank, world_size=self.world_size, **kwargs)
+        if self._make_process_group():
             rank_zero_info(f"{self.world_size} processes are connected over {dist.get_backend()}.")
         if self.world_size > 1:
-            self._peers = connect_peers(self.global_rank, environment.main_address, self.broadcast)
+            address = given(self.cluster_environment).main_address
+            self._peers = connect_peers(self.global_rank, address, self.broadcast)
+        atexit.register(_end_process_group)
 
     def is_watching(self) -> bool:
         """Tell whether this rank notices the end of another: from the start of a run to its end."""
@@ -114,64 +119,18 @@ class NPUStrategy(ParallelStrategy):
         self._options.apply()
 
     @override
-    def reduce(
-        self, tensor: Tensor | Any, group: dist.ProcessGroup | None = None, reduce_op: ReduceName = "mean"
-    ) -> Tensor | Any:
-        """Reduce a tensor over all ranks, whatever its dtype.
-
-        Args:
-            tensor: The tensor; anything else is given back as it is.
-            group: The ranks; all of them if None.
-            reduce_op: ``"mean"``, ``"sum"``, ``"max"``, ``"min"``, ``"product"`` or a ``ReduceOp``.
-
-        Returns:
-            The reduced tensor; the mean of integers is a float.
-        """
-        if not isinstance(tensor, Tensor) or not _connected():
-            return tensor
-        home = tensor.device
-        return reduce_tensor(tensor.to(self.root_device), group, reduce_op).to(home)
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        """Wait for all ranks.
-
-        Args:
-            name: Not used.
-        """
-        if _connected():
-            dist.barrier(device_ids=[self.root_device.index])
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Send an object to all ranks.
-
-        Args:
-            obj: The object, of interest on rank ``src`` only.
-            src: The rank that sends.
-
-        Returns:
-            The object of rank ``src``.
-        """
-        if not _connected():
-            return obj
-        parcel = [obj]
-        dist.broadcast_object_list(parcel, src, device=self.root_device)
-        return parcel[0]
-
-    @override
     def on_validation_start(self) -> None:
         """Keep the state of the NPU's generator: Lightning's sanity check restores those of the CPU and CUDA only."""
         super().on_validation_start()
         if self._in_sanity_check():
-            self._sanity_rng = generator_state(self.root_device)
+            self._sanity_rng = npu().get_rng_state(self.root_device)
 
     @override
     def on_validation_end(self) -> None:
         """Put the state from before the sanity check back."""
         super().on_validation_end()
         if self._in_sanity_check() and self._sanity_rng is not None:
-            set_generator_state(self.root_device, self._sanity_rng)
+            npu().set_rng_state(self._sanity_rng, self.root_device)
             self._sanity_rng = None
 
     @override
@@ -179,8 +138,13 @@ class NPUStrategy(ParallelStrategy):
         """Continue with the generator of the checkpoint, if there is one."""
         super().on_train_start()
         states, self._restored_rng = self._restored_rng, None
-        if states is not None:
-            resume_rng(self.root_device, states, self.global_rank, self.world_size)
+        if states is not None and len(states) == self.world_size:
+            npu().set_rng_state(states[self.global_rank].cpu(), self.root_device)
+        elif states is not None:
+            rank_zero_info(
+                f"The checkpoint has the random number generators of {len(states)} NPU(s) ({RNG_KEY}), this run has "
+                f"{self.world_size}: they go on from the seed of this run instead."
+            )
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
@@ -213,48 +177,6 @@ class NPUStrategy(ParallelStrategy):
         return checkpoint
 
     @override
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Move a batch to the NPU."""
-        with explained_errors():
-            return super().batch_to_device(batch, device, dataloader_idx)
-
-    @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the training step."""
-        with explained_errors():
-            return super().training_step(*args, **kwargs)
-
-    @override
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the validation step."""
-        with explained_errors():
-            return super().validation_step(*args, **kwargs)
-
-    @override
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the test step."""
-        with explained_errors():
-            return super().test_step(*args, **kwargs)
-
-    @override
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the predict step."""
-        with explained_errors():
-            return super().predict_step(*args, **kwargs)
-
-    @override
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run forward, backward and the optimizer."""
-        with explained_errors():
-            return super().optimizer_step(*args, **kwargs)
-
-    @override
-    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the backward pass."""
-        with explained_errors():
-            return super().backward(*args, **kwargs)
-
-    @override
     def on_exception(self, exception: BaseException) -> None:
         """Tell the other ranks; say which of them is the reason, if one is.
 
@@ -279,22 +201,18 @@ class NPUStrategy(ParallelStrategy):
         return nullcontext() if self._peers is None else self._peers.lost.saving
 
     def _in_sanity_check(self) -> bool:
-        module = self.lightning_module
-        return module is not None and module._trainer is not None and module.trainer.sanity_checking
+        trainer = trainer_of(self.lightning_module)
+        return trainer is not None and trainer.sanity_checking
 
     def _all_generator_states(self) -> list[Tensor]:
-        mine = generator_state(self.root_device)
-        if not _connected():
+        mine: Tensor = npu().get_rng_state(self.root_device)
+        if not connected():
             return [mine]
         return list(gather(mine.to(self.root_device)).cpu().unbind())
 
 
-def end_process_group() -> None:
+def _end_process_group() -> None:
     """Leave the process group, if there is one; for the end of the process, where nothing can be reported."""
-    if _connected():
+    if connected():
         with suppress(RuntimeError):
             dist.destroy_process_group()
-
-
-def _connected() -> bool:
-    return dist.is_available() and dist.is_initialized()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 UTILISATION = "npu.utilization (%)"
 TEMPERATURE = "npu.temperature (°C)"
@@ -55,7 +55,7 @@ def parse_npu_smi(text: str) -> list[dict[str, float]]:
             chips.append({**(pending or {}), **_second_line(cells[2])})
             pending = None
         else:
-            pending = _first_line(cells[2])
+            pending = _numbers(cells[2], POWER, TEMPERATURE)
     return chips
 
 
@@ -94,14 +94,8 @@ class NPUSmi:
         return dict(self._chips[number]) if 0 <= number < len(self._chips) else {}
 
     def _ask(self) -> None:
-        program = shutil.which(self._command[0])
-        if program is None:
-            self._usable = False
-            return
         try:
-            answer = subprocess.run(
-                [program, *self._command[1:]], capture_output=True, timeout=self._timeout, check=True
-            )
+            answer = subprocess.run(self._command, capture_output=True, timeout=self._timeout, check=True)
         except (OSError, subprocess.SubprocessError):
             self._usable, self._chips = False, []
             return
@@ -130,31 +124,18 @@ def physical_position(device: int, visible: str | None) -> int:
     return -1
 
 
-def _first_line(cell: str) -> dict[str, float]:
-    numbers = _leading_numbers(cell)
-    return _known({POWER: numbers[0], TEMPERATURE: numbers[1]})
-
-
 def _second_line(cell: str) -> dict[str, float]:
-    values = {UTILISATION: _leading_numbers(cell)[0]}
+    values = _numbers(cell, UTILISATION)
     pairs = _PAIR.findall(cell)
     if pairs:  # the last pair is the HBM, or the only memory of a device without one
         values |= {MEMORY_USED: float(pairs[-1][0]), MEMORY_TOTAL: float(pairs[-1][1])}
-    return _known(values)
+    return values
 
 
-def _leading_numbers(cell: str) -> list[float]:
-    """The first two words as numbers, NaN where they are none ("NA", "-")."""
-    words = [*cell.split()[:2], "", ""]
-    return [_number(word) for word in words[:2]]
-
-
-def _number(word: str) -> float:
-    try:
-        return float(word)
-    except ValueError:
-        return math.nan
-
-
-def _known(values: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+def _numbers(cell: str, *names: str) -> dict[str, float]:
+    """The first words under their names, without those that are no numbers ("NA", "-")."""
+    found: dict[str, float] = {}
+    for name, word in zip(names, cell.split(), strict=False):
+        with suppress(ValueError):
+            found[name] = float(word)
+    return {name: value for name, value in found.items() if math.isfinite(value)}

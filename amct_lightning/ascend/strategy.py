@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
@@ -10,7 +9,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.overrides.distributed import prepare_for_backward
@@ -21,13 +19,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from amct_lightning.ascend import lightning_private
-from amct_lightning.ascend.collectives import accepted_hook
-from amct_lightning.ascend.hccl import HCCLSettings
-from amct_lightning.ascend.options import NPUOptions
-from amct_lightning.ascend.shared import NPUStrategy, end_process_group
-
-StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
+from amct_lightning.ascend.hccl.collectives import accepted_hook
+from amct_lightning.ascend.hccl.settings import HCCLSettings, NPUOptions
+from amct_lightning.ascend.lightning_private import (
+    DDPForwardRedirection,
+    flush_static_graph,
+    sync_module_states,
+    trainer_of,
+)
+from amct_lightning.ascend.on_npus import given
+from amct_lightning.ascend.shared import NPUStrategy, StartMethod
 
 
 class AscendStrategy(NPUStrategy):
@@ -116,27 +117,17 @@ class AscendStrategy(NPUStrategy):
             precision_plugin=precision_plugin,
         )
         self.num_nodes = 1
-        self._forward_redirection = lightning_private.ddp_redirection()
+        self._forward_redirection = DDPForwardRedirection()
         self._start_method = start_method
-        self._group_arguments = {"backend": process_group_backend, "timeout": timeout}
+        self._process_group_backend, self._timeout = process_group_backend, timeout
         self._hook = _combined_hook(ddp_comm_state, ddp_comm_hook, ddp_comm_wrapper)
         self._hook_state = ddp_comm_state
         self._ddp_kwargs = ddp_kwargs
         self._static_graph_flushed = False
 
     @property
-    def num_processes(self) -> int:
-        """Number of processes, and of devices, on this node."""
-        return len(self.parallel_devices or [])
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether there is more than one process; Lightning then splits the data among them."""
-        return self.num_nodes * self.num_processes > 1
-
-    @property
     @override
-    def root_device(self) -> torch.device:
+    def root_device(self) -> torch.device:  # type: ignore[override]
         """The device of this process."""
         assert self.parallel_devices
         return self.parallel_devices[self.local_rank]
@@ -156,26 +147,12 @@ class AscendStrategy(NPUStrategy):
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     @override
-    def _configure_launcher(self) -> None:
-        """Choose how processes start; called by the trainer. One device needs none, so notebooks work."""
-        environment = self.cluster_environment
-        assert environment is not None
-        if self._start_method != "popen" and self.is_distributed:
-            self._launcher = lightning_private.process_launcher(self, self._start_method)
-        elif self.is_distributed or environment.creates_processes_externally:
-            self._launcher = lightning_private.script_launcher(
-                environment, self.num_processes, self.num_nodes, self.is_watching
-            )
-
-    @override
     def setup_environment(self) -> None:
         """Open the device and connect to the other ranks."""
         super().setup_environment()
         if self.is_distributed:
             self.set_world_ranks()
-            arguments = {name: value for name, value in self._group_arguments.items() if value is not None}
-            self.start_process_group(**arguments)
-            atexit.register(end_process_group)
+            self.start_process_group()
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -185,22 +162,22 @@ class AscendStrategy(NPUStrategy):
             trainer: The trainer.
         """
         if self.is_distributed and self._layer_sync and trainer.state.fn == TrainerFn.FITTING:
-            self.model = self._layer_sync.apply(_given(self.model))
+            self.model = self._layer_sync.apply(given(self.model))
         self._static_graph_flushed = False
         super().setup(trainer)
 
     @override
     def model_to_device(self) -> None:
         """Move the model to the device of this process."""
-        _given(self.model).to(self.root_device)
+        given(self.model).to(self.root_device)
 
     @override
     def _setup_model(self, model: nn.Module) -> nn.Module:
         """Wrap the model for training on many devices; for evaluation, only make the copies equal."""
         if not self.is_distributed:
             return model
-        if _given(self.lightning_module).trainer.state.fn != TrainerFn.FITTING:
-            lightning_private.sync_module_states(model)
+        if given(self.lightning_module).trainer.state.fn != TrainerFn.FITTING:
+            sync_module_states(model)
             return model
         # In the stream of the steps. Lightning takes another one, which only the capture of CUDA graphs needs; autograd
         # would then wait for one stream in the other at every gradient.
@@ -229,7 +206,7 @@ class AscendStrategy(NPUStrategy):
         model = self.model
         if isinstance(model, DistributedDataParallel) and self._is_manual() and model.static_graph:
             if not self._static_graph_flushed:
-                lightning_private.flush_static_graph(model)
+                flush_static_graph(model)
             self._static_graph_flushed = True
 
     @override
@@ -253,23 +230,13 @@ class AscendStrategy(NPUStrategy):
         module = self.lightning_module
         if isinstance(self.model, DistributedDataParallel):
             self.model = module
-        fitting = module is not None and module._trainer is not None and module.trainer.state.fn == TrainerFn.FITTING
-        if fitting and self.is_distributed and self._layer_sync:
-            self.model = self._layer_sync.revert(_given(self.model))
+        trainer = trainer_of(module)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING and self.is_distributed and self._layer_sync:
+            self.model = self._layer_sync.revert(given(self.model))
         super().teardown()
 
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        """Make the name ``ascend`` known to Lightning; doing it again changes nothing.
-
-        Args:
-            strategy_registry: Lightning's registry.
-        """
-        strategy_registry.register("ascend", cls, description="One or many Ascend NPUs over HCCL", override=True)
-
     def _is_manual(self) -> bool:
-        return not _given(self.lightning_module).automatic_optimization
+        return not given(self.lightning_module).automatic_optimization
 
 
 def _combined_hook(
@@ -285,8 +252,3 @@ def _combined_hook(
             raise MisconfigurationException("ddp_comm_wrapper is given without the ddp_comm_hook that it wraps.")
         return None
     return accepted_hook(hook if wrapper is None else wrapper(hook))
-
-
-def _given(module: Any) -> Any:
-    assert module is not None, "called by the trainer, which has connected a model"
-    return module

@@ -1,17 +1,14 @@
-"""Tensors of NPUs beyond training: errors explained, generator states, checkpoints that load anywhere."""
+"""Tensors of NPUs beyond training: errors explained, checkpoints that load anywhere."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-
-from amct_lightning.ascend.devices import npu
 
 _EXPLANATIONS = {
     "NPU out of memory": "(To Lightning, this is the same as 'CUDA out of memory'.)",
@@ -53,47 +50,6 @@ def explained_errors() -> Iterator[None]:
             if words in text and explanation not in text:
                 error.args = (f"{text}\n{explanation}", *error.args[1:])
         raise
-
-
-def generator_state(device: torch.device) -> Tensor:
-    """Give the state of a device's random number generator.
-
-    Args:
-        device: The device.
-
-    Returns:
-        The state, uint8 on the CPU.
-    """
-    state: Tensor = npu().get_rng_state(device)
-    return state
-
-
-def set_generator_state(device: torch.device, state: Tensor) -> None:
-    """Set the state of a device's random number generator.
-
-    Args:
-        device: The device.
-        state: What :func:`generator_state` gave.
-    """
-    npu().set_rng_state(state.cpu(), device)
-
-
-def resume_rng(device: torch.device, states: Sequence[Tensor], rank: int, ranks: int) -> None:
-    """Go on with the generator of a checkpoint, if the checkpoint has one for every rank.
-
-    Args:
-        device: The device.
-        states: The states of all ranks of the run that wrote the checkpoint.
-        rank: The rank of this process.
-        ranks: The number of ranks.
-    """
-    if len(states) == ranks:
-        set_generator_state(device, states[rank])
-        return
-    rank_zero_info(
-        f"The checkpoint has the random number generators of {len(states)} NPU(s) (npu_rng_states), this run has "
-        f"{ranks}: they go on from the seed of this run instead."
-    )
 
 
 def on_cpu(value: Any) -> Any:

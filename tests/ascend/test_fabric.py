@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from amct_lightning import QuantRecord, calibrate, prepare_qat
 from amct_lightning.ascend import AscendFabricStrategy, NPUAccelerator, NPUUnavailableError
-from amct_lightning.ascend.hccl import HCCLSettings
-from amct_lightning.ascend.options import NPUOptions
+from amct_lightning.ascend.hccl import HCCLSettings, NPUOptions
 from tests.ascend.training import Net, largest_difference, loader
 
 one_device = pytest.mark.npu

@@ -98,7 +98,7 @@ def candidates(table: RankTable, names: Sequence[str], server_id: str | None = N
     Example:
         >>> from amct_lightning.ascend.cluster.rank_table import Device
         >>> servers = (Server("node_0", (Device(0, 0),)), Server("node_1", (Device(1, 0),)))
-        >>> candidates(RankTable("hccl.json", "1.0", servers), ["worker-1"], server_id="node_1").servers
+        >>> candidates(RankTable("hccl.json", servers), ["worker-1"], server_id="node_1").servers
         (1,)
     """
     stated = server_id or os.environ.get("SERVER_ID")
@@ -135,7 +135,7 @@ def find_server(table: RankTable, names: Sequence[str], server_id: str | None = 
     Example:
         >>> from amct_lightning.ascend.cluster.rank_table import Device
         >>> servers = (Server("10.0.0.1", (Device(0, 0),), ("10.0.0.1",)), Server("10.0.0.2", (Device(1, 0),)))
-        >>> find_server(RankTable("hccl.json", "1.0", servers), ["worker-1", "10.0.0.2"])
+        >>> find_server(RankTable("hccl.json", servers), ["worker-1", "10.0.0.2"])
         1
     """
     found = candidates(table, names, server_id)

@@ -1,7 +1,7 @@
 """Reading the rank table of HCCL, version 1.0 and 1.2, as Ascend's schedulers write it.
 
 A rank table says which servers and which of their devices take part in a job, and which rank each device has. What
-this process is within the table is not decided here, but in ``cluster.py``.
+this process is within the table is not decided here, but in ``host.py``. What only HCCL needs is not kept.
 """
 
 from __future__ import annotations
@@ -33,14 +33,10 @@ class Device:
     Attributes:
         rank: Rank of the process that drives the device.
         device_id: Physical number of the device within its server.
-        device_ips: Addresses of the device's own network card.
-        super_device_id: Number of the device within its super pod (version 1.2).
     """
 
     rank: int
     device_id: int
-    device_ips: tuple[str, ...] = ()
-    super_device_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,13 +47,11 @@ class Server:
         server_id: What the table calls it: an address, or any name.
         devices: Its devices in the order of their ranks.
         addresses: Addresses of the server, the one that other servers reach it by first.
-        super_pod: Super pod that it belongs to (version 1.2).
     """
 
     server_id: str
     devices: tuple[Device, ...]
     addresses: tuple[str, ...] = ()
-    super_pod: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,12 +60,10 @@ class RankTable:
 
     Attributes:
         file: The file that it was read from.
-        version: ``"1.0"`` or ``"1.2"``.
         servers: The servers in the order of their ranks: the index of a server is its node rank.
     """
 
     file: str
-    version: str
     servers: tuple[Server, ...]
 
     @property
@@ -151,11 +143,9 @@ def parse_rank_table(content: bytes, file: str) -> RankTable:
     count = root.optional("server_count")  # HCCL takes the length of the list where it is missing
     if count is not None and count.number() != len(entries):
         raise count.error(f"'server_list' has {len(entries)} entries: both must be the same.")
-    pods = _super_pods(root) if version.value == "1.2" else {}
-    servers = [_server(entry, pods) for entry in entries]
-    check_table(file, servers, pods)
-    servers.sort(key=lambda server: server.devices[0].rank)
-    return RankTable(file, str(version.value), tuple(servers))
+    check_table(entries, _super_pods(root) if version.value == "1.2" else {})
+    servers = sorted(map(_server, entries), key=lambda server: server.devices[0].rank)
+    return RankTable(file, tuple(servers))
 
 
 def _read(path: Path) -> bytes:
@@ -198,21 +188,21 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _check_form(root: Entry) -> None:
-    if root.optional("group_list") is not None:
-        raise rank_table_error(
-            root.file,
+    for key, found, allowed in (
+        (
             "group_list",
             "found the form with groups and without ranks (ModelArts' template 2)",
             "Allowed is the form with 'server_list', version 1.0 or 1.2: point RANK_TABLE_FILE to it; ModelArts names "
             "one in RANK_TABLE_FILE_V_1_0 where it has made it.",
-        )
-    if root.optional("server_group_list") is not None:
-        raise rank_table_error(
-            root.file,
+        ),
+        (
             "server_group_list",
             "found a global rank table of several jobs",
             "Allowed is the table of one job, with 'server_list' at the top (hccl.json).",
-        )
+        ),
+    ):
+        if root.optional(key) is not None:
+            raise rank_table_error(root.file, key, found, allowed)
 
 
 def _check_status(status: Entry) -> None:
@@ -225,28 +215,17 @@ def _check_status(status: Entry) -> None:
         raise status.error("Allowed is 'completed'.")
 
 
-def _server(entry: Entry, pods: dict[str, str]) -> Server:
+def _server(entry: Entry) -> Server:
     server_id = entry.child("server_id").text()
-    devices = sorted((_device(item) for item in entry.child("device").items()), key=lambda device: device.rank)
-    found: list[str] = []
-    for key in ADDRESS_KEYS:
-        address = entry.optional(key)
-        found += address.addresses() if address is not None else ()
+    devices = [
+        Device(item.child("rank_id").number(), item.child("device_id").number())
+        for item in entry.child("device").items()
+    ]
+    found = [address for key in ADDRESS_KEYS for address in entry.addresses(key)]
     nic = entry.optional("host_nic_ip")  # 'reserve' where it is not used
     candidates = (nic.value if nic is not None else None, server_id)
     found += [known for text in candidates if isinstance(text, str) and (known := as_address(text)) is not None]
-    return Server(server_id, tuple(devices), tuple(dict.fromkeys(found)), pods.get(server_id))
-
-
-def _device(entry: Entry) -> Device:
-    ips = entry.optional("device_ip")  # not needed on a single server
-    super_device = entry.optional("super_device_id")
-    return Device(
-        rank=entry.child("rank_id").number(),
-        device_id=entry.child("device_id").number(),
-        device_ips=ips.addresses() if ips is not None else (),
-        super_device_id=super_device.number() if super_device is not None else None,
-    )
+    return Server(server_id, tuple(sorted(devices, key=lambda device: device.rank)), tuple(dict.fromkeys(found)))
 
 
 def _super_pods(root: Entry) -> dict[str, str]:

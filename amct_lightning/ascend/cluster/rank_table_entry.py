@@ -108,8 +108,11 @@ class Entry:
             raise self.error('Allowed is a whole number from 0 in quotes, for example "0".')
         return int(digits)
 
-    def addresses(self) -> tuple[str, ...]:
-        """This value as a list of IP addresses separated by commas; the empty text is no address.
+    def addresses(self, name: str) -> tuple[str, ...]:
+        """The value under ``name`` as a list of IP addresses separated by commas; no or an empty text is none.
+
+        Args:
+            name: A key of the object, which may be missing.
 
         Returns:
             The addresses in their shortest form.
@@ -117,11 +120,12 @@ class Entry:
         Raises:
             ValueError: If one of them is no IP address.
         """
-        if self.value == "":
+        entry = self.optional(name)
+        if entry is None or entry.value == "":
             return ()
-        found = [as_address(part) for part in self.text().split(",")]
+        found = [as_address(part) for part in entry.text().split(",")]
         if None in found:
-            raise self.error("Allowed is an IPv4 or IPv6 address, or several with commas between them.")
+            raise entry.error("Allowed is an IPv4 or IPv6 address, or several with commas between them.")
         return tuple(address for address in found if address is not None)
 
     def error(self, allowed: str) -> ValueError:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,7 +19,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from amct_lightning.ascend.devices import npu
+from amct_lightning.ascend.fsdp.gradients import plain
 from amct_lightning.ascend.fsdp.units import reshard
+from amct_lightning.ascend.hccl.collectives import broadcast_tensors
+from amct_lightning.ascend.on_npus import given
 from amct_lightning.files import atomic_path, make_parent
 from amct_lightning.protocols import WrappingCheckpointIO
 
@@ -125,13 +128,13 @@ class ShardedCheckpoints(ModelParallelStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Give the state of the model: shards, or all of it on rank 0; buffers are those of rank 0."""
-        assert self.model is not None
-        reshard(self.model)
+        reshard(given(self.model))
         self.share_buffers()
         return super().lightning_module_state_dict()
 
     def share_buffers(self) -> None:
-        """Give all ranks the buffers of rank 0."""
+        """Give all ranks the buffers of rank 0, such as the statistics of batch normalizations."""
+        broadcast_tensors(plain(given(self.model).buffers()), self.root_device)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -140,11 +143,11 @@ class ShardedCheckpoints(ModelParallelStrategy):
         Args:
             optimizer: The optimizer.
         """
-        assert self.model is not None
+        model = given(self.model)
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        reshard(self.model)
+        reshard(model)
         if self._save_distributed_checkpoint:
-            return ShardedState(_state().named_optimizer_state(inner, self.model))  # type: ignore[return-value]
+            return ShardedState(_state().named_optimizer_state(inner, model))  # type: ignore[return-value]
         gathered: dict[str, Any] = _state().gathered_optimizer_state(inner, keep=self.is_global_zero)
         return gathered
 
@@ -181,13 +184,11 @@ class ShardedCheckpoints(ModelParallelStrategy):
         """
         path = self.broadcast(checkpoint_path)
         checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-        assert self.model is not None
-        assert self.lightning_module is not None
-        strict = self.lightning_module.strict_loading
+        model, strict = given(self.model), given(self.lightning_module).strict_loading
         if is_checkpoint_folder(path):
-            _state().load_shards(Path(path), self.model, self.optimizers, strict)
+            _state().load_shards(Path(path), model, self.optimizers, strict)
         else:
-            _state().load_whole(checkpoint, Path(path), self.model, self.optimizers, strict)
+            _state().load_whole(checkpoint, Path(path), model, self.optimizers, strict)
         return checkpoint
 
     @override
@@ -224,9 +225,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _state() -> Any:
-    """Import what deals with the states only now; importing the package has to be quick."""
-    return import_module("amct_lightning.ascend.fsdp.state")
+def _state() -> ModuleType:
+    """Import what deals with the states only now: ``torch.distributed.checkpoint`` takes its time."""
+    from amct_lightning.ascend.fsdp import state  # noqa: PLC0415
+
+    return state
 
 
 def _is_main() -> bool:

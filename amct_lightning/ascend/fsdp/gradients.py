@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+_Tensor = TypeVar("_Tensor", bound=Tensor)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
@@ -102,6 +104,15 @@ def local(tensor: Tensor) -> Tensor:
         tensor([1., 1.])
     """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def plain(tensors: Iterable[_Tensor]) -> list[_Tensor]:
+    """Return the tensors that are whole on every rank.
+
+    Args:
+        tensors: Sharded and ordinary tensors.
+    """
+    return [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
 
 
 def by_kind(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -11,7 +10,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import Precision
@@ -19,14 +17,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from typing_extensions import override
 
-from amct_lightning.ascend import lightning_private
-from amct_lightning.ascend.collectives import broadcast_tensors
 from amct_lightning.ascend.fsdp.precision import sharded_precision
 from amct_lightning.ascend.fsdp.training import ShardedTraining
 from amct_lightning.ascend.fsdp.units import Units, is_sharded, shard, without_whole_modules
-from amct_lightning.ascend.hccl import HCCLSettings
-from amct_lightning.ascend.options import NPUOptions
-from amct_lightning.ascend.shared import NPUStrategy, end_process_group
+from amct_lightning.ascend.hccl.collectives import broadcast_tensors
+from amct_lightning.ascend.hccl.settings import HCCLSettings, NPUOptions
+from amct_lightning.ascend.lightning_private import materialize
+from amct_lightning.ascend.on_npus import given
+from amct_lightning.ascend.shared import NPUStrategy
 
 
 class AscendFSDPStrategy(NPUStrategy, ShardedTraining):
@@ -99,6 +97,9 @@ class AscendFSDPStrategy(NPUStrategy, ShardedTraining):
     shards_in_configure_model = True
     """Tells callbacks that change layers to do so before ``configure_model``, if there are layers by then."""
 
+    _registered = ("ascend_fsdp", "A model divided among Ascend NPUs (FSDP2) over HCCL")
+    _twin = staticmethod(sharded_precision)
+
     def __init__(
         self,
         units: list[str] | Any = None,
@@ -130,6 +131,7 @@ class AscendFSDPStrategy(NPUStrategy, ShardedTraining):
             tensor_parallel_size=tensor_parallel_size,
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
+            timeout=timeout,
         )
         self.accelerator = accelerator
         self.parallel_devices = parallel_devices
@@ -139,27 +141,6 @@ class AscendFSDPStrategy(NPUStrategy, ShardedTraining):
         self._units: Units = units
         self._min_num_params = min_num_params
         self._reshard = reshard_after_forward
-        self._group_arguments = {"backend": process_group_backend, "timeout": timeout}
-
-    @property
-    @override
-    def precision_plugin(self) -> Precision:
-        """The precision plugin; what Lightning chose is replaced by its twin for sharded models."""
-        return self._precision_plugin if self._precision_plugin is not None else Precision()
-
-    @precision_plugin.setter
-    def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        self._precision_plugin = sharded_precision(precision_plugin)
-
-    @override
-    def _configure_launcher(self) -> None:
-        """Choose how processes start; called by the trainer."""
-        environment = self.cluster_environment
-        assert environment is not None
-        if self.num_processes * self.num_nodes > 1 or environment.creates_processes_externally:
-            self._launcher = lightning_private.script_launcher(
-                environment, self.num_processes, self.num_nodes, self.is_watching
-            )
 
     @override
     def _setup_distributed(self) -> None:
@@ -169,9 +150,7 @@ class AscendFSDPStrategy(NPUStrategy, ShardedTraining):
         """
         self.set_world_ranks()
         self._data_parallel_size, self._tensor_parallel_size = self._sizes()
-        arguments = {name: value for name, value in self._group_arguments.items() if value is not None}
-        self.start_process_group(**arguments)
-        atexit.register(end_process_group)
+        self.start_process_group()
 
     @contextmanager
     @override
@@ -195,11 +174,11 @@ class AscendFSDPStrategy(NPUStrategy, ShardedTraining):
         """
         assert self.accelerator is not None
         _refuse_copies_of_the_model(trainer)
-        model = _given(self.model)
+        model = given(self.model)
         self.accelerator.setup(trainer)
         if not is_sharded(model):
             self._shard(model)
-        lightning_private.materialize(model, self.root_device)
+        materialize(model, self.root_device)
         self.model = self.precision_plugin.convert_module(model)
         self.model_to_device()
         self.begin_steps(model)
@@ -207,17 +186,6 @@ class AscendFSDPStrategy(NPUStrategy, ShardedTraining):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        """Make the name ``ascend_fsdp`` known to Lightning; doing it again changes nothing.
-
-        Args:
-            strategy_registry: Lightning's registry.
-        """
-        description = "A model divided among Ascend NPUs (FSDP2) over HCCL"
-        strategy_registry.register("ascend_fsdp", cls, description=description, override=True)
 
     def _sizes(self) -> tuple[int, int]:
         world, tensors = self.num_nodes * self.num_processes, self._tensor_parallel_size
@@ -248,9 +216,9 @@ class AscendFSDPStrategy(NPUStrategy, ShardedTraining):
             )
 
     def _synchronize_norms(self) -> None:
-        trainer = _given(self.lightning_module).trainer
+        trainer = given(self.lightning_module).trainer
         if self._layer_sync and trainer.state.fn == TrainerFn.FITTING:
-            self.model = self._layer_sync.apply(_given(self.model))
+            self.model = self._layer_sync.apply(given(self.model))
 
     @override
     def _while_saving(self) -> AbstractContextManager[Any]:
@@ -277,8 +245,3 @@ def _check(units: Any, min_num_params: int) -> None:
         )
     if type(min_num_params) is not int or min_num_params < 1:
         raise MisconfigurationException(f"min_num_params={min_num_params!r} is not valid: give a number, at least 1.")
-
-
-def _given(module: Any) -> Any:
-    assert module is not None, "called by the trainer, which has connected a model"
-    return module

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from amct_lightning.ascend.collectives import broadcast_tensors
 from amct_lightning.ascend.fsdp.checkpoint import ShardedCheckpoints
-from amct_lightning.ascend.fsdp.gradients import average_gradients, groups_by_kind
+from amct_lightning.ascend.fsdp.gradients import average_gradients, groups_by_kind, plain
 from amct_lightning.ascend.fsdp.units import reshard
+from amct_lightning.ascend.hccl.collectives import broadcast_tensors
+from amct_lightning.ascend.on_npus import given
+
+
+def _and_then(hook: str, action: str) -> Any:
+    """Make a hook that does what Lightning's does, and then something else."""
+
+    @wraps(getattr(ShardedCheckpoints, hook))
+    def extended(self: ShardedTraining) -> None:
+        getattr(super(ShardedTraining, self), hook)()
+        getattr(self, action)()
+
+    return extended
 
 
 class ShardedTraining(ShardedCheckpoints):
     """The part of a strategy that runs the steps, for a model of which some parameters stay whole."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._whole: list[nn.Parameter] = []
-        self._accumulates = False
+    _whole: Sequence[nn.Parameter] = ()
+    _accumulates = False
 
     def begin_steps(self, model: nn.Module) -> None:
         """Look for the parameters that are whole, and make them and the buffers equal on all ranks.
@@ -32,9 +42,9 @@ class ShardedTraining(ShardedCheckpoints):
             model: The sharded model.
         """
         reshard(model)
-        self._whole = [parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)]
+        self._whole = plain(model.parameters())
         self._accumulates = False
-        broadcast_tensors([*self._whole, *_plain(model.buffers())], self.root_device)
+        broadcast_tensors([*self._whole, *plain(model.buffers())], self.root_device)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -49,7 +59,7 @@ class ShardedTraining(ShardedCheckpoints):
         Returns:
             The loss without its graph.
         """
-        module, precision = _given(self.lightning_module), self.precision_plugin
+        module, precision = given(self.lightning_module), self.precision_plugin
         self.pre_backward(closure_loss)
         closure_loss = precision.pre_backward(closure_loss, module)
         precision.backward(closure_loss, module, optimizer, *args, **kwargs)
@@ -82,58 +92,17 @@ class ShardedTraining(ShardedCheckpoints):
             *args: The closure and the module.
             **kwargs: For the optimizer.
         """
-        divided: AbstractContextManager[None] = nullcontext()
-        if isinstance(optimizer, Optimizer):
-            divided = groups_by_kind(optimizer)
-        with divided:
+        with groups_by_kind(optimizer) if isinstance(optimizer, Optimizer) else nullcontext():
             return super().optimizer_step(optimizer, *args, **kwargs)
 
-    @override
-    def share_buffers(self) -> None:
-        """Give all ranks the buffers of rank 0, such as the statistics of batch normalizations."""
-        broadcast_tensors(_plain(_given(self.model).buffers()), self.root_device)
+    # evaluations have the buffers of rank 0, as with DDP
+    on_validation_start = _and_then("on_validation_start", "share_buffers")
+    on_test_start = _and_then("on_test_start", "share_buffers")
+    on_predict_start = _and_then("on_predict_start", "share_buffers")
+    on_validation_end = _and_then("on_validation_end", "_free_weights")
+    on_test_end = _and_then("on_test_end", "_free_weights")
+    on_predict_end = _and_then("on_predict_end", "_free_weights")
 
-    @override
-    def on_validation_start(self) -> None:
-        """Evaluate with the buffers of rank 0, as DDP does."""
-        super().on_validation_start()
-        self.share_buffers()
-
-    @override
-    def on_test_start(self) -> None:
-        """Evaluate with the buffers of rank 0, as DDP does."""
-        super().on_test_start()
-        self.share_buffers()
-
-    @override
-    def on_predict_start(self) -> None:
-        """Evaluate with the buffers of rank 0, as DDP does."""
-        super().on_predict_start()
-        self.share_buffers()
-
-    @override
-    def on_validation_end(self) -> None:
+    def _free_weights(self) -> None:
         """Free the weights that the last forward has left gathered."""
-        super().on_validation_end()
-        reshard(_given(self.model))
-
-    @override
-    def on_test_end(self) -> None:
-        """Free the weights that the last forward has left gathered."""
-        super().on_test_end()
-        reshard(_given(self.model))
-
-    @override
-    def on_predict_end(self) -> None:
-        """Free the weights that the last forward has left gathered."""
-        super().on_predict_end()
-        reshard(_given(self.model))
-
-
-def _plain(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
-
-
-def _given(module: Any) -> Any:
-    assert module is not None, "called by the trainer, which has connected a model"
-    return module
+        reshard(given(self.model))

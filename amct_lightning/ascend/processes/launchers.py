@@ -1,7 +1,4 @@
-"""Lightning's launchers, made to say which rank ended, and to leave no process behind.
-
-Private in Lightning (checked with 2.6.6), which has no public launchers; its trainer looks for these very classes.
-"""
+"""Lightning's launchers, made to say which rank ended, and to leave no process behind."""
 
 from __future__ import annotations
 
@@ -16,11 +13,10 @@ from contextlib import suppress
 from typing import Any
 
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from amct_lightning.ascend.devices import npu
+from amct_lightning.ascend.lightning_private import BaseProcessLauncher, BaseScriptLauncher, set_num_threads
 from amct_lightning.ascend.processes.lost_rank import PATIENCE, end_process
 
 MAIN_PROCESS = "AMCT_LIGHTNING_MAIN_PROCESS"
@@ -29,7 +25,7 @@ _LONGEST_END = 30.0
 _PAUSE = 0.5
 
 
-class ScriptLauncher(_SubprocessScriptLauncher):
+class ScriptLauncher(BaseScriptLauncher):
     """Runs the script again for every further device, or joins a launched job.
 
     Lightning's own kills everything, without a traceback, as soon as it sees that a child has ended badly; it does
@@ -57,7 +53,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             threading.Thread(target=self._watch_children, name="children", daemon=True).start()
         elif os.environ.get(MAIN_PROCESS, str(os.getpid())) != str(os.getpid()):
             threading.Thread(target=self._watch_main_process, name="main-process", daemon=True).start()
-        _set_num_threads_if_needed(num_processes=self.num_processes)
+        set_num_threads(num_processes=self.num_processes)
         try:
             return function(*args, **kwargs)
         except BaseException:
@@ -93,7 +89,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
             time.sleep(_PAUSE)
 
 
-class ProcessLauncher(_MultiProcessingLauncher):
+class ProcessLauncher(BaseProcessLauncher):
     """Starts processes from this one (spawn, fork, forkserver); fork only while no device is in use."""
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:

@@ -14,9 +14,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
-from amct_lightning.ascend import AscendStrategy, NPUAccelerator, NPUUnavailableError
+from amct_lightning.ascend import AscendStrategy, NPUAccelerator, NPUUnavailableError, register
 from amct_lightning.ascend.devices import open_problem, parse_device_ids, unavailable_reason
-from amct_lightning.ascend.registration import register
 from tests.ascend.training import Net, fit, loader, make_trainer
 from tests.ascend_sim.equipment import prepare
 from tests.ascend_sim.plugin import require

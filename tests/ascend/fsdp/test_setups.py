@@ -20,8 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amct_lightning import QuantRecord, quantized_layers
-from amct_lightning.ascend import AscendFSDPStrategy, NPUPrecision
-from amct_lightning.ascend.registration import register
+from amct_lightning.ascend import AscendFSDPStrategy, NPUPrecision, register
 from tests.ascend.fsdp.sharded import CNN, Base, Transformer, cnn_layers, factors, run
 from tests.ascend.training import largest_difference, loader, make_trainer
 

@@ -11,7 +11,20 @@ from torch import Tensor
 
 _BUCKET = 1 << 25  # elements that are sent at once
 
+# The name, the operation of a collective, and the same over a stack of tensors.
+_REDUCTIONS: dict[str, tuple[Any, Callable[[Tensor, int], Tensor]]] = {
+    "sum": (dist.ReduceOp.SUM, torch.sum),
+    "max": (dist.ReduceOp.MAX, torch.amax),
+    "min": (dist.ReduceOp.MIN, torch.amin),
+    "product": (dist.ReduceOp.PRODUCT, torch.prod),
+}
+
 ReduceName = dist.ReduceOp | dist.ReduceOp.RedOpType | str | None
+
+
+def connected() -> bool:
+    """Tell whether this process belongs to a process group."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def reduce_tensor(tensor: Tensor, group: dist.ProcessGroup | None, reduce_op: ReduceName) -> Tensor:
@@ -116,21 +129,14 @@ def _is_mean(reduce_op: ReduceName) -> bool:
 def _operation(reduce_op: ReduceName) -> Any:
     if not isinstance(reduce_op, str):
         return reduce_op
-    names = ("sum", "max", "min", "product")
-    if reduce_op.lower() not in names:
-        raise ValueError(f"reduce_op={reduce_op!r} is not known. Allowed are: mean, avg, {', '.join(names)}.")
-    return getattr(dist.ReduceOp, reduce_op.upper())
+    if reduce_op.lower() not in _REDUCTIONS:
+        raise ValueError(f"reduce_op={reduce_op!r} is not known. Allowed are: mean, avg, {', '.join(_REDUCTIONS)}.")
+    return _REDUCTIONS[reduce_op.lower()][0]
 
 
 def _reduce_wide(tensor: Tensor, group: dist.ProcessGroup | None, operation: Any) -> Tensor:
     values = gather(tensor, group)
-    reducers: dict[Any, Callable[[Tensor], Tensor]] = {
-        dist.ReduceOp.SUM: lambda stack: stack.sum(0),
-        dist.ReduceOp.MAX: lambda stack: stack.amax(0),
-        dist.ReduceOp.MIN: lambda stack: stack.amin(0),
-        dist.ReduceOp.PRODUCT: lambda stack: stack.prod(0),
-    }
-    for known, reducer in reducers.items():
+    for known, reducer in _REDUCTIONS.values():
         if operation == known:
-            return reducer(values)
+            return reducer(values, 0)
     raise ValueError(f"reduce_op={operation} is not possible for float64 on NPUs. Convert the tensor to float32.")
