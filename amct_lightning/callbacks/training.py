@@ -18,9 +18,7 @@ from amct_lightning.callbacks.schedule.phases import PhaseRunner
 from amct_lightning.callbacks.schedule.schedule import Phase, Position, QuantSchedule
 from amct_lightning.callbacks.schedule.table import schedule_table
 from amct_lightning.modules import quantized_layers
-
-PHASE_METRIC = "quant_phase"
-"""Name of the logged metric: 0 float, 1 calibrating, 2 learning, 3 frozen."""
+from amct_lightning.monitor_format import PHASE_METRIC
 
 
 class Training:

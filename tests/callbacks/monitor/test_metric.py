@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from amct_lightning import calibrate, prepare_qat
 from amct_lightning.callbacks.monitor.layers import FACTORS, Drift, monitored_layers, read_factors
 from amct_lightning.callbacks.monitor.metric import QuantStatistics
-from amct_lightning.callbacks.monitor.reading import LayerReading, sqnr_db
+from amct_lightning.callbacks.monitor.reading import reading_of, sqnr_db
 from amct_lightning.callbacks.monitor.sampling import Sampler
 from amct_lightning.modules import activation_quantizers
+from amct_lightning.monitor_format import LayerReading
 from amct_lightning.quantizers import ActivationQuantizer
 from tests.operators import Operators
 
@@ -26,7 +27,7 @@ def _read(quantizer: ActivationQuantizer, *batches: Tensor) -> LayerReading:
     for batch in batches:
         statistics.update(0, batch, quantizer)
     values = [*statistics.collect(distributed=False)[0].tolist(), *[math.nan] * len(FACTORS)]
-    return LayerReading.of("layer", quantizer.num_bits, values)
+    return reading_of("layer", quantizer.num_bits, values)
 
 
 def _reference(x: Tensor, high: float, low: float, bits: int) -> dict[str, float]:
