@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-METRICS_FILE = "metrics.csv"
-MONITOR_FILE = "quant_monitor.csv"
 _VERSION = re.compile(r"version_(\d+)")
 
-StepsOf = Callable[[Path], tuple[int, ...]]
+StepsOf = Callable[[Path], Sequence[int]]
 """Gives all steps that the log files in a folder have, ascending."""
 
 
