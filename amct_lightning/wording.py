@@ -1,11 +1,24 @@
-"""Words of messages: lists that are cut off, and the name that was probably meant. Imports nothing of the package."""
+"""Words for terminals and log files: lists that are cut off, the name that was probably meant, tables as plain text.
+
+Imports nothing of the package.
+"""
 
 from __future__ import annotations
 
 import difflib
+import io
+import shutil
 from collections.abc import Iterable
 
+from rich import box
+from rich.console import Console, RenderableType
+
 _MOST_SHOWN = 8
+_WIDTH_OF_LOGS = 120
+_LEAST_WIDTH = 60
+
+# A line below the titles, in ASCII: any log file can hold it.
+TEXT_BOX = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
 def abbreviated(names: Iterable[object]) -> str:
@@ -49,3 +62,20 @@ def closest(name: object, allowed: Iterable[str]) -> str:
     """
     matches = difflib.get_close_matches(str(name), list(allowed), n=3)
     return f" Did you mean {' or '.join(map(repr, matches))}?" if matches else ""
+
+
+def as_text(renderable: RenderableType) -> str:
+    """Return what rich would show, as plain text that fits the terminal, or a log file where there is none.
+
+    Args:
+        renderable: Anything that rich can print.
+
+    Example:
+        >>> as_text("[bold]text[/bold]")
+        'text'
+    """
+    width = max(_LEAST_WIDTH, shutil.get_terminal_size((_WIDTH_OF_LOGS, 24)).columns)
+    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())

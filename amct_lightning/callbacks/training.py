@@ -15,9 +15,7 @@ from amct_lightning.callbacks.modes import compile_anew
 from amct_lightning.callbacks.nonfinite import NonfiniteWatch
 from amct_lightning.callbacks.schedule.phases import PhaseRunner
 from amct_lightning.callbacks.schedule.schedule import Phase, Position, QuantSchedule
-
-PHASE_METRIC = "quant_phase"
-"""Name of the logged metric: 0 float, 1 calibrating, 2 learning, 3 frozen."""
+from amct_lightning.monitor_format import PHASE_METRIC
 
 
 class Training:

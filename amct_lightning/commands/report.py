@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -11,6 +10,7 @@ from typing_extensions import override
 
 from amct_lightning.commands.base import ParsedCommand, UserError
 from amct_lightning.commands.output import check_output
+from amct_lightning.run_report import write_report
 
 
 class ReportCommand(ParsedCommand):
@@ -30,7 +30,7 @@ examples:
 Curves are drawn from what CSVLogger wrote, trajectories and SQNR from what the callback QuantMonitor wrote, as with
   amct-lightning fit --config run.yaml --trainer.logger CSVLogger --trainer.logger.save_dir logs \\
       --trainer.callbacks QuantMonitor
-The pictures need matplotlib: pip install 'amct-lightning[report]'
+The report needs matplotlib and jinja2: pip install 'amct-lightning[report]'
 """
 
     @override
@@ -47,9 +47,9 @@ The pictures need matplotlib: pip install 'amct-lightning[report]'
         if not source.exists():
             raise UserError(f"there is no folder or checkpoint '{source}'. Give the log_dir of a run or a .ckpt file.")
         check_output(output, options.force, "report")
-        if find_spec("matplotlib") is None:
-            raise UserError("the report needs matplotlib. Install it with: pip install 'amct-lightning[report]'")
-        from amct_lightning.run_report import write_report  # noqa: PLC0415  (matplotlib takes its time)
-
-        sys.stdout.write(f"Wrote the report to '{write_report(source, output)}'.\n")
+        try:
+            written = write_report(source, output)
+        except ImportError as error:
+            raise UserError(str(error)) from error
+        sys.stdout.write(f"Wrote the report to '{written}'.\n")
         return 0

@@ -13,8 +13,7 @@ from torch import nn
 from amct_lightning.conversion.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.graph.eligibility import NOT_REACHED
 from amct_lightning.layer_types import supported_class
-from amct_lightning.text_table import TEXT_BOX, as_text
-from amct_lightning.wording import abbreviated
+from amct_lightning.wording import TEXT_BOX, abbreviated, as_text
 
 _NARROW = 17
 _NOTES_WIDTH = 22

@@ -1,10 +1,12 @@
-"""What a report takes from a checkpoint: the plan, the weight scales and the record. No model is built for it."""
+"""What a report takes from a checkpoint or a record: plan, weight scales and factors. No model is built for it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 import torch
@@ -13,10 +15,37 @@ from torch import Tensor
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY, read_foreign_checkpoint
 from amct_lightning.conversion.plan import QuantPlan
 from amct_lightning.conversion.report import ReportRow, quantized_row
-from amct_lightning.record import QuantRecord
-from amct_lightning.run_report.scales import ScaleSummary, summarize
+from amct_lightning.record import LayerRecord, QuantRecord
 
 _KINDS = {2: "Linear", 3: "1-d convolution", 4: "2-d convolution", 5: "3-d convolution"}
+
+
+@dataclass(frozen=True)
+class ScaleSummary:
+    """The weight scales of one layer.
+
+    Attributes:
+        count: How many there are: 1, or one per output channel.
+        low: The smallest of those above 0; NaN if there is none.
+        quarter: A quarter of them is below.
+        middle: The median.
+        three_quarters: A quarter of them is above.
+        high: The largest.
+        unusable: How many are not finite or not above 0; these do not count for the others.
+    """
+
+    count: int
+    low: float
+    quarter: float
+    middle: float
+    three_quarters: float
+    high: float
+    unusable: int = 0
+
+    @property
+    def spread(self) -> float:
+        """How many times larger the largest is than the smallest."""
+        return self.high / self.low
 
 
 @dataclass(frozen=True)
@@ -133,3 +162,32 @@ def _record(text: Any, path: Path, notes: list[str]) -> QuantRecord | None:
 
 def _integer(value: Any) -> int | None:
     return value if isinstance(value, int) else None
+
+
+def summarize(scales: Sequence[float]) -> ScaleSummary:
+    """Summarize weight scales.
+
+    Example:
+        >>> summarize([0.1, 0.2, 0.3, 0.4, 0.5, -1.0])
+        ScaleSummary(count=6, low=0.1, quarter=0.2, middle=0.3, three_quarters=0.4, high=0.5, unusable=1)
+    """
+    usable = sorted(scale for scale in scales if math.isfinite(scale) and scale > 0)
+    unusable = len(scales) - len(usable)
+    if not usable:
+        return ScaleSummary(len(scales), *(math.nan,) * 5, unusable)
+    quarter, middle, three_quarters = quantiles(usable, method="inclusive") if len(usable) > 1 else usable * 3
+    return ScaleSummary(len(scales), usable[0], quarter, middle, three_quarters, usable[-1], unusable)
+
+
+def scales_of_record(record: Mapping[str, LayerRecord]) -> dict[str, ScaleSummary]:
+    """Summarize the weight scales in a record, by layer, of recurrent ones also ``<layer> (recurrent)``.
+
+    Args:
+        record: The record; a BatchNorm that is folded is contained in its scales.
+    """
+    found = {}
+    for name, layer in record.items():
+        for suffix, scales in (("", layer.scale_w), (" (recurrent)", layer.scale_r)):
+            if scales:
+                found[name + suffix] = summarize(scales)
+    return found

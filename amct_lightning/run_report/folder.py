@@ -9,11 +9,9 @@ from pathlib import Path
 
 from amct_lightning.wording import cut_off
 
-METRICS_FILE = "metrics.csv"
-MONITOR_FILE = "quant_monitor.csv"
 _VERSION = re.compile(r"version_(\d+)")
 
-StepsOf = Callable[[Path], tuple[int, ...]]
+StepsOf = Callable[[Path], Sequence[int]]
 """Gives all steps that the log files in a folder have, ascending."""
 
 

@@ -5,98 +5,65 @@ from __future__ import annotations
 import csv
 import io
 import math
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-MONITOR_COLUMNS = (
-    "clip_max",
-    "clip_min",
-    "scale",
-    "offset",
-    "saturation_low",
-    "saturation_high",
-    "utilisation",
-    "sqnr_input_db",
-    "sqnr_weight_db",
-    "weight_scale_mean",
-    "clip_drift",
-    "weight_scale_drift",
-)
-"""The columns of ``quant_monitor.csv`` that hold numbers of a layer."""
+METRICS_FILE = "metrics.csv"
 
-Row = dict[str, str]
+Series = dict[int, float]
+"""The values of one quantity by training step, in ascending order; NaN and infinity as they were logged."""
+Columns = dict[str, Series]
+"""Series by name, in the order in which they appeared."""
+Monitor = dict[str, Columns]
+"""What a ``quant_monitor.csv`` holds: by layer, in the order of first appearance, the columns."""
+
 _LARGEST_STEP = 2**53
 
 
-@dataclass(frozen=True)
-class Series:
-    """The values of one quantity over the training steps, in ascending order of the steps.
-
-    Attributes:
-        steps: The steps.
-        values: A value for each of them, NaN and infinity as they were logged.
+def finite(series: Series) -> Series:
+    """Return the points that can be drawn.
 
     Example:
-        >>> Series((0, 10, 20), (3.0, math.nan, 1.0)).finite()
-        Series(steps=(0, 20), values=(3.0, 1.0))
+        >>> finite({0: 3.0, 10: math.nan, 20: 1.0})
+        {0: 3.0, 20: 1.0}
     """
-
-    steps: tuple[int, ...] = ()
-    values: tuple[float, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def finite(self) -> Series:
-        """Return the points that can be drawn."""
-        return _series([(s, v) for s, v in zip(self.steps, self.values, strict=True) if math.isfinite(v)])
-
-    def until(self, step: int) -> Series:
-        """Return the points before ``step``."""
-        end = bisect_left(self.steps, step)
-        return Series(self.steps[:end], self.values[:end])
-
-    def since(self, step: int) -> Series:
-        """Return the points from ``step`` on."""
-        start = bisect_left(self.steps, step)
-        return Series(self.steps[start:], self.values[start:])
-
-    def then(self, later: Series) -> Series:
-        """Return this series up to the first step of ``later``, and ``later`` from there on.
-
-        Example:
-            >>> Series((0, 10, 20), (3.0, 2.0, 1.0)).then(Series((10, 30), (7.0, 8.0)))
-            Series(steps=(0, 10, 30), values=(3.0, 7.0, 8.0))
-        """
-        kept = self.until(later.steps[0]) if later.steps else self
-        return Series(kept.steps + later.steps, kept.values + later.values)
+    return {step: value for step, value in series.items() if math.isfinite(value)}
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """What a ``metrics.csv`` holds.
+def all_steps(found: Iterable[Columns]) -> list[int]:
+    """Return the steps at which there is anything, ascending."""
+    return sorted({step for columns in found for series in columns.values() for step in series})
 
-    Attributes:
-        series: The metrics by name, in the order of the columns.
-        epochs: Number of epochs begun, 0 if the file does not tell.
+
+def join(attempts: Iterable[Columns]) -> Columns:
+    """Join what was logged of a run that was resumed; where two overlap, the later one counts.
+
+    Args:
+        attempts: The columns of the run and its resumptions, in this order.
+
+    Example:
+        >>> join([{"loss": {0: 3.0, 10: 2.0, 20: 1.0}}, {"loss": {10: 7.0, 30: 8.0}}])
+        {'loss': {0: 3.0, 10: 7.0, 30: 8.0}}
     """
-
-    series: dict[str, Series] = field(default_factory=dict)
-    epochs: int = 0
-
-    @property
-    def steps(self) -> tuple[int, ...]:
-        """All steps at which something was logged, ascending."""
-        return _steps(self.series.values())
+    joined: Columns = {}
+    for columns in attempts:
+        for name, series in columns.items():
+            for step, value in series.items():
+                _add(joined.setdefault(name, {}), step, value)
+    return joined
 
 
-Monitor = dict[str, dict[str, Series]]
-"""What a ``quant_monitor.csv`` holds: by layer, in the order of first appearance, the columns."""
+def join_monitors(attempts: list[Monitor]) -> Monitor:
+    """Join what QuantMonitor saw of a run that was resumed, as :func:`join` does.
+
+    Args:
+        attempts: What it saw of the run and of its resumptions, in this order.
+    """
+    layers = dict.fromkeys(layer for attempt in attempts for layer in attempt)
+    return {layer: join(attempt.get(layer, {}) for attempt in attempts) for layer in layers}
 
 
-def read_metrics(path: Path, notes: list[str]) -> Metrics:
+def read_metrics(path: Path, notes: list[str]) -> Columns:
     r"""Read the file of Lightning's CSVLogger.
 
     Args:
@@ -104,122 +71,54 @@ def read_metrics(path: Path, notes: list[str]) -> Metrics:
         notes: Takes what the reader of the report has to know, such as lines that were left out.
 
     Returns:
-        The metrics; without any if the file is empty.
-
-    Raises:
-        OSError: If it cannot be read.
+        The metrics, and ``epoch``; empty if the file is, or cannot be read.
 
     Example:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "metrics.csv"
         >>> _ = path.write_text("epoch,step,loss,val_acc\n0,9,2.5,\n0,9,,0.4\n")
-        >>> read_metrics(path, []).series["val_acc"]
-        Series(steps=(9,), values=(0.4,))
+        >>> read_metrics(path, [])
+        {'epoch': {9: 0.0}, 'loss': {9: 2.5}, 'val_acc': {9: 0.4}}
     """
-    points: dict[str, list[tuple[int, float]]] = {}
-    epochs = 0
+    columns: Columns = {}
     for step, row in _rows(path, notes):
-        epoch = _number(row.pop("epoch", ""))
-        if epoch is not None and math.isfinite(epoch):
-            epochs = max(epochs, int(epoch) + 1)
-        for name, text in row.items():
-            value = _number(text)
-            if value is not None:
-                points.setdefault(name, []).append((step, value))
-    return Metrics({name: _series(found) for name, found in points.items()}, epochs)
+        _add_row(columns, step, row)
+    return columns
 
 
 def read_monitor(path: Path, notes: list[str]) -> Monitor:
-    """Read the file of QuantMonitor; where its steps go back, a resumed run has gone on in the same file.
+    """Read the file of QuantMonitor.
 
     Args:
         path: The file.
         notes: Takes what the reader of the report has to know.
 
     Returns:
-        The columns by layer; empty if the file is.
-
-    Raises:
-        OSError: If it cannot be read.
+        The columns by layer; empty if the file is, or cannot be read.
     """
-    rows: dict[str, list[tuple[int, Row]]] = {}
-    for step, row in _rows(path, notes):
-        if row.get("layer"):
-            rows.setdefault(row["layer"], []).append((step, row))
     monitor: Monitor = {}
-    for layer, found in rows.items():
-        attempts = [{name: _column(part, name) for name in MONITOR_COLUMNS} for part in _attempts(found)]
-        monitor[layer] = _joined(attempts)
+    for step, row in _rows(path, notes):
+        layer = row.pop("layer", "")
+        if layer:
+            _add_row(monitor.setdefault(layer, {}), step, row)
     return monitor
 
 
-def all_steps(monitor: Monitor) -> tuple[int, ...]:
-    """Return all steps at which some layer was looked at, ascending."""
-    return _steps(series for columns in monitor.values() for series in columns.values())
+def _add_row(columns: Columns, step: int, row: dict[str, str]) -> None:
+    for name, text in row.items():
+        value = _number(text)
+        if value is not None:
+            _add(columns.setdefault(name, {}), step, value)
 
 
-def join_metrics(attempts: Sequence[Metrics]) -> Metrics:
-    """Join the metrics of a run that was resumed; where two overlap, the later one counts.
-
-    Args:
-        attempts: The metrics of the run and its resumptions, in this order.
-
-    Returns:
-        The metrics of all of it.
-    """
-    series = _joined([attempt.series for attempt in attempts])
-    return Metrics(series, max((attempt.epochs for attempt in attempts), default=0))
+def _add(series: Series, step: int, value: float) -> None:
+    """Add a point; where steps go back, a resumed run has gone on, and what came after that step no longer counts."""
+    while series and next(reversed(series)) >= step:
+        series.popitem()
+    series[step] = value
 
 
-def join_monitors(attempts: Sequence[Monitor]) -> Monitor:
-    """Join what QuantMonitor saw of a run that was resumed; where two overlap, the later one counts.
-
-    Args:
-        attempts: The columns by layer of the run and its resumptions, in this order.
-
-    Returns:
-        The columns of all of it.
-    """
-    layers = dict.fromkeys(layer for attempt in attempts for layer in attempt)
-    return {layer: _joined([attempt[layer] for attempt in attempts if layer in attempt]) for layer in layers}
-
-
-def _steps(found: Iterable[Series]) -> tuple[int, ...]:
-    return tuple(sorted({step for series in found for step in series.steps}))
-
-
-def _joined(attempts: Iterable[dict[str, Series]]) -> dict[str, Series]:
-    joined: dict[str, Series] = {}
-    for attempt in attempts:
-        for name, series in attempt.items():
-            joined[name] = joined.get(name, Series()).then(series)
-    return joined
-
-
-def _attempts(rows: Iterable[tuple[int, Row]]) -> list[list[tuple[int, Row]]]:
-    """Split the rows of a layer where the steps go back."""
-    attempts: list[list[tuple[int, Row]]] = []
-    before = -1
-    for step, row in rows:
-        if step < before or not attempts:
-            attempts.append([])
-        attempts[-1].append((step, row))
-        before = step
-    return attempts
-
-
-def _column(rows: list[tuple[int, Row]], name: str) -> Series:
-    numbers = [(step, _number(row.get(name, ""))) for step, row in rows]
-    return _series([(step, value) for step, value in numbers if value is not None])
-
-
-def _series(points: Iterable[tuple[int, float]]) -> Series:
-    """Sort points by step; of several at one step the last one counts."""
-    by_step = sorted(dict(points).items())
-    return Series(tuple(step for step, _ in by_step), tuple(value for _, value in by_step))
-
-
-def _rows(path: Path, notes: list[str]) -> Iterator[tuple[int, Row]]:
+def _rows(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the lines that have a step; others are counted in a note."""
     reader = csv.DictReader(io.StringIO(_complete_lines(path, notes), newline=""))
     unreadable = 0
@@ -237,8 +136,12 @@ def _rows(path: Path, notes: list[str]) -> Iterator[tuple[int, Row]]:
 
 
 def _complete_lines(path: Path, notes: list[str]) -> str:
-    """Return the text of a file without a last line that a killed process has left unfinished."""
-    text = path.read_bytes().decode("utf-8-sig", errors="replace").replace("\0", "")
+    """Return the text of a file without a last line that a killed process has left unfinished; empty if unreadable."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig", errors="replace").replace("\0", "")
+    except OSError as error:
+        notes.append(f"{path}: cannot be read ({error.strerror or error}).")
+        return ""
     if text and not text.endswith("\n"):
         notes.append(f"{path}: the last line is incomplete (the run was stopped while writing it) and left out.")
         text = text[: text.rfind("\n") + 1]

@@ -1,56 +1,201 @@
-"""The page: header, sections, and what was read."""
+"""The page: pictures with their descriptions, facts and numbers, filled into the templates."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from amct_lightning.run_report.curves import OWN, PHASES
-from amct_lightning.run_report.sections import Section, all_sections
-from amct_lightning.run_report.sources import Run
-from amct_lightning.run_report.stylesheet import stylesheet
-from amct_lightning.run_report.tables import number, text
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
 
+from amct_lightning.conversion.report import ReportRow
+from amct_lightning.monitor_format import PHASE_METRIC, PHASES
+from amct_lightning.run_report.curves import draw_curves, panels
+from amct_lightning.run_report.layers import Change, draw_layers, lowest_sqnr, sqnr_changes
+from amct_lightning.run_report.logs import finite
+from amct_lightning.run_report.ranges import draw_all_widths, draw_ranges, most_moved, ranges
+from amct_lightning.run_report.sources import Run
+from amct_lightning.run_report.style import COLOURS, MOST_ROWS, clean, drawing, inline_svg, new_figure, row_height
+
+Picture = tuple[str, dict[str, str]]
+"""Its name, and what the template needs of it."""
+_MOST_PANELS = 4
+_MOST_RANGES = 12
 _MOST_METRICS = 8
-# Nothing is loaded and nothing is run, whatever a name in a log file contains.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_COLUMNS = 3
 
 
 def page(run: Run) -> str:
-    """Return the report as one HTML page; call it with the settings of ``style.drawing``.
+    """Return the report as one HTML page.
 
     Args:
         run: What was found of a run.
     """
-    sections = all_sections(run)
-    title = text(f"Quantization report: {run.name}")
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{title}</title>",
-            f"<style>{stylesheet()}</style></head>",
-            f"<body><main>{_header(run, sections)}",
-            *(section.html() for section in sections),
-            _footer(run),
-            "</main></body></html>\n",
-        ]
+    environment = Environment(
+        loader=PackageLoader("amct_lightning.run_report"),
+        autoescape=True,
+        finalize=lambda value: clean(value) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=number,
+        percent=percent,
+        float32=float32,
+        breakable=breakable,
+        finite=finite,
+        change=change,
+        remarks=remarks,
+    )
+    with drawing():
+        pictures = dict(picture for draw in (_curves, _ranges, _sqnr, _scales) for picture in draw(run))
+    template = environment.get_template("page.html")
+    return template.render(
+        run=run,
+        pictures=pictures,
+        facts=_facts(run),
+        changes=sqnr_changes(run.monitor),
+        colours=COLOURS,
+        program=_program(),
     )
 
 
-def _header(run: Run, sections: list[Section]) -> str:
-    links = "".join(f'<li><a href="#{s.key}">{text(s.title)}</a></li>' for s in sections if s.body)
-    facts = "".join(
-        f"<div><dt>{text(name)}</dt><dd>{text(value)}{f'<small>{text(more)}</small>' if more else ''}</dd></div>"
-        for name, value, more in (*_facts(run), *_last_metrics(run))
+def number(value: float | str | None, digits: int = 4) -> str:
+    """Show a number with few significant digits; what is text already stays.
+
+    Example:
+        >>> number(0.0123456), number(None), number(1234567.0), number(float("nan"))
+        ('0.01235', '–', '1.235e+06', 'NaN')
+    """
+    if value is None:
+        return "–"
+    if isinstance(value, (str, int)):
+        return str(value)
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
+    return f"{value:.{digits}g}"
+
+
+def percent(value: float | None) -> str:
+    """Show a share.
+
+    Example:
+        >>> percent(0.0625), percent(0.0)
+        ('6.25 %', '0 %')
+    """
+    return number(value) if value is None or not math.isfinite(value) else f"{number(100 * value, 3)} %"
+
+
+def float32(value: float | None) -> str:
+    """Show a float32 number with as many digits as tell it from its neighbours, like the record file.
+
+    Example:
+        >>> float32(0.008161441423)
+        '0.008161441'
+    """
+    return number(None) if value is None else str(np.float32(value))
+
+
+def breakable(name: str) -> Markup:
+    """Let a dotted name break behind its dots.
+
+    Example:
+        >>> breakable("layer.<1>")
+        Markup('layer.<wbr>&lt;1&gt;')
+    """
+    return escape(clean(name)).replace(".", Markup(".<wbr>"))
+
+
+def change(values: Change | None) -> list[str]:
+    """Show a number before and after, and what lies between.
+
+    Example:
+        >>> change(Change(20.0, 30.54))
+        ['20.0', '30.5', '+10.5']
+    """
+    if values is None:
+        return [number(None)] * 3
+    difference = round(values.after - values.before, 1)
+    return [f"{values.before:.1f}", f"{values.after:.1f}", f"{difference:+.1f}" if difference else "0.0"]
+
+
+def remarks(row: ReportRow) -> str:
+    """Say what is special about a quantized layer, or why it is in float."""
+    said = ["input never negative"] if row.fixed_min else []
+    said += [f"shares its input with {', '.join(row.shares_with)}"] if row.shares_with else []
+    return row.reason or "; ".join(said + ([f"called {row.calls} times"] if row.calls > 1 else []))
+
+
+def _picture(name: str, height: float, draw: Callable[[Figure], None], alt: str, caption: str) -> Picture:
+    figure = new_figure(height)
+    draw(figure)
+    return name, {"svg": Markup(inline_svg(figure, name, alt)), "caption": caption}
+
+
+def _curves(run: Run) -> Iterator[Picture]:
+    drawn = panels(run.logged, _MOST_PANELS)
+    if not drawn:
+        return
+    names = [name for panel in drawn.values() for name in panel]
+    words = [
+        "Shaded: the phase of the layer that is least advanced, from the step on at which it was logged."
+        if run.phases
+        else f"The phases are not known: the metric {PHASE_METRIC}, which QuantRetrainCallback logs, is missing."
+    ]
+    if len(names) < len(run.logged):
+        words.append(f"{len(names)} of {len(run.logged)} metrics; a logger shows all of them.")
+    alt = f"Curves of {', '.join(names)} over {run.steps} training steps, with the phases of the quantization."
+    yield _picture("curves", 2.1 * len(drawn) + 0.4, lambda part: draw_curves(part, run, drawn), alt, " ".join(words))
+
+
+def _ranges(run: Run) -> Iterator[Picture]:
+    found = ranges(run.monitor)
+    if not found:
+        return
+    moved = most_moved(found, _MOST_RANGES)
+    which = "All layers" if len(moved) == len(found) else f"The {len(moved)} of {len(found)} layers that moved most"
+    alt = f"clip_max and clip_min over the steps: {', '.join(item.layer for item in moved)}."
+    caption = f"{which}; on the right of each title the last width as a multiple of the first."
+    height = 1.55 * math.ceil(len(moved) / _COLUMNS) + 0.35
+    yield _picture("ranges", height, lambda part: draw_ranges(part, run, moved, _COLUMNS), alt, caption)
+    most = max(moved, key=lambda item: item.moved).layer
+    alt = f"Colours for the width of the range of {len(found)} layers over the steps. Moved most: {most}."
+    caption = "All layers in the order of the file: red ranges have grown since the calibration, blue ones shrunk."
+    height = row_height(len(found)) * len(found) + 0.75
+    yield _picture("widths", height, lambda part: draw_all_widths(part, run, found), alt, caption)
+
+
+def _sqnr(run: Run) -> Iterator[Picture]:
+    changes = sqnr_changes(run.monitor)
+    known = lowest_sqnr(changes, [*run.monitor], len(run.monitor))
+    layers = lowest_sqnr(changes, known, MOST_ROWS)
+    if not layers:
+        return
+    lowest = [(side, *min(found.items(), key=lambda item: item[1].after)) for side, found in changes.items() if found]
+    said = " ".join(f"Lowest of the {side}: {layer} with {change.after:.1f} dB." for side, layer, change in lowest)
+    which = "All layers" if layers == known else f"The {len(layers)} layers with the lowest values; the table has all"
+    alt = f"SQNR before and after of {len(layers)} layers. {said}"
+    height = row_height(len(layers)) * len(layers) + 0.95
+    yield _picture("sqnr", height, lambda part: draw_layers(part, layers, changes, {}), alt, f"{which}. {said}")
+
+
+def _scales(run: Run) -> Iterator[Picture]:
+    usable = {name: scale for name, scale in run.scales.items() if scale.count > scale.unusable}
+    if not usable:
+        return
+    widest = max(usable, key=lambda name: usable[name].spread)
+    alt = f"Distribution of the weight scales of {len(usable)} layers. Widest: {widest}."
+    caption = (
+        f"{'Of the checkpoint' if run.checkpoint and run.checkpoint.scales else 'Of the record'}. Widest: "
+        f"{widest}, largest / smallest = {number(usable[widest].spread, 3)}."
     )
-    notes = "".join(f'<p class="note">{text(note)}</p>' for note in run.notes)
-    return (
-        f"<header><h1>Quantization report</h1><p><code>{text(run.source)}</code></p>\n{notes}\n<dl>{facts}</dl>\n"
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
-    )
+    height = row_height(len(usable)) * len(usable) + 0.95
+    yield _picture("scales", height, lambda part: draw_layers(part, [*usable], {}, usable), alt, caption)
 
 
 def _facts(run: Run) -> list[tuple[str, str, str]]:
@@ -63,29 +208,25 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
         facts.append(("quantized layers", f"{bits.total()} of {len(run.rows)}", kinds))
     elif run.monitor or run.record:
         facts.append(("quantized layers", str(len(run.record or run.monitor)), ""))
-    if run.metrics.steps:
-        epochs = f"{run.metrics.epochs} epoch{'s' * (run.metrics.epochs != 1)}" if run.metrics.epochs else ""
-        facts.append(("training steps", str(run.steps), epochs))
-    if len(run.phases):
-        facts.append(("phase at the end", PHASES.get(int(run.phases.values[-1]), ("unknown",))[0], ""))
+    if run.metrics:
+        epochs = int(max([-1.0, *finite(run.metrics.get("epoch", {})).values()])) + 1
+        facts.append(("training steps", str(run.steps), f"{epochs} epoch{'s' * (epochs != 1)}" if epochs else ""))
+    if run.phases:
+        facts.append(("phase at the end", dict(enumerate(PHASES)).get(int([*run.phases.values()][-1]), "unknown"), ""))
     if run.checkpoint:
         known = (("epoch", run.checkpoint.epoch), ("step", run.checkpoint.step))
         where = ", ".join(f"{word} {value}" for word, value in known if value is not None)
         facts.append(("checkpoint", run.checkpoint.path.name, where))
+    names = [name for name in run.logged if not name.startswith("lr")]
+    names.sort(key=lambda name: not name.lower().startswith(("val", "test")))
+    for name in names[:_MOST_METRICS]:
+        step, value = [*run.logged[name].items()][-1]
+        facts.append((name, number(value), f"at step {step}"))
     return facts
 
 
-def _last_metrics(run: Run) -> list[tuple[str, str, str]]:
-    """Return the last values of the metrics, those of validation and test first."""
-    named = [(name, s) for name, s in run.metrics.series.items() if len(s) and not name.startswith((*OWN, "lr"))]
-    named.sort(key=lambda item: not item[0].lower().startswith(("val", "test")))
-    return [(name, number(s.values[-1]), f"at step {s.steps[-1]}") for name, s in named[:_MOST_METRICS]]
-
-
-def _footer(run: Run) -> str:
+def _program() -> str:
     try:
-        program = f"amct-lightning {version('amct-lightning')}"
+        return f"amct-lightning {version('amct-lightning')}"
     except PackageNotFoundError:  # used from a source tree that is not installed
-        program = "amct-lightning"
-    files = "".join(f"<li>{text(run.relative(path))}</li>" for path in run.files)
-    return f'<section id="files"><h2>Files</h2><p>Read by {text(program)}:</p><ul class="files">{files}</ul></section>'
+        return "amct-lightning"

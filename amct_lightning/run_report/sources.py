@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TypeVar
 
 from amct_lightning.conversion.report import ReportRow
+from amct_lightning.monitor_format import COLUMNS, FILE_NAME, PHASE_METRIC, PREFIX, LayerReading
 from amct_lightning.record import LayerRecord, QuantRecord
-from amct_lightning.run_report.checkpoint import CheckpointFacts, read_facts
-from amct_lightning.run_report.folder import METRICS_FILE, MONITOR_FILE, choose_log_folders, find_files
+from amct_lightning.run_report.checkpoint import CheckpointFacts, ScaleSummary, read_facts, scales_of_record
+from amct_lightning.run_report.folder import choose_log_folders, find_files
 from amct_lightning.run_report.logs import (
-    Metrics,
+    METRICS_FILE,
+    Columns,
     Monitor,
     Series,
     all_steps,
-    join_metrics,
+    finite,
+    join,
     join_monitors,
     read_metrics,
     read_monitor,
 )
-from amct_lightning.run_report.scales import ScaleSummary, scales_of_record
 
-PHASE_METRIC = "quant_phase"
+T = TypeVar("T")
 _TRIES = 5
 
 
@@ -36,7 +38,7 @@ class Run:
 
     Attributes:
         source: What the user named.
-        metrics: What the Trainer logged.
+        metrics: What the Trainer logged, and ``epoch``.
         monitor: What QuantMonitor wrote, by layer.
         checkpoint: The newest usable checkpoint.
         record: The record, by layer.
@@ -46,7 +48,7 @@ class Run:
     """
 
     source: Path
-    metrics: Metrics = field(default_factory=Metrics)
+    metrics: Columns = field(default_factory=dict)
     monitor: Monitor = field(default_factory=dict)
     checkpoint: CheckpointFacts | None = None
     record: Mapping[str, LayerRecord] = field(default_factory=dict)
@@ -55,29 +57,37 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def name(self) -> str:
-        """The last part of the source's path, for a title."""
-        return self.source.resolve().name
+    def logged(self) -> Columns:
+        """The metrics that the user's module logged."""
+        own = ("epoch", PHASE_METRIC)
+        return {name: s for name, s in self.metrics.items() if name not in own and not name.startswith(PREFIX)}
 
     @property
-    def last_step(self) -> int:
-        """The last step of which anything is known; at least 1, so that an axis can end there."""
-        return max([1, *self.metrics.steps[-1:], *all_steps(self.monitor)[-1:]])
+    def readings(self) -> list[LayerReading]:
+        """What QuantMonitor saw last of each layer."""
+        last = {
+            layer: {name: next(reversed(series.values())) for name, series in columns.items() if name in COLUMNS}
+            for layer, columns in self.monitor.items()
+        }
+        return [
+            LayerReading(layer, **{n: v for n, v in values.items() if n != "epoch"}) for layer, values in last.items()
+        ]
+
+    @property
+    def phases(self) -> Series:
+        """The phase of the quantization over the steps, as far as it was logged."""
+        return finite(self.metrics.get(PHASE_METRIC, {}))
 
     @property
     def steps(self) -> int:
-        """The number of training steps: the metrics count them from 0, QuantMonitor how many are done."""
-        return max([0, *(step + 1 for step in self.metrics.steps[-1:]), *all_steps(self.monitor)[-1:]])
+        """The number of training steps, at least 1: the metrics count them from 0, QuantMonitor how many are done."""
+        logged, watched = all_steps([self.metrics]), all_steps(self.monitor.values())
+        return max([1, *(step + 1 for step in logged[-1:]), *watched[-1:]])
 
     @property
     def rows(self) -> tuple[ReportRow, ...]:
         """The conversion table, empty without a checkpoint."""
         return self.checkpoint.rows if self.checkpoint else ()
-
-    @property
-    def phases(self) -> Series:
-        """The phase of the quantization over the steps, as far as it was logged."""
-        return self.metrics.series.get(PHASE_METRIC, Series()).finite()
 
     @property
     def scales(self) -> dict[str, ScaleSummary]:
@@ -113,75 +123,62 @@ def load_run(source: str | Path) -> Run:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"There is no file or folder '{path}'. Give the folder of a run, or a .ckpt file.")
-    is_folder = path.is_dir() and path.suffix != ".ckpt"  # a sharded checkpoint is a folder as well
-    run = _from_folder(path) if is_folder else _from_checkpoint(path)
+    run = Run(path)
+    if path.is_dir() and path.suffix != ".ckpt":  # a sharded checkpoint is a folder as well
+        _take_folder(run, path)
+    else:
+        _take_checkpoint(run, path, read_facts(path, run.notes))
     inside = f"{path}{os.sep}"
     run.notes = list(dict.fromkeys(note.replace(inside, "") for note in run.notes))
     return run
 
 
-def _from_checkpoint(path: Path) -> Run:
-    run = Run(path, files=[path])
-    run.checkpoint = read_facts(path, run.notes)
-    _take_record(run, run.checkpoint)
-    return run
-
-
-def _from_folder(folder: Path) -> Run:
-    run = Run(folder)
-    logs = _take_logs(run, folder)
-    _take_checkpoint(run, _near(logs, find_files(folder, "*.ckpt")))
+def _take_folder(run: Run, folder: Path) -> None:
+    logs = _take_metrics(run, find_files(folder, METRICS_FILE))
+    logs += _take_monitor(run, find_files(folder, FILE_NAME), logs)
+    checkpoint = _first_usable(run, _near(logs, find_files(folder, "*.ckpt")), lambda path: read_facts(path, run.notes))
+    if checkpoint:
+        _take_checkpoint(run, *checkpoint)
     if not run.record:
-        _take_record_file(run, _near(logs, find_files(folder, "*.record.txt", "record.txt")))
-    if not (run.metrics.series or run.monitor or run.checkpoint or run.record):
+        record = _first_usable(run, _near(logs, find_files(folder, "*.record.txt", "record.txt")), QuantRecord.load)
+        if record:
+            run.record_source, run.record = os.fspath(record[0]), record[1]
+            run.files.append(record[0])
+    if not (run.metrics or run.monitor or run.checkpoint or run.record):
         said = "".join(f"\n{note}" for note in run.notes)
         raise FileNotFoundError(
             f"'{folder}' holds nothing to report. Looked for, in it and below: {METRICS_FILE} (of CSVLogger), "
-            f"{MONITOR_FILE} (of QuantMonitor), *.ckpt (of a training with QuantRetrainCallback), record.txt and "
+            f"{FILE_NAME} (of QuantMonitor), *.ckpt (of a training with QuantRetrainCallback), record.txt and "
             f"*.record.txt. Give the folder that the Trainer wrote to (default_root_dir, the logger's save_dir).{said}"
         )
-    return run
 
 
-def _take_logs(run: Run, folder: Path) -> list[Path]:
-    """Read the logs of the newest run; return where they are."""
-    metrics: dict[Path, Metrics] = {}
+def _take_metrics(run: Run, paths: list[Path]) -> list[Path]:
+    """Read the metrics of the newest run; return where they are."""
+    metrics: dict[Path, Columns] = {}
     notes: dict[Path, list[str]] = defaultdict(list)
-    for path in find_files(folder, METRICS_FILE):
-        with _noting(path, run.notes):
-            metrics[path.parent] = read_metrics(path, notes[path.parent])
-    chosen = choose_log_folders([*metrics], lambda place: metrics[place].steps, run.notes)
-    run.metrics = join_metrics([metrics[place] for place in chosen])
+    for path in paths:
+        metrics[path.parent] = read_metrics(path, notes[path.parent])
+    chosen = choose_log_folders([*metrics], lambda place: all_steps([metrics[place]]), run.notes)
+    run.metrics = join(metrics[place] for place in chosen)
     run.notes += [note for place in chosen for note in notes[place]]
     run.files += [place / METRICS_FILE for place in chosen]
-    return [*chosen, *_take_monitor(run, find_files(folder, MONITOR_FILE), chosen)]
+    return chosen
 
 
 def _take_monitor(run: Run, paths: list[Path], log_folders: list[Path]) -> list[Path]:
-    """Read what QuantMonitor wrote beside the metrics; else where no other run's metrics are.
+    """Read what QuantMonitor wrote beside the metrics; else where no other run's metrics are. Return where that is.
 
     With several loggers QuantMonitor writes to the folder of the first one, without a logger to that of the run.
     """
     near = [path for path in paths if path.parent in log_folders]
     near = near or [path for path in paths if not (path.parent / METRICS_FILE).exists()]
-    monitors: dict[Path, Monitor] = {}
-    for path in near:
-        with _noting(path, run.notes):
-            monitors[path.parent] = read_monitor(path, run.notes)
+    monitors = {path.parent: read_monitor(path, run.notes) for path in near}
     chosen = [place for place in log_folders if place in monitors]
-    chosen = chosen or choose_log_folders([*monitors], lambda place: all_steps(monitors[place]), run.notes)
+    chosen = chosen or choose_log_folders([*monitors], lambda at: all_steps(monitors[at].values()), run.notes)
     run.monitor = join_monitors([monitors[place] for place in chosen])
-    run.files += [place / MONITOR_FILE for place in chosen]
+    run.files += [place / FILE_NAME for place in chosen]
     return chosen
-
-
-@contextmanager
-def _noting(path: Path, notes: list[str]) -> Iterator[None]:
-    """Leave out a file that cannot be read, with a note."""
-    try:
-        yield
-    except OSError as error:
-        notes.append(f"{path}: cannot be read ({error.strerror or error}).")
 
 
 def _near(log_folders: list[Path], paths: list[Path]) -> list[Path]:
@@ -190,29 +187,17 @@ def _near(log_folders: list[Path], paths: list[Path]) -> list[Path]:
     return inside or paths
 
 
-def _take_checkpoint(run: Run, paths: list[Path]) -> None:
+def _first_usable(run: Run, paths: list[Path], read: Callable[[Path], T]) -> tuple[Path, T] | None:
     for path in paths[:_TRIES]:
         try:
-            run.checkpoint = read_facts(path, run.notes)
+            return path, read(path)
         except (OSError, RuntimeError, ValueError) as error:
             run.notes.append(str(error))
-            continue
-        run.files.append(path)
-        _take_record(run, run.checkpoint)
-        return
+    return None
 
 
-def _take_record(run: Run, checkpoint: CheckpointFacts) -> None:
-    if checkpoint.record is not None:
-        run.record, run.record_source = checkpoint.record, f"the checkpoint {checkpoint.path.name}"
-
-
-def _take_record_file(run: Run, paths: list[Path]) -> None:
-    for path in paths[:_TRIES]:
-        try:
-            run.record, run.record_source = QuantRecord.load(path), os.fspath(path)
-        except (OSError, ValueError) as error:
-            run.notes.append(str(error))
-            continue
-        run.files.append(path)
-        return
+def _take_checkpoint(run: Run, path: Path, facts: CheckpointFacts) -> None:
+    run.checkpoint = facts
+    run.files.append(path)
+    if facts.record is not None:
+        run.record, run.record_source = facts.record, f"the checkpoint {path.name}"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from amct_lightning.files import atomic_path, write_text
-from amct_lightning.run_report.overview import draw_overview
-from amct_lightning.run_report.page import page
 from amct_lightning.run_report.sources import load_run
-from amct_lightning.run_report.style import PAPER, drawing
 
 
 def write_report(source: str | Path, output: str | Path) -> Path:
@@ -29,7 +27,7 @@ def write_report(source: str | Path, output: str | Path) -> Path:
         RuntimeError: If ``source`` is a file, but no checkpoint.
         ValueError: If ``source`` is a checkpoint that was written without QuantRetrainCallback, or ``output`` is not
             named as an HTML file.
-        ImportError: If matplotlib is not installed.
+        ImportError: If matplotlib or jinja2 is not installed.
 
     Example:
         >>> import tempfile
@@ -40,10 +38,10 @@ def write_report(source: str | Path, output: str | Path) -> Path:
         True
     """
     output = _checked(output, (".html", ".htm"))
-    run = load_run(source)
-    with drawing():
-        text = page(run)
-    write_text(output, text)
+    _check_installed()
+    from amct_lightning.run_report.page import page  # noqa: PLC0415  (needs what may not be installed, and takes its time)
+
+    write_text(output, page(load_run(source)))
     return output
 
 
@@ -64,24 +62,25 @@ def write_picture(source: str | Path, output: str | Path, *, dpi: int = 140) -> 
         RuntimeError: If ``source`` is a file, but no checkpoint.
         ValueError: If ``source`` is a checkpoint that was written without QuantRetrainCallback, or ``output`` is not
             named as a PNG file.
-        ImportError: If matplotlib is not installed.
+        ImportError: If matplotlib or jinja2 is not installed.
     """
     output = _checked(output, (".png",))
-    run = load_run(source)
-    with drawing():
-        figure = draw_overview(run)
-        with atomic_path(output) as temporary:
-            figure.savefig(
-                temporary,
-                format="png",
-                dpi=dpi,
-                facecolor=PAPER.light,
-                bbox_inches="tight",
-                pad_inches=0.12,
-                metadata={"Software": None},
-                pil_kwargs={"optimize": True},
-            )
+    _check_installed()
+    from amct_lightning.run_report.overview import overview  # noqa: PLC0415  (as above)
+
+    picture = overview(load_run(source), dpi)
+    with atomic_path(output) as temporary:
+        temporary.write_bytes(picture)
     return output
+
+
+def _check_installed() -> None:
+    missing = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"A report needs {' and '.join(missing)}, which is not installed. Install what it needs with: "
+            "pip install 'amct-lightning[report]'."
+        )
 
 
 def _checked(output: str | Path, suffixes: tuple[str, ...]) -> Path:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import math
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import torch
 
 import amct_lightning.run_report
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY
+from amct_lightning.cli import main
 from amct_lightning.run_report import write_picture, write_report
 from amct_lightning.run_report.sources import load_run
 from tests.run_report.conftest import report, write_metrics, write_monitor
@@ -59,8 +64,8 @@ def test_many_metrics_with_long_names(tmp_path: Path) -> None:
     names = [f"val_loss_of_the_{n}th_domain/dataloader_idx_{n}" for n in range(12)] + [f"extra_{n}" for n in range(12)]
     write_metrics(tmp_path / "run", [9, 19], **dict.fromkeys(names, 0.5))
     page = report(tmp_path / "run")
-    assert [row[0] for row in page.tables["What was logged"][1:]] == names
-    assert "Only in the table: 'val_loss" in page.sections["curves"]
+    assert [name for name in page.facts if name in names] == names[:8]
+    assert "4 of 24 metrics; a logger shows all of them." in page.sections["curves"]
 
 
 @pytest.mark.parametrize("values", [[math.nan, math.inf, -math.inf], [0.5, math.nan, 0.25], [1e300, -1e300, 0.0]])
@@ -98,7 +103,7 @@ def test_half_a_line_at_the_end_is_left_out(tmp_path: Path) -> None:
         (tmp_path / "metrics.csv").write_text(whole[:cut])
         complete = whole[:cut].count("\n") - 1
         run = load_run(tmp_path) if complete else None
-        assert run is None or len(run.metrics.series["loss"]) == complete
+        assert run is None or len(run.metrics["loss"]) == complete
         assert run is None or any("incomplete" in note for note in run.notes) is (whole[cut - 1] != "\n")
 
 
@@ -117,7 +122,7 @@ def test_lines_without_a_step_are_counted(tmp_path: Path) -> None:
     path = write_metrics(tmp_path, range(9, 100, 10), loss=0.5)
     path.write_text(path.read_text() + "0,,0.5\n0,nonsense,1\n0,-5,1\n0,1e300,1\n0,109,0.25,too,many\n")
     run = load_run(tmp_path)
-    assert run.metrics.series["loss"].values[-1] == 0.25
+    assert run.metrics["loss"][109] == 0.25
     assert run.notes == ["metrics.csv: 4 lines without a step left out."]
 
 
@@ -180,11 +185,34 @@ def test_a_picture_of_nothing_leaves_the_old_one(tmp_path: Path) -> None:
     assert (tmp_path / "old.png").read_bytes() == b"old"
 
 
-def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
+def test_what_is_missing_is_named_and_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
     write_metrics(tmp_path, [9], loss=0.5)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install matplotlib"):
-        write_report(tmp_path, tmp_path / "report.html")
+    monkeypatch.setitem(sys.modules, missing, None)
+    for write, name in ((write_report, "report.html"), (write_picture, "report.png")):
+        with pytest.raises(ImportError, match=rf"needs {missing}.*pip install 'amct-lightning\[report\]'"):
+            write(tmp_path, tmp_path / name)
+
+
+def test_the_command_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_metrics(tmp_path, [9], loss=0.5)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "report.html")]) == 2
+    assert "needs jinja2" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_package_can_be_imported_without_what_the_report_needs() -> None:
+    # torchmetrics imports matplotlib, and torch jinja2, where they are installed; the package itself must not.
+    code = "import sys, amct_lightning.cli, amct_lightning.run_report; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    ours = [importlib.import_module(name) for name in found if name.startswith("amct_lightning")]
+    assert amct_lightning.run_report in ours
+    assert not [m.__name__ for m in ours if re.search("^(import|from) (matplotlib|jinja2)", inspect.getsource(m), re.M)]
 
 
 def test_settings_of_the_user_do_not_matter_and_stay(tmp_path: Path) -> None:

@@ -21,16 +21,16 @@ def age(path: Path, minutes: int) -> None:
 def test_a_resumed_run_is_joined_and_the_later_values_count(tmp_path: Path) -> None:
     write_metrics(tmp_path / "version_0", range(9, 200, 10), loss=lambda step: 1000 + step)
     write_metrics(tmp_path / "version_1", range(159, 300, 10), loss=lambda step: 2000 + step)
-    loss = load_run(tmp_path).metrics.series["loss"]
-    assert loss.steps == tuple(range(9, 300, 10))
-    assert loss.values == tuple((1000 if step < 159 else 2000) + step for step in range(9, 300, 10))
+    loss = load_run(tmp_path).metrics["loss"]
+    assert list(loss) == list(range(9, 300, 10))
+    assert list(loss.values()) == [(1000 if step < 159 else 2000) + step for step in range(9, 300, 10)]
 
 
 def test_runs_of_their_own_are_not_joined(tmp_path: Path) -> None:
     for version in range(3):
         write_metrics(tmp_path / f"version_{version}", range(9, 200, 10), loss=float(version))
     run = load_run(tmp_path)
-    assert set(run.metrics.series["loss"].values) == {2.0}
+    assert set(run.metrics["loss"].values()) == {2.0}
     assert any("version_0" in note and "version_1" in note for note in run.notes)
 
 
@@ -40,27 +40,27 @@ def test_a_resumption_that_follows_a_crash_finds_its_run(tmp_path: Path) -> None
     (tmp_path / "version_2").mkdir()
     (tmp_path / "version_2" / "metrics.csv").touch()  # killed before anything was logged
     write_metrics(tmp_path / "version_3", range(109, 300, 10), loss=3.0)
-    loss = load_run(tmp_path).metrics.series["loss"]
-    assert loss.steps == tuple(range(9, 300, 10))
-    assert set(loss.values) == {1.0, 3.0}
+    loss = load_run(tmp_path).metrics["loss"]
+    assert list(loss) == list(range(9, 300, 10))
+    assert set(loss.values()) == {1.0, 3.0}
 
 
 def test_a_run_of_its_own_with_another_interval_is_not_joined(tmp_path: Path) -> None:
     write_metrics(tmp_path / "version_0", range(4, 200, 5), loss=0.0)
     write_metrics(tmp_path / "version_1", range(9, 200, 10), loss=1.0)
-    assert set(load_run(tmp_path).metrics.series["loss"].values) == {1.0}
+    assert set(load_run(tmp_path).metrics["loss"].values()) == {1.0}
 
 
 def test_versions_are_ordered_as_numbers(tmp_path: Path) -> None:
     write_metrics(tmp_path / "version_9", range(9, 200, 10), loss=9.0)
     write_metrics(tmp_path / "version_10", range(159, 300, 10), loss=10.0)
-    assert load_run(tmp_path).metrics.series["loss"].values[-1] == 10.0
+    assert load_run(tmp_path).metrics["loss"][299] == 10.0
 
 
 def test_a_test_run_does_not_hide_the_training_before(tmp_path: Path) -> None:
     write_metrics(tmp_path / "version_0", range(9, 200, 10), loss=0.5)
     write_metrics(tmp_path / "version_1", [0], test_acc=0.75)
-    assert "loss" in load_run(tmp_path).metrics.series
+    assert "loss" in load_run(tmp_path).metrics
 
 
 def test_the_newest_of_several_experiments_is_shown(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_the_newest_of_several_experiments_is_shown(tmp_path: Path) -> None:
         write_metrics(tmp_path / name / "version_0", range(9, 200, 10), **{name: 1.0})
         age(tmp_path / name, minutes)
     run = load_run(tmp_path)
-    assert list(run.metrics.series) == ["new"]
+    assert list(run.logged) == ["new"]
     assert any("old/version_0" in note for note in run.notes)
 
 
@@ -77,7 +77,7 @@ def test_monitor_of_another_logger_is_found(tmp_path: Path) -> None:
     write_monitor(tmp_path / "tensorboard" / "version_0", [{"step": 10, "epoch": 0, "layer": "fc", "clip_max": 1}])
     run = load_run(tmp_path)
     assert list(run.monitor) == ["fc"]
-    assert "loss" in run.metrics.series
+    assert "loss" in run.metrics
 
 
 def test_monitor_of_another_run_is_not_taken(tmp_path: Path) -> None:
@@ -92,8 +92,7 @@ def test_monitor_that_goes_back_has_been_resumed(tmp_path: Path) -> None:
     steps = [10, 20, 30, 20, 30, 40]
     rows = [{"step": s, "epoch": 0, "layer": "fc", "clip_max": place} for place, s in enumerate(steps)]
     write_monitor(tmp_path, rows)
-    series = load_run(tmp_path).monitor["fc"]["clip_max"]
-    assert (series.steps, series.values) == ((10, 20, 30, 40), (0.0, 3.0, 4.0, 5.0))
+    assert load_run(tmp_path).monitor["fc"]["clip_max"] == {10: 0.0, 20: 3.0, 30: 4.0, 40: 5.0}
 
 
 def test_newest_checkpoint_in_the_folder_of_the_logs_is_taken(real_run: Path, tmp_path: Path) -> None:

@@ -46,12 +46,13 @@ def test_facts_of_the_header(real_run: Path, page: Page) -> None:
     assert page.facts["val_loss"] == f"{last_loss:.4g}"
 
 
-def test_metrics_table(real_run: Path, page: Page) -> None:
-    values = [(float(row["val_loss"]), row["step"]) for row in logged(real_run, "metrics.csv") if row["val_loss"]]
-    (row,) = (row for row in page.tables["What was logged"] if row[0] == "val_loss")
-    low, high = min(values), max(values)
-    ends = [f"{values[0][0]:.4g}", f"{values[-1][0]:.4g}", values[-1][1]]
-    assert row[1:] == [str(len(values)), *ends, f"{low[0]:.4g}", low[1], f"{high[0]:.4g}", high[1]]
+def test_last_value_of_each_metric_is_in_the_header(real_run: Path, page: Page) -> None:
+    rows = logged(real_run, "metrics.csv")
+    names = [name for name in rows[0] if name not in ("epoch", "step") and not name.startswith("quant")]
+    assert "val_loss" in names
+    for name in names:
+        last = [float(row[name]) for row in rows if row[name]][-1]
+        assert page.facts[name] == f"{last:.4g}"
 
 
 def test_sqnr_is_that_of_the_first_calibrated_and_of_the_last_interval(real_run: Path, page: Page) -> None:

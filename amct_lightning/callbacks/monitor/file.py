@@ -5,16 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable
-from dataclasses import astuple, fields
+from dataclasses import astuple
 from pathlib import Path
 
-from amct_lightning.callbacks.monitor.reading import LayerReading
 from amct_lightning.files import check_writable, write_text
-
-FILE_NAME = "quant_monitor.csv"
-
-COLUMNS = ("step", "epoch", *(field.name for field in fields(LayerReading)))
-"""The columns; they never change during a run."""
+from amct_lightning.monitor_format import COLUMNS, LayerReading
 
 
 class MonitorFile:

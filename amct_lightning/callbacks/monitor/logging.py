@@ -12,9 +12,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from amct_lightning.callbacks.monitor.reading import LayerReading
-
-PREFIX = "quant/"
+from amct_lightning.monitor_format import PREFIX, LayerReading
 
 LOW_IS_BAD = ("sqnr_input_db", "sqnr_weight_db")
 HIGH_IS_BAD = ("saturation", "clip_drift", "weight_scale_drift")

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from amct_lightning.callbacks.monitor.file import FILE_NAME, MonitorFile
+from amct_lightning.callbacks.monitor.file import MonitorFile
 from amct_lightning.callbacks.monitor.layers import Drift, monitored_layers
 from amct_lightning.callbacks.monitor.logging import (
     HistogramWriter,
@@ -23,11 +23,11 @@ from amct_lightning.callbacks.monitor.logging import (
     tag,
     write_histograms,
 )
-from amct_lightning.callbacks.monitor.reading import LayerReading
 from amct_lightning.callbacks.monitor.sampling import Sampler
 from amct_lightning.callbacks.monitor.table import MonitorSummary
 from amct_lightning.callbacks.quant_retrain import QuantRetrainCallback
 from amct_lightning.modules.folding import is_sharded
+from amct_lightning.monitor_format import FILE_NAME, LayerReading
 
 
 class QuantMonitor(Callback):

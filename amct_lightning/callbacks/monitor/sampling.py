@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from amct_lightning.callbacks.monitor.layers import Drift, MonitoredLayer, read_factors
 from amct_lightning.callbacks.monitor.metric import QuantStatistics
-from amct_lightning.callbacks.monitor.reading import LayerReading
+from amct_lightning.callbacks.monitor.reading import reading_of
+from amct_lightning.monitor_format import LayerReading
 from amct_lightning.quantizers.activation import in_backward
 
 
@@ -60,9 +61,7 @@ class Sampler:
             return []
         factors = [read_factors(row, drift).to(gathered.device, non_blocking=True) for row in self.rows]
         values = torch.cat((gathered, torch.stack(factors)), dim=1).tolist()
-        return [
-            LayerReading.of(row.name, row.quantizer.num_bits, line) for row, line in zip(self.rows, values, strict=True)
-        ]
+        return [reading_of(row.name, row.quantizer.num_bits, line) for row, line in zip(self.rows, values, strict=True)]
 
 
 class _Look:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import math
-import shutil
 from dataclasses import dataclass
 
-from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from amct_lightning.callbacks.monitor.reading import LayerReading
+from amct_lightning.monitor_format import LayerReading
+from amct_lightning.wording import TEXT_BOX, as_text
 
-_WIDTH_OF_LOGS = 120
-_LEAST_WIDTH = 60
-# A line below the titles, in ASCII: any log file can hold it.
-_BOX = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 _LEGEND = "SQNR: signal to quantization noise ratio; drift: change since the calibration"
 
 
@@ -54,15 +48,11 @@ class MonitorSummary:
 
     def __str__(self) -> str:
         """Give the table as plain text that fits the terminal."""
-        width = max(_LEAST_WIDTH, shutil.get_terminal_size((_WIDTH_OF_LOGS, 24)).columns)
-        console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+        return as_text(self)
 
 
 def _table(readings: list[LayerReading]) -> Table:
-    table = Table(box=_BOX, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=TEXT_BOX, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("Layer", overflow="fold")
     titles = ("Input\nSQNR", "Weight\nSQNR", "Range", "Clipped", "Levels\nused", "Range\ndrift", "Scale\ndrift")
     for title in titles:

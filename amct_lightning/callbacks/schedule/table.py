@@ -8,8 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from amct_lightning.callbacks.schedule.schedule import LayerPhase, Position, QuantSchedule
-from amct_lightning.text_table import TEXT_BOX, as_text
-from amct_lightning.wording import abbreviated
+from amct_lightning.wording import TEXT_BOX, abbreviated, as_text
 
 _MOST_EPOCHS = 200
 Cells = tuple[str, str, str, str]

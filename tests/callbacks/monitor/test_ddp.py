@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from amct_lightning import QuantRetrainCallback
-from amct_lightning.callbacks.monitor.file import FILE_NAME
 from amct_lightning.callbacks.monitor.monitor import QuantMonitor
+from amct_lightning.monitor_format import FILE_NAME
 from tests.callbacks.conftest import BATCH, Net, TrainerFactory, loader
 
 CONFIG = {"activations": {"clip_max": 1.0, "clip_min": -1.5}}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from amct_lightning import QuantRetrainCallback
-from amct_lightning.callbacks.monitor.file import COLUMNS, FILE_NAME, MonitorFile
+from amct_lightning.callbacks.monitor.file import MonitorFile
 from amct_lightning.callbacks.monitor.monitor import QuantMonitor
-from amct_lightning.callbacks.monitor.reading import LayerReading
+from amct_lightning.monitor_format import COLUMNS, FILE_NAME, LayerReading
 from tests.callbacks.conftest import Net, TrainerFactory, loader
 
 READINGS = [LayerReading("a", clip_max=1.5, offset=-0.0), LayerReading('b,"c', sqnr_input_db=float("inf"))]

@@ -15,11 +15,16 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from amct_lightning import QuantRetrainCallback
-from amct_lightning.callbacks.monitor.file import FILE_NAME
 from amct_lightning.callbacks.monitor.logging import WorstLayers, model_scalars, tag
 from amct_lightning.callbacks.monitor.monitor import QuantMonitor
-from amct_lightning.callbacks.monitor.reading import LayerReading
+from amct_lightning.callbacks.schedule.schedule import Phase
+from amct_lightning.monitor_format import FILE_NAME, PHASES, LayerReading
 from tests.callbacks.conftest import Net, TrainerFactory, loader
+
+
+def test_the_phases_have_the_names_that_are_written_down() -> None:
+    assert [phase.name.lower() for phase in Phase] == list(PHASES)
+    assert list(Phase) == list(range(len(PHASES)))
 
 
 def _readings(**values: float) -> list[LayerReading]:

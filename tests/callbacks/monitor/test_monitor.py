@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import nn
 
 from amct_lightning import QuantRetrainCallback
-from amct_lightning.callbacks.monitor.file import COLUMNS, FILE_NAME
 from amct_lightning.callbacks.monitor.monitor import QuantMonitor
+from amct_lightning.monitor_format import COLUMNS, FILE_NAME
 from tests.callbacks.conftest import Net, TrainerFactory, loader
 
 Rows = list[dict[str, str]]

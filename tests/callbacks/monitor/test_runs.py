@@ -13,10 +13,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from amct_lightning import QuantRetrainCallback
-from amct_lightning.callbacks.monitor.file import FILE_NAME
 from amct_lightning.callbacks.monitor.monitor import QuantMonitor
-from amct_lightning.callbacks.monitor.reading import LayerReading
 from amct_lightning.callbacks.monitor.table import MonitorSummary
+from amct_lightning.monitor_format import FILE_NAME, LayerReading
 from tests.callbacks.conftest import BATCHES, Net, TrainerFactory, loader
 from tests.callbacks.monitor.test_monitor import monitor, rows_of, steps_of
 
