@@ -15,7 +15,7 @@ from amct_lightning.callbacks.checks import describe_difference
 from amct_lightning.callbacks.inputs import BatchToInput, find_input
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.sharding import reshard
-from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config, resolve_config
+from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config
 from amct_lightning.conversion.convert import convert_layers
 from amct_lightning.conversion.plan import QuantPlan, find_plan, make_plan
 from amct_lightning.conversion.report import conversion_report
@@ -77,7 +77,7 @@ class Conversion:
             return
         source = config_source(self.config)
         layers = {layer: _as_float(root.get_submodule(layer)) for layer in plan.config}
-        wanted = self._with_batches(replace(plan, config=resolve_config(load_config(self.config), layers, source)))
+        wanted = self._with_batches(replace(plan, config=load_config(self.config).resolve(layers, source)))
         if wanted != plan:
             raise ValueError(
                 f"{name} is quantized already, and {source} would do it differently: "

@@ -33,7 +33,7 @@ def in_few_words(config: RetrainConfig, layers: Mapping[str, nn.Module]) -> Quan
 
     Example:
         >>> layers = {"0": nn.Conv2d(4, 4, 3), "1": nn.Linear(4, 4)}
-        >>> choices = in_few_words(resolve_config(QuantChoices(skip_layers=("1",)), layers), layers)
+        >>> choices = in_few_words(QuantChoices(skip_layers=("1",)).resolve(layers), layers)
         >>> dict(choices.layers), choices.skip_layers
         ({}, ('1',))
     """

@@ -1,9 +1,10 @@
 """WHAT is quantized: the settings of every layer, their rules, and their files."""
 
 from amct_lightning.config.choices import QuantChoices
+from amct_lightning.config.fit import config_source, load_config
 from amct_lightning.config.layer import DataConfig, LayerConfig, WeightConfig
-from amct_lightning.config.load import config_source
-from amct_lightning.config.retrain import ConfigLike, RetrainConfig, load_config, resolve_config
+from amct_lightning.config.load import ConfigLike
+from amct_lightning.config.retrain import RetrainConfig
 
 __all__ = [
     "ConfigLike",
@@ -14,5 +15,4 @@ __all__ = [
     "WeightConfig",
     "config_source",
     "load_config",
-    "resolve_config",
 ]

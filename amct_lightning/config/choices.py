@@ -1,15 +1,25 @@
 """What a user chooses when not every layer is spelled out: the common content of ``.cfg``, YAML and dict.
 
-The readers are ``simple_format.py`` and ``friendly.py``; what the choices mean for a model is in ``resolve.py``.
+The readers are ``simple_format.py`` and ``friendly.py``. Which settings each layer of a model gets is worked out here;
+defaults of layer types and what a type forbids come after that, in ``fit.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
-from amct_lightning.config.checks import Fault, raise_first, run_faults, type_fault
+from torch import nn
+
+from amct_lightning.config.checks import RuleError, check_flag, check_run, found_in, wrong_type
+from amct_lightning.config.fit import without_int4
 from amct_lightning.config.layer import LayerConfig
+from amct_lightning.config.retrain import RetrainConfig
+from amct_lightning.layer_types import LAYER_TYPES
+from amct_lightning.wording import abbreviated, closest
 
 
 @dataclass(frozen=True)
@@ -39,9 +49,8 @@ class QuantChoices:
 
     Example:
         >>> from torch import nn
-        >>> from amct_lightning.config import resolve_config
         >>> choices = QuantChoices(batch_num=2, skip_layers=("head*",))
-        >>> config = resolve_config(choices, {"body": nn.Linear(4, 4), "head.0": nn.Linear(4, 2)})
+        >>> config = choices.resolve({"body": nn.Linear(4, 4), "head.0": nn.Linear(4, 2)})
         >>> [(name, layer.retrain_enable) for name, layer in config.items()]
         [('body', True), ('head.0', False)]
     """
@@ -55,36 +64,137 @@ class QuantChoices:
     skip_types: tuple[str, ...] = ()
     amct_rules: bool = False
 
+    @found_in("QuantChoices.", "")
     def __post_init__(self) -> None:
-        raise_first(self._faults(), lambda key: f"QuantChoices.{key}")
-        for key in ("types", "layers"):  # a later change to what was given must not get past the checks
-            object.__setattr__(self, key, dict(getattr(self, key)))
-
-    def _faults(self) -> Iterator[Fault]:
-        yield from run_faults(vars(self))
-        if not isinstance(self.amct_rules, bool):
-            yield type_fault("amct_rules", "true or false", self.amct_rules)
-        yield from _settings_faults("defaults", self.defaults)
+        check_run("batch_num", self.batch_num)
+        check_run("fakequant_precision_mode", self.fakequant_precision_mode)
+        check_flag("amct_rules", self.amct_rules)
+        _check_settings("defaults", self.defaults)
         for key in ("types", "layers"):
-            yield from _mapping_faults(key, getattr(self, key))
+            settings = getattr(self, key)
+            if not isinstance(settings, Mapping):
+                raise wrong_type(key, "a mapping from names to settings", settings)
+            for name, layer in settings.items():
+                if not isinstance(name, str):
+                    raise wrong_type(key, "a mapping from names to settings whose names are text (in quotes)", name)
+                _check_settings(f"{key}[{name!r}]", layer)
+            # A later change to what was given must not get past the checks.
+            object.__setattr__(self, key, dict(settings))
         for key in ("skip_layers", "skip_types"):
             names = getattr(self, key)
             if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
-                yield type_fault(key, "a tuple of names", names)
+                raise wrong_type(key, "a tuple of names", names)
+
+    def resolve(self, eligible: Mapping[str, nn.Module], source: str = "config") -> RetrainConfig:
+        """Work out the settings of every layer of a model.
+
+        Args:
+            eligible: The layers of the model that can be quantized, by name.
+            source: What these choices are called in messages, for example the file name.
+
+        Returns:
+            A configuration that lists exactly the eligible layers, in their order.
+
+        Raises:
+            ValueError: If a name or type fits no layer, a layer cannot be ``channel_wise`` as its entry demands,
+                or no layer is left to be quantized.
+        """
+        _check_types(self, eligible, source)
+        _warn_repeated(self.skip_layers, source)
+        skipped = _matches(self, self.skip_layers, eligible, f"{source}: cannot skip")
+        by_name = _matches(self, self.layers, eligible, f"{source}: settings are given for")
+        defaults = _for_any_type(self.defaults)
+        layers = {}
+        for name, module in eligible.items():
+            kind = type(module).__name__
+            settings = self.layers[by_name[name]] if name in by_name else self.types.get(kind, defaults)
+            is_skipped = name in skipped or (kind in self.skip_types and name not in by_name)
+            if self.amct_rules and settings is not defaults:
+                is_skipped = False  # there, an entry quantizes its layers whatever the skip lists say
+            layers[name] = _left_out(settings, module) if is_skipped else settings
+        _check_enabled(layers, source)
+        anyway = [name for name in skipped if layers[name].retrain_enable and name not in by_name]
+        _warn_quantized_anyway(anyway, source)
+        config = RetrainConfig(
+            batch_num=self.batch_num, fakequant_precision_mode=self.fakequant_precision_mode, layers=layers
+        )
+        return config.resolve(eligible, source)
 
 
-def _mapping_faults(key: str, settings: object) -> Iterator[Fault]:
-    if not isinstance(settings, Mapping):
-        yield type_fault(key, "a mapping from names to LayerConfig", settings)
-        return
-    for name, layer in settings.items():
-        if not isinstance(name, str):
-            yield type_fault(key, "a mapping from names to LayerConfig, each name a string", name)
-        yield from _settings_faults(f"{key}[{name!r}]", layer)
-
-
-def _settings_faults(key: str, layer: object) -> Iterator[Fault]:
+def _check_settings(key: str, layer: object) -> None:
     if not isinstance(layer, LayerConfig):
-        yield type_fault(key, "a LayerConfig", layer)
-    elif not layer.retrain_enable:
-        yield Fault(ValueError, key, "has retrain_enable=False; name in skip_layers or skip_types what to leave out")
+        raise wrong_type(key, "a LayerConfig", layer)
+    if not layer.retrain_enable:
+        raise RuleError(
+            ValueError, key, "has retrain_enable=False; name in skip_layers or skip_types what to leave out"
+        )
+
+
+def _left_out(settings: LayerConfig, module: nn.Module) -> LayerConfig:
+    """Give the settings that a skipped layer shows: those that it would get if it were not skipped."""
+    unpackable = LAYER_TYPES[type(module)].int4_obstacle(module)
+    return replace(without_int4(settings) if unpackable else settings, retrain_enable=False)
+
+
+def _matches(
+    choices: QuantChoices, patterns: Iterable[str], eligible: Mapping[str, nn.Module], problem: str
+) -> dict[str, str]:
+    """Give the layers that fit a pattern, and the last pattern that each fits."""
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        exact = choices.amct_rules
+        names = [name for name in eligible if name == pattern or (not exact and fnmatchcase(name, pattern))]
+        if not names:
+            reason = "the model has no such layer, or it cannot be quantized"
+            raise ValueError(
+                f"{problem} layer '{pattern}', but {reason if exact else 'it fits no layer that can be quantized'}."
+                f"{closest(pattern, eligible)} Layers that can be quantized: {abbreviated(list(eligible)) or 'none'}."
+            )
+        found |= dict.fromkeys(names, pattern)
+    return found
+
+
+def _check_types(choices: QuantChoices, eligible: Mapping[str, nn.Module], source: str) -> None:
+    _warn_repeated(choices.skip_types, source)
+    present = [type(module).__name__ for module in eligible.values()]
+    known = [kind.__name__ for kind, entry in LAYER_TYPES.items() if entry.by_default or not choices.amct_rules]
+    allowed = list(dict.fromkeys([*known, *present]))
+    for problem, names in (("cannot skip", choices.skip_types), ("settings are given for", choices.types)):
+        for name in names:
+            if name not in allowed:
+                raise ValueError(
+                    f"{source}: {problem} layer type '{name}', but layers of this type cannot be quantized."
+                    f"{closest(name, allowed)} Types that can be quantized: {', '.join(allowed)}."
+                )
+
+
+def _for_any_type(defaults: LayerConfig) -> LayerConfig:
+    """Leave ``channel_wise=True`` open: the default of a layer type is true wherever it can be."""
+    weight = defaults.retrain_weight_config
+    if not weight.channel_wise:
+        return defaults
+    return replace(defaults, retrain_weight_config=replace(weight, channel_wise=None))
+
+
+def _check_enabled(layers: Mapping[str, LayerConfig], source: str) -> None:
+    if not any(layer.retrain_enable for layer in layers.values()):
+        raise ValueError(
+            f"{source}: No layer retrain enabled: every layer that can be quantized ({abbreviated(list(layers))}) is "
+            "to be skipped. Skip fewer layers or types, or give settings for a layer to have it quantized anyway."
+        )
+
+
+def _warn_repeated(names: Iterable[str], source: str) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        warnings.warn(f"{source}: named more than once to be skipped: {abbreviated(repeated)}.", stacklevel=2)
+
+
+def _warn_quantized_anyway(names: list[str], source: str) -> None:
+    """Settings for a type beat the skipping of a name, as in AMCT; who writes both rarely expects that."""
+    if names:
+        warnings.warn(
+            f"{source}: {abbreviated(names)} is to be skipped but is quantized, because settings are given for its "
+            "type. To skip it, give these settings by layer name and not by type.",
+            stacklevel=2,
+        )

@@ -21,18 +21,11 @@ entry counts, and what is skipped: see :class:`QuantChoices`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from amct_lightning.config.checks import (
-    Fault,
-    found,
-    key_faults,
-    located,
-    raise_first,
-    type_fault,
-)
+from amct_lightning.config.checks import check_keys, found, found_in, wrong_type
 from amct_lightning.config.choices import QuantChoices
 from amct_lightning.config.json_format import DATA_KEYS, WEIGHT_KEYS
 from amct_lightning.config.layer import LayerConfig, make_layer
@@ -61,7 +54,7 @@ def read_yaml_config(path: str | Path) -> QuantChoices:
         path: The file.
 
     Returns:
-        The choices; ``resolve_config`` works out what they mean for a model.
+        The choices; ``resolve`` works out what they mean for a model.
 
     Raises:
         OSError: If the file is missing (``FileNotFoundError``) or cannot be read.
@@ -100,71 +93,53 @@ def parse_choices(raw: object, source: str = "config") -> QuantChoices:
     """
     if not isinstance(raw, Mapping):
         raise TypeError(f"{source}: the content must be a mapping with keys such as 'weights', found {found(raw)}.")
-    raise_first(_root_faults(raw), _key_in(source))
+    before = f"{source}: key '"
     given = {key: value for key, value in raw.items() if value is not None}
-    defaults = _settings(given, source)
-    run = {key: given[key] for key in ("batch_num", "fakequant_precision_mode") if key in given}
-    parts: dict[str, Any] = {
-        "defaults": _layer(defaults, source),
-        "types": _overrides(given, "types", defaults, source),
-        "layers": _overrides(given, "layers", defaults, source),
-        "skip_layers": tuple(given.get("skip_layers", ())),
-        "skip_types": tuple(given.get("skip_types", ())),
-    }
-    with located(_key_in(source)):
-        return QuantChoices(**run, **parts)
-
-
-def _root_faults(raw: Mapping[Any, Any]) -> Iterator[Fault]:
-    for fault in key_faults(raw, KEYS):
-        hint = "" if fault.text.endswith("?") else ". The content of a JSON configuration needs the key 'version'"
-        yield fault._replace(text=fault.text + hint)
-    given = {key: value for key, value in raw.items() if value is not None}
+    with found_in(before):
+        check_keys(raw, KEYS, ". The content of a JSON configuration needs the key 'version'")
+        for key in ("skip_layers", "skip_types"):
+            names = given.get(key, [])
+            if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+                raise wrong_type(key, 'a list of names such as ["head"], each of them text', names)
+            given[key] = tuple(names)
+    defaults = _settings(given, before)
     for key in ("types", "layers"):
-        yield from _entry_faults(key, given.get(key, {}))
-    for key in ("skip_layers", "skip_types"):
-        names = given.get(key, [])
-        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-            yield type_fault(key, 'a list of names such as ["head"], each of them text', names)
+        given[key] = _overrides(given.get(key, {}), key, defaults, source)
+    choices = {key: value for key, value in given.items() if key not in SECTIONS}
+    choices["defaults"] = _layer(defaults, before)
+    with found_in(before):
+        return QuantChoices(**choices)
 
 
-def _entry_faults(key: str, entries: object) -> Iterator[Fault]:
+def _overrides(entries: Any, key: str, defaults: _Settings, source: str) -> Any:
+    """Complete the entries of ``key``; what is no mapping at all is left for ``QuantChoices`` to refuse."""
     if not isinstance(entries, Mapping):
-        yield type_fault(key, "a mapping from names to settings", entries)
-        return
-    for name in entries:
-        if not isinstance(name, str):
-            yield type_fault(key, "a mapping from names to settings whose names are text (in quotes)", name)
-
-
-def _overrides(given: Mapping[str, Any], key: str, defaults: _Settings, source: str) -> dict[str, LayerConfig]:
+        return entries
     overrides = {}
-    for name, raw in given.get(key, {}).items():
+    for name, raw in entries.items():
         where = f"{source}: {key} '{name}'"
         entry = {} if raw is None else raw
         if not isinstance(entry, Mapping):
             raise TypeError(f"{where} must hold {' and '.join(SECTIONS)}, found {found(entry)}.")
-        raise_first(key_faults(entry, SECTIONS), _key_in(where))
-        overrides[name] = _layer(_merged(defaults, _settings(entry, where)), where)
+        before = f"{where}: key '"
+        with found_in(before):
+            check_keys(entry, SECTIONS)
+        overrides[name] = _layer(_merged(defaults, _settings(entry, before)), before)
     return overrides
 
 
-def _settings(entry: Mapping[str, Any], where: str) -> _Settings:
+def _settings(entry: Mapping[str, Any], before: str) -> _Settings:
     """Take the activation and weight settings out of an entry, clip values as floats."""
     settings: _Settings = {}
     for section, keys in _SECTION_KEYS.items():
-        raw = entry.get(section)
-        raise_first(_section_faults(section, raw, keys), _key_in(where))
-        settings[section] = {key: _as_float(value) if key in _CLIPS else value for key, value in (raw or {}).items()}
+        raw = {} if entry.get(section) is None else entry[section]
+        with found_in(before):
+            if not isinstance(raw, Mapping):
+                raise wrong_type(section, f"a mapping with keys such as '{keys[-1]}'", raw)
+        with found_in(f"{before}{section}."):
+            check_keys(raw, keys)
+        settings[section] = {key: _as_float(value) if key in _CLIPS else value for key, value in raw.items()}
     return settings
-
-
-def _section_faults(section: str, raw: object, keys: tuple[str, ...]) -> Iterator[Fault]:
-    if raw is not None and not isinstance(raw, Mapping):
-        yield type_fault(section, f"a mapping with keys such as '{keys[-1]}'", raw)
-    elif raw is not None:
-        for fault in key_faults(raw, keys):
-            yield fault._replace(key=f"{section}.{fault.key}")
 
 
 def _merged(defaults: _Settings, entry: _Settings) -> _Settings:
@@ -174,15 +149,11 @@ def _merged(defaults: _Settings, entry: _Settings) -> _Settings:
     return {section: top[section] | entry[section] for section in SECTIONS}
 
 
-def _layer(settings: _Settings, where: str) -> LayerConfig:
+def _layer(settings: _Settings, before: str) -> LayerConfig:
     data, weight = (
         {key: value for key, value in settings[section].items() if value is not None} for section in SECTIONS
     )
-    return make_layer(data, weight, SECTIONS, _key_in(where))
-
-
-def _key_in(where: str) -> Callable[[str], str]:
-    return lambda key: f"{where}: key '{key}'"
+    return make_layer(data, weight, SECTIONS, before)
 
 
 def _as_float(value: object) -> object:

@@ -1,39 +1,30 @@
 """The JSON form of a configuration: from text to plain objects to checked settings, and back to text.
 
-What a setting may hold is checked by the objects; here a broken rule gets its file, layer and key.
+Here is the form of the file; what a setting may hold is checked by the objects that are made of it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-from amct_lightning.config.checks import PRECISION_MODES, Fault, found, key_faults, raise_first, type_fault
+from amct_lightning.config.checks import RuleError, check_keys, found, found_in, wrong_type
+from amct_lightning.config.fit import NOTHING_ENABLED
 from amct_lightning.config.layer import DataConfig, LayerConfig, WeightConfig, make_layer
-from amct_lightning.config.resolve import NOTHING_ENABLED
 from amct_lightning.config.text_file import read_text
 from amct_lightning.wording import closest
 
 RUN_KEYS = ("version", "fakequant_precision_mode", "batch_num")
-LAYER_KEYS = ("retrain_enable", "retrain_data_config", "retrain_weight_config")
-DATA_KEYS = ("algo", "clip_max", "clip_min", "fixed_min", "dst_type")
-WEIGHT_KEYS = ("algo", "channel_wise", "dst_type")
-PRUNE_KEYS = ("regular_prune_enable", "regular_prune_config")
+LAYER_KEYS, DATA_KEYS, WEIGHT_KEYS = (
+    tuple(field.name for field in fields(settings)) for settings in (LayerConfig, DataConfig, WeightConfig)
+)
 SECTIONS = ("retrain_data_config", "retrain_weight_config")
+PRUNE_KEYS = ("regular_prune_enable", "regular_prune_config")
 
 REMEDY = "make one with create_quant_retrain_config(config_file, model, input_data)"
-
-
-class ConfigParts(TypedDict):
-    """The checked content of a configuration file, as keyword arguments of ``RetrainConfig``."""
-
-    version: int
-    batch_num: int
-    fakequant_precision_mode: str
-    layers: dict[str, LayerConfig]
 
 
 def read_json(path: str | Path) -> object:
@@ -59,61 +50,40 @@ def read_json(path: str | Path) -> object:
         >>> read_json(file)
         {'version': 1}
     """
-    return parse_text(read_text(path, REMEDY), str(path))
-
-
-def parse_text(text: str, source: str) -> object:
-    """Parse JSON text as ``read_json`` does; ``source`` names it in messages."""
+    text = read_text(path, REMEDY)
     repeated: list[str] = []
     try:
         raw: object = json.loads(text, object_pairs_hook=_dict_noting_repeats(repeated))
     except json.JSONDecodeError as error:
-        raise json.JSONDecodeError(f"{source}: not valid JSON: {error.msg}", error.doc, error.pos) from error
+        raise json.JSONDecodeError(f"{path}: not valid JSON: {error.msg}", error.doc, error.pos) from error
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"{source}: nested too deeply to be a quantization config.") from error
+        raise ValueError(f"{path}: nested too deeply to be a quantization config.") from error
     if repeated:
-        raise ValueError(f"{source}: repeated keys {repeated}. Please delete all but one of each.")
+        raise ValueError(f"{path}: repeated keys {repeated}. Please delete all but one of each.")
     return raw
 
 
-def parse_config(raw: object, source: str) -> ConfigParts:
-    """Check the plain content of a configuration file and turn its layers into ``LayerConfig`` objects.
+def parse_layers(raw: Mapping[Any, Any], source: str) -> dict[str, LayerConfig]:
+    """Turn the layers of a configuration file into ``LayerConfig`` objects.
 
     Args:
         raw: The root value of the file.
         source: The name of the file, for messages.
 
-    Returns:
-        The keyword arguments of ``RetrainConfig``.
-
     Raises:
         TypeError: If a value has the wrong type.
-        ValueError: If a key is missing, unknown or holds a value that is not allowed, or no layer is enabled.
+        ValueError: If a key is unknown or holds a value that is not allowed, or no layer is enabled.
 
     Example:
-        >>> parse_config({"version": 1, "batch_num": 2, "fc": {"retrain_enable": True}}, "demo")["batch_num"]
-        2
+        >>> parse_layers({"fc": {"retrain_enable": True}}, "demo")["fc"].retrain_data_config.dst_type
+        'INT8'
     """
-    if not isinstance(raw, Mapping):
-        raise TypeError(f"{source}: the content must be an object {{...}}, found {found(raw)}.")
-    for key in ("version", "batch_num"):
-        if key not in raw:
-            raise ValueError(f"{source}: must have the key '{key}'; add e.g. \"{key}\":1.")
-    layers = {
-        _layer_name(name, source): _parse_layer(name, value, source)
-        for name, value in raw.items()
-        if name not in RUN_KEYS
-    }
+    layers = {name: _parse_layer(name, value, source) for name, value in raw.items() if name not in RUN_KEYS}
     if not any(raw[name].get("retrain_enable") for name in layers):
         raise ValueError(f"{source}: {NOTHING_ENABLED}")
-    return ConfigParts(
-        version=raw["version"],
-        batch_num=raw["batch_num"],
-        fakequant_precision_mode=raw.get("fakequant_precision_mode", PRECISION_MODES[0]),
-        layers=layers,
-    )
+    return layers
 
 
 def layer_to_dict(layer: LayerConfig) -> dict[str, object]:
@@ -156,45 +126,37 @@ def _dict_noting_repeats(repeated: list[str]) -> Callable[[list[tuple[str, Any]]
     return build
 
 
-def _layer_name(name: object, source: str) -> str:
+def _parse_layer(name: object, raw: object, source: str) -> LayerConfig:
     if not isinstance(name, str):
         raise TypeError(f"{source}: a layer name must be a string, found {found(name)}.")
-    return name
-
-
-def _parse_layer(name: str, raw: object, source: str) -> LayerConfig:
-    where = f"{source}: layer '{name}'"
     if not isinstance(raw, Mapping):
         raise ValueError(
             f"{source}: '{name}' is not a valid key; its value should be an object {{...}} if it is a layer, "
             f"found {found(raw)}.{closest(name, RUN_KEYS)}"
         )
-    raise_first(_layer_faults(raw), lambda key: f"{where}, key '{key}'")
-    data, weight = (raw.get(section, {}) for section in SECTIONS)
-    return make_layer(data, weight, SECTIONS, lambda key: f"{where}, key '{key}'", raw.get("retrain_enable", True))
 
-
-def _layer_faults(raw: Mapping[Any, Any]) -> Iterator[Fault]:
-    for key in PRUNE_KEYS:
-        if key in raw:
-            yield Fault(ValueError, key, "is not expected: this package quantizes and does not prune; delete the key")
-    yield from key_faults(raw, LAYER_KEYS)
+    before = f"{source}: layer '{name}', key '"
+    with found_in(before):
+        for key in PRUNE_KEYS:
+            if key in raw:
+                text = "is not expected: this package quantizes and does not prune; delete the key"
+                raise RuleError(ValueError, key, text)
+        check_keys(raw, LAYER_KEYS)
     for section, keys in zip(SECTIONS, (DATA_KEYS, WEIGHT_KEYS), strict=True):
-        yield from _section_faults(raw.get(section, {}), section, keys)
+        _check_section(raw.get(section, {}), section, keys, before)
+    data, weight = (raw.get(section, {}) for section in SECTIONS)
+    return make_layer(data, weight, SECTIONS, before, raw.get("retrain_enable", True))
 
 
-def _section_faults(raw: object, section: str, keys: tuple[str, ...]) -> Iterator[Fault]:
-    if not isinstance(raw, Mapping):
-        yield type_fault(section, "an object {...}", raw)
-        return
-    for fault in chain(key_faults(raw, keys), _null_faults(raw)):
-        yield fault._replace(key=f"{section}.{fault.key}")
-
-
-def _null_faults(raw: Mapping[Any, Any]) -> Iterator[Fault]:
-    for key, value in raw.items():
-        if value is None:
-            yield Fault(TypeError, str(key), "must not be null; leave the key out to get its default")
+def _check_section(raw: object, section: str, keys: tuple[str, ...], before: str) -> None:
+    with found_in(before):
+        if not isinstance(raw, Mapping):
+            raise wrong_type(section, "an object {...}", raw)
+    with found_in(f"{before}{section}."):
+        check_keys(raw, keys)
+        for key, value in raw.items():
+            if value is None:
+                raise RuleError(TypeError, key, "must not be null; leave the key out to get its default")
 
 
 def _given(settings: DataConfig | WeightConfig, keys: tuple[str, ...]) -> dict[str, object]:

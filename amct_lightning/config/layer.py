@@ -5,19 +5,22 @@ The objects are frozen and check themselves when they are made; use ``dataclasse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from amct_lightning.config.checks import (
+    DATA_ALGOS,
+    DATA_TYPES,
     NUM_BITS,
-    Fault,
-    data_faults,
-    located,
-    raise_first,
-    type_fault,
-    type_pair_faults,
-    weight_faults,
+    WEIGHT_ALGOS,
+    WEIGHT_TYPES,
+    check_choice,
+    check_clips,
+    check_flag,
+    check_type_pair,
+    found_in,
+    wrong_type,
 )
 
 
@@ -47,8 +50,13 @@ class DataConfig:
     fixed_min: bool | None = None
     dst_type: str = "INT8"
 
+    @found_in("DataConfig.", "")
     def __post_init__(self) -> None:
-        raise_first(data_faults(vars(self)), lambda key: f"DataConfig.{key}")
+        check_choice("algo", self.algo, DATA_ALGOS)
+        check_clips(self.clip_max, self.clip_min)
+        if self.fixed_min is not None:
+            check_flag("fixed_min", self.fixed_min)
+        check_choice("dst_type", self.dst_type, DATA_TYPES)
 
     @property
     def num_bits(self) -> int:
@@ -78,8 +86,12 @@ class WeightConfig:
     channel_wise: bool | None = None
     dst_type: str = "INT8"
 
+    @found_in("WeightConfig.", "")
     def __post_init__(self) -> None:
-        raise_first(weight_faults(vars(self)), lambda key: f"WeightConfig.{key}")
+        check_choice("algo", self.algo, WEIGHT_ALGOS)
+        if self.channel_wise is not None:
+            check_flag("channel_wise", self.channel_wise)
+        check_choice("dst_type", self.dst_type, WEIGHT_TYPES)
 
     @property
     def num_bits(self) -> int:
@@ -111,47 +123,45 @@ class LayerConfig:
     retrain_weight_config: WeightConfig = field(default_factory=WeightConfig)
 
     def __post_init__(self) -> None:
-        raise_first(self._faults(), lambda key: f"LayerConfig.{key}")
-
-    def _faults(self) -> Iterator[Fault]:
-        for key, expected in _LAYER_TYPES.items():
-            if not isinstance(getattr(self, key), expected):
-                yield type_fault(
-                    key, "true or false" if expected is bool else f"a {expected.__name__}", getattr(self, key)
-                )
-        yield from type_pair_faults(self.retrain_data_config.dst_type, self.retrain_weight_config.dst_type)
+        with found_in("LayerConfig.", ""):
+            check_flag("retrain_enable", self.retrain_enable)
+            for key, expected in (("retrain_data_config", DataConfig), ("retrain_weight_config", WeightConfig)):
+                if not isinstance(getattr(self, key), expected):
+                    raise wrong_type(key, f"a {expected.__name__}", getattr(self, key))
+        with found_in("LayerConfig.retrain_data_config.", ""):
+            check_type_pair(self.retrain_data_config.dst_type, self.retrain_weight_config.dst_type)
 
 
 def make_layer(
-    data: Mapping[str, Any],
-    weight: Mapping[str, Any],
-    sections: tuple[str, str],
-    subject: Callable[[str], str],
-    enable: bool = True,
+    data: Mapping[str, Any], weight: Mapping[str, Any], sections: tuple[str, str], before: str, enabled: Any = True
 ) -> LayerConfig:
-    """Make the settings of a layer from what a file says; an error says where in the file.
+    """Make the settings of a layer from those in a file.
 
     Args:
-        data: Arguments of :class:`DataConfig`.
-        weight: Arguments of :class:`WeightConfig`.
-        sections: What the two are called in the file.
-        subject: From a key, ``section.key``, to the beginning of a message.
-        enable: Whether the layer is quantized.
+        data: The settings of its activations, by the names of ``DataConfig``.
+        weight: The settings of its weights, by the names of ``WeightConfig``.
+        sections: What these two sections are called in the file.
+        before: What stands before a key of the layer in a message.
+        enabled: Whether the layer is quantized.
+
+    Returns:
+        The settings.
 
     Raises:
         TypeError: If a value has the wrong type.
         ValueError: If a value is not allowed.
+
+    Example:
+        >>> make_layer({}, {"dst_type": "INT2"}, ("activations", "weights"), "my.yaml: key '")
+        Traceback (most recent call last):
+        ...
+        ValueError: my.yaml: key 'weights.dst_type' must be 'INT4' or 'INT8', found 'INT2' (str).
     """
-    with located(lambda key: subject(f"{sections[0]}.{key}")):
+    with found_in(before):
+        layer = LayerConfig(enabled)
+    with found_in(f"{before}{sections[0]}."):
         data_config = DataConfig(**data)
-    with located(lambda key: subject(f"{sections[1]}.{key}")):
+    with found_in(f"{before}{sections[1]}."):
         weight_config = WeightConfig(**weight)
-    with located(lambda key: subject(key.replace("retrain_data_config", sections[0]))):
-        return LayerConfig(enable, data_config, weight_config)
-
-
-_LAYER_TYPES: dict[str, type] = {
-    "retrain_enable": bool,
-    "retrain_data_config": DataConfig,
-    "retrain_weight_config": WeightConfig,
-}
+    with found_in(f"{before}{sections[0]}."):
+        return replace(layer, retrain_data_config=data_config, retrain_weight_config=weight_config)

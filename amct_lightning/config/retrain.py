@@ -1,4 +1,4 @@
-"""The configuration of a whole model: an ordered mapping from layer names to their settings, made from any form."""
+"""The configuration of a whole model: an ordered mapping from layer names to their settings."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ import logging
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from torch import nn
 
-from amct_lightning.config.checks import found, located, raise_first, run_faults
-from amct_lightning.config.choices import QuantChoices
-from amct_lightning.config.json_format import RUN_KEYS, dump_text, layer_to_dict, parse_config, read_json
+from amct_lightning.config.checks import check_run, found, found_in
+from amct_lightning.config.fit import SimpleFile, config_source, layers_to_quantize, load_config, resolve_layers
+from amct_lightning.config.json_format import RUN_KEYS, dump_text, layer_to_dict, parse_layers, read_json
 from amct_lightning.config.layer import LayerConfig
-from amct_lightning.config.load import config_source, read_config
-from amct_lightning.config.resolve import expand, resolve_layers
-from amct_lightning.config.simple_format import read_simple_config
 from amct_lightning.files import write_text
-from amct_lightning.graph.eligibility import eligible_layers
 from amct_lightning.graph.trace import InputData
 from amct_lightning.wording import closest
 
@@ -95,9 +90,15 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
             >>> RetrainConfig.from_dict(raw)["fc"].retrain_data_config.dst_type
             'INT8'
         """
-        parts = parse_config(raw, source)
-        with located(lambda key: f"{source}: key '{key}'"):
-            return cls(**parts)
+        if not isinstance(raw, Mapping):
+            raise TypeError(f"{source}: the content must be an object {{...}}, found {found(raw)}.")
+        for key in ("version", "batch_num"):
+            if key not in raw:
+                raise ValueError(f"{source}: must have the key '{key}'; add e.g. \"{key}\":1.")
+        with found_in(f"{source}: key '"):
+            config = cls(**{key: raw[key] for key in RUN_KEYS if key in raw})
+        config.layers = parse_layers(raw, source)
+        return config
 
     @classmethod
     def from_simple_config(cls, path: str | Path, model: nn.Module, input_data: InputData) -> RetrainConfig:
@@ -126,15 +127,15 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
             >>> [(name, layer.retrain_enable) for name, layer in config.items()]
             [('0', True), ('1', False)]
         """
-        return _fit(read_simple_config(path), model, input_data, str(path))
+        return cls.from_choices(SimpleFile(path), model, input_data)
 
     @classmethod
-    def from_choices(cls, choices: ConfigLike, model: nn.Module, input_data: InputData) -> RetrainConfig:
+    def from_choices(cls, choices: object, model: nn.Module, input_data: InputData) -> RetrainConfig:
         """Work out what a few choices mean for a model.
 
         Args:
             choices: A dict or the path of a YAML file as shown in ``amct_lightning.config.friendly``, or any other
-                form of a configuration, see :func:`load_config`.
+                form of a configuration, see ``load_config``.
             model: The float model.
             input_data: Input for which the model works, see :meth:`from_simple_config`.
 
@@ -154,7 +155,9 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
             >>> RetrainConfig.from_choices(choices, model, torch.ones(1, 4))["0"].retrain_weight_config.dst_type
             'INT4'
         """
-        return _fit(load_config(choices), model, input_data, config_source(choices))
+        loaded = load_config(choices)
+        config: RetrainConfig = loaded.resolve(layers_to_quantize(model, input_data), config_source(choices))
+        return config
 
     @classmethod
     def default(cls, model: nn.Module, input_data: InputData) -> RetrainConfig:
@@ -267,72 +270,9 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
             raise AttributeError(f"RetrainConfig has no setting '{name}'.{closest(name, known)}")
         if name == "layers":
             value = _checked_layers(value)
-        raise_first(run_faults({name: value}), lambda key: f"RetrainConfig.{key}")
+        with found_in("RetrainConfig.", ""):
+            check_run(name, value)
         object.__setattr__(self, name, int(value) if isinstance(value, bool) else value)
-
-
-ConfigLike: TypeAlias = RetrainConfig | QuantChoices | Mapping[str, Any] | str | Path | None
-"""What a user may give as a configuration."""
-
-
-def load_config(config: ConfigLike) -> RetrainConfig | QuantChoices:
-    """Read a configuration of any form.
-
-    Args:
-        config: A :class:`RetrainConfig`, which is returned, or anything that :func:`read_config` takes.
-
-    Returns:
-        Settings or choices; :func:`resolve_config` works out what they mean for a model.
-
-    Raises:
-        OSError: If a file is missing (``FileNotFoundError``) or cannot be read.
-        TypeError: If ``config`` is no configuration, or a value in it has the wrong type.
-        ValueError: If the content cannot be parsed or breaks a rule; the message names file, layer and key.
-
-    Example:
-        >>> load_config({"skip_layers": ["head"]}).skip_layers
-        ('head',)
-    """
-    if isinstance(config, RetrainConfig):
-        return config
-    content = read_config(config)
-    return content if isinstance(content, QuantChoices) else RetrainConfig.from_dict(content, config_source(config))
-
-
-def resolve_config(
-    config: RetrainConfig | QuantChoices, eligible: Mapping[str, nn.Module], source: str = "config"
-) -> RetrainConfig:
-    """Work out the settings of every layer of a model.
-
-    Args:
-        config: What :func:`load_config` gives.
-        eligible: The layers of the model that can be quantized, by name.
-        source: What the configuration is called in messages, for example the file name.
-
-    Returns:
-        A configuration that lists exactly the eligible layers, in their order.
-
-    Raises:
-        ValueError: If a name or type fits no layer, a layer cannot be ``channel_wise`` as its entry demands, or no
-            layer is left to be quantized.
-    """
-    if isinstance(config, RetrainConfig):
-        return config.resolve(eligible, source)
-    layers = expand(config, eligible, source)
-    return RetrainConfig(
-        batch_num=config.batch_num, fakequant_precision_mode=config.fakequant_precision_mode, layers=layers
-    )
-
-
-def _fit(config: RetrainConfig | QuantChoices, model: nn.Module, input_data: InputData, source: str) -> RetrainConfig:
-    eligible = eligible_layers(model, input_data)
-    if not eligible:
-        raise ValueError(
-            f"No supported layers in {type(model).__name__}. It needs a Conv1d/2d/3d, ConvTranspose1d/2d, Linear, "
-            "LSTM or GRU that runs exactly once on input_data and shares its weight with no other layer; check that "
-            "input_data reaches such a layer."
-        )
-    return resolve_config(config, eligible, source)
 
 
 def _checked_layers(layers: object) -> dict[str, LayerConfig]:

@@ -1,6 +1,6 @@
 """The ``.cfg`` simple configuration: from AMCT's protobuf text to choices.
 
-The messages are in ``simple_schema.py``; what the choices mean for a model is in ``resolve.py``.
+The messages are in ``simple_schema.py``; what the choices mean for a model is in ``choices.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from google.protobuf import text_format
 from google.protobuf.message import Message
 
-from amct_lightning.config.checks import located
+from amct_lightning.config.checks import found_in
 from amct_lightning.config.choices import QuantChoices
 from amct_lightning.config.layer import LayerConfig, make_layer
 from amct_lightning.config.simple_schema import SIMPLE_SCHEMA
@@ -41,7 +41,7 @@ def read_simple_config(path: str | Path) -> QuantChoices:
         path: The file.
 
     Returns:
-        The choices; ``resolve_config`` works out what they mean for a model.
+        The choices; ``resolve`` works out what they mean for a model.
 
     Raises:
         OSError: If the file is missing (``FileNotFoundError``) or cannot be read.
@@ -80,16 +80,16 @@ def parse_simple_config(text: str, source: str = "config") -> QuantChoices:
     """
     root: Any = _parse(text, source)
     _refuse_pruning(root, source)
-    layers: dict[str, Any] = {
-        "defaults": _layer(root, source),
-        "types": _overrides(root.override_layer_types, "layer_type", f"{source}: override_layer_types"),
-        "layers": _overrides(root.override_layer_configs, "layer_name", f"{source}: override_layer_configs"),
-    }
-    with located(lambda key: f"{source}: key '{key}'"):
+    defaults = _layer(root, source)
+    types = _overrides(root.override_layer_types, "layer_type", f"{source}: override_layer_types")
+    layers = _overrides(root.override_layer_configs, "layer_name", f"{source}: override_layer_configs")
+    with found_in(f"{source}: key '"):
         return QuantChoices(
             batch_num=root.batch_num,
             fakequant_precision_mode="FORCE_FP16_QUANT" if root.HasField("fakequant_precision_mode") else "DEFAULT",
-            **layers,
+            defaults=defaults,
+            types=types,
+            layers=layers,
             skip_layers=(*root.skip_layers, *root.quant_skip_layers),
             skip_types=(*root.skip_layer_types, *root.quant_skip_types),
             amct_rules=True,
@@ -131,7 +131,10 @@ def _refuse_pruning(message: Message, where: str) -> None:
 
 def _overrides(messages: Iterable[Any], name_field: str, where: str) -> dict[str, LayerConfig]:
     entries = list(messages)
-    _refuse_repeated([getattr(entry, name_field) for entry in entries], where)
+    names = Counter(getattr(entry, name_field) for entry in entries)
+    repeated = [name for name, count in names.items() if count > 1]
+    if repeated:
+        raise ValueError(f"{where}: repeated for {repeated}. Please delete all but one of each.")
     overrides = {}
     for entry in entries:
         name: str = getattr(entry, name_field)
@@ -143,40 +146,27 @@ def _overrides(messages: Iterable[Any], name_field: str, where: str) -> dict[str
     return overrides
 
 
-def _refuse_repeated(names: list[str], where: str) -> None:
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise ValueError(f"{where}: repeated for {repeated}. Please delete all but one of each.")
-
-
 def _has_settings(message: Any) -> bool:
     return any(message.HasField(f"retrain_{part}_quant_config") for part in ("data", "weight"))
 
 
 def _layer(message: Any, where: str) -> LayerConfig:
-    data = _data_settings(message.retrain_data_quant_config.ulq_quantize, where)
-    weight = _weight_settings(message.retrain_weight_quant_config)
-    sections = ("retrain_data_quant_config.ulq_quantize", f"retrain_weight_quant_config.{weight['algo']}")
-    return make_layer(data, weight, sections, lambda key: f"{where}: key '{key}'")
-
-
-def _data_settings(message: Any, where: str) -> dict[str, Any]:
-    settings: dict[str, Any] = {"dst_type": _TYPE_NAMES[message.dst_type]}
-    if message.HasField("fixed_min"):
-        settings["fixed_min"] = message.fixed_min
-    if message.HasField("clip_max_min"):
-        clips = {descriptor.name: value for descriptor, value in message.clip_max_min.ListFields()}
+    data = _given(message.retrain_data_quant_config.ulq_quantize)
+    if "clip_max_min" in data:
+        clips = _given(data.pop("clip_max_min"))
         if len(clips) < 2:
             raise ValueError(
                 f"{where}: retrain_data_quant_config.ulq_quantize.clip_max_min: clip_max and clip_min are both "
                 f"required, found {' and '.join(clips) or 'none'}. Delete clip_max_min to have both calibrated."
             )
-        settings |= clips
-    return settings
+        data |= clips
+    algo = message.retrain_weight_quant_config.WhichOneof("algo") or "arq_retrain"
+    weight = {"algo": algo} | _given(getattr(message.retrain_weight_quant_config, algo))
+    sections = ("retrain_data_quant_config.ulq_quantize", f"retrain_weight_quant_config.{algo}")
+    return make_layer(data, weight, sections, f"{where}: key '")
 
 
-def _weight_settings(message: Any) -> dict[str, Any]:
-    algo = message.WhichOneof("algo") or "arq_retrain"
-    chosen = getattr(message, algo)
-    settings = {"algo": algo, "dst_type": _TYPE_NAMES[chosen.dst_type]}
-    return settings | ({"channel_wise": chosen.channel_wise} if chosen.HasField("channel_wise") else {})
+def _given(message: Message) -> dict[str, Any]:
+    """Give the fields that are set; the others have the defaults of ``DataConfig`` and ``WeightConfig``."""
+    fields = {descriptor.name: value for descriptor, value in message.ListFields()}
+    return fields | ({"dst_type": _TYPE_NAMES[fields["dst_type"]]} if "dst_type" in fields else {})

@@ -11,6 +11,16 @@ from typing import Final
 
 from amct_lightning.proto_schema import Field, Schema
 
+_OVERRIDE: Final = (
+    Field("optional", "RetrainDataQuantConfig", "retrain_data_quant_config", 2),
+    Field("optional", "RetrainWeightQuantConfig", "retrain_weight_quant_config", 3),
+    Field("optional", "PruneConfig", "prune_config", 4),
+)
+_WEIGHT_SETTINGS: Final = (
+    Field("optional", "DataType", "dst_type", 1, "INT8"),
+    Field("optional", "bool", "channel_wise", 2),
+)
+
 _MESSAGES: Final = MappingProxyType(
     {
         "AMCTRetrainConfig": (
@@ -28,18 +38,8 @@ _MESSAGES: Final = MappingProxyType(
             Field("repeated", "string", "quant_skip_types", 12),
             Field("optional", "AMCTRetrainConfig.FakequantPrecisionMode", "fakequant_precision_mode", 21),
         ),
-        "RetrainOverrideLayer": (
-            Field("required", "string", "layer_name", 1),
-            Field("optional", "RetrainDataQuantConfig", "retrain_data_quant_config", 2),
-            Field("optional", "RetrainWeightQuantConfig", "retrain_weight_quant_config", 3),
-            Field("optional", "PruneConfig", "prune_config", 4),
-        ),
-        "RetrainOverrideLayerType": (
-            Field("required", "string", "layer_type", 1),
-            Field("optional", "RetrainDataQuantConfig", "retrain_data_quant_config", 2),
-            Field("optional", "RetrainWeightQuantConfig", "retrain_weight_quant_config", 3),
-            Field("optional", "PruneConfig", "prune_config", 4),
-        ),
+        "RetrainOverrideLayer": (Field("required", "string", "layer_name", 1), *_OVERRIDE),
+        "RetrainOverrideLayerType": (Field("required", "string", "layer_type", 1), *_OVERRIDE),
         "RetrainDataQuantConfig": (Field("optional", "ActULQquantize", "ulq_quantize", 13, oneof="algo"),),
         "ActULQquantize": (
             Field("optional", "ClipMaxMin", "clip_max_min", 1),
@@ -54,14 +54,8 @@ _MESSAGES: Final = MappingProxyType(
             Field("optional", "ARQRetrain", "arq_retrain", 1, oneof="algo"),
             Field("optional", "WtsULQRetrain", "ulq_retrain", 2, oneof="algo"),
         ),
-        "ARQRetrain": (
-            Field("optional", "DataType", "dst_type", 1, "INT8"),
-            Field("optional", "bool", "channel_wise", 2),
-        ),
-        "WtsULQRetrain": (
-            Field("optional", "DataType", "dst_type", 1, "INT8"),
-            Field("optional", "bool", "channel_wise", 2),
-        ),
+        "ARQRetrain": _WEIGHT_SETTINGS,
+        "WtsULQRetrain": _WEIGHT_SETTINGS,
         "PruneConfig": (
             Field("optional", "FilterPruner", "filter_pruner", 1, oneof="pruner"),
             Field("optional", "NOutOfMPruner", "n_out_of_m_pruner", 2, oneof="pruner"),

@@ -1,4 +1,4 @@
-"""Reading the text of a configuration file, and YAML as far as a configuration needs it."""
+"""Reading the text of a configuration file, whatever its format, and YAML as far as a configuration needs it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import os
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
@@ -16,6 +16,9 @@ MAX_BYTES = 64 << 20
 _MOST_CHARACTERS = 2**20
 _DEEPEST = 20
 _SHOWN = 80
+_WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
+_INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 
 def read_text(path: str | Path, remedy: str) -> str:
@@ -78,76 +81,72 @@ def parse_yaml(text: str, source: str) -> object:
     if len(text) > _MOST_CHARACTERS:
         raise ValueError(f"{source}: larger than {_MOST_CHARACTERS} characters; this is no quantization config.")
     try:
-        root = _Loader(text).get_single_data()
-    except _NotForConfigsError as error:
-        raise ValueError(f"{source}: {error}.") from None
+        value = _Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ValueError(f"{source}: {line}not valid YAML: {error.problem}.") from error
+        verdict = "" if isinstance(error, _RefusedError) else "not valid YAML: "
+        raise ValueError(f"{source}: {line}{verdict}{error.problem}.") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter two from absurd numbers and escapes
         raise ValueError(f"{source}: not valid YAML: {error}.") from error
-    return {} if root is None else root
+    return {} if value is None else value
 
 
-class _NotForConfigsError(Exception):
-    """YAML that a configuration does not need; the message begins with the line."""
+class _RefusedError(yaml.MarkedYAMLError):  # type: ignore[misc]
+    def __init__(self, problem: str, place: Any) -> None:
+        super().__init__(problem=problem, problem_mark=place.start_mark)
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML without aliases and tags (which can make a small text huge, or run code), merge keys and deep nesting."""
+    """Refuses what can make a small text huge or run code, and repeated keys; never takes a name for a number."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own attribute: YAML 1.1's surprises go)
+    _depth = 0
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._depth = 0
-
-    def get_single_node(self) -> yaml.Node | None:
+    def get_single_node(self) -> Any:
         root = self.get_node() if self.check_node() else None
         if self.check_node():
-            self.get_event()
-            self._refuse(self.peek_event(), "starts a second document; a config is one document")
+            raise _RefusedError("starts a second document; a config is one document", self.get_node())
         return root
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
-            self._refuse(event, f"aliases such as *{event.anchor[:_SHOWN]} are not supported; write the value out")
+            name = event.anchor[:_SHOWN]
+            raise _RefusedError(f"aliases such as *{name} are not supported; write the value out", event)
         if event.tag is not None:
-            self._refuse(event, f"tags such as {event.tag[:_SHOWN]} are not supported; leave it out")
-        if self._depth > _DEEPEST:
-            self._refuse(event, f"nested more than {_DEEPEST} levels deep; this is no quantization config")
+            raise _RefusedError(f"tags such as {event.tag[:_SHOWN]} are not supported; leave it out", event)
+        if self._depth == _DEEPEST and not isinstance(event, yaml.ScalarEvent):
+            problem = f"nested more than {_DEEPEST} levels deep; this is no quantization config"
+            raise _RefusedError(problem, event)
+        self.anchors.clear()  # without aliases they mean nothing, also when they are repeated
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
 
-    def mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            return self.construct_mapping(node)
+        if isinstance(node, yaml.SequenceNode):
+            items = node.value
+            return [item.value if isinstance(item, yaml.ScalarNode) else self.construct_object(item) for item in items]
+        return node.value if node.style is not None else _plain_value(node.value)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                self._refuse(key, "a key must be a name, not a list or a mapping")
+                raise _RefusedError("a key must be a name, not a list or a mapping", key)
             if key.value in result:
-                self._refuse(key, f"key '{key.value[:_SHOWN]}' is repeated; delete all but one")
+                raise _RefusedError(f"key '{key.value[:_SHOWN]}' is repeated; delete all but one", key)
             if key.value == "<<" and key.style is None:
-                self._refuse(key, "merge keys (<<) are not supported; write the values out")
-            result[key.value] = self.construct_object(value, deep=True)
+                raise _RefusedError("merge keys (<<) are not supported; write the values out", key)
+            result[key.value] = self.construct_object(value)
         return result
 
-    def sequence(self, node: yaml.SequenceNode) -> list[Any]:
-        return [n.value if isinstance(n, yaml.ScalarNode) else self.construct_object(n, deep=True) for n in node.value]
 
-    def _refuse(self, place: Any, problem: str) -> NoReturn:
-        raise _NotForConfigsError(f"line {place.start_mark.line + 1}: {problem}")
-
-
-for _tag, _pattern, _make in (
-    ("bool", r"(?i:true|false)", lambda _, node: node.value.lower() == "true"),
-    ("null", r"(?i:null|~|)", lambda _, node: None),
-    ("int", r"[-+]?[0-9]{1,18}", lambda _, node: int(node.value)),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", lambda _, node: float(node.value)),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), None)
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _make)
-_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.mapping)
-_Loader.add_constructor("tag:yaml.org,2002:seq", _Loader.sequence)
+def _plain_value(text: str) -> object:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    return float(text) if _FLOAT.fullmatch(text) else text

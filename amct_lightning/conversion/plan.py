@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from amct_lightning.config import LayerConfig, QuantChoices, RetrainConfig, resolve_config
+from amct_lightning.config import LayerConfig, QuantChoices, RetrainConfig
 from amct_lightning.graph.eligibility import Candidate, find_candidates
 from amct_lightning.graph.trace import InputData, Trace, Value
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
@@ -156,15 +156,14 @@ def make_plan(
         [('0', False), ('2', True)]
     """
     candidates, trace = find_candidates(model, input_data, run, allow_reuse)
-    named = frozenset(() if config is None else config.layers)
+    config = QuantChoices() if config is None else config
+    named = frozenset(config.layers)
     _refuse_named(named, candidates, model, source)
     refused = _refused_layers(candidates, named)
     eligible = {name: c.layer for name, c in candidates.items() if name not in refused}
     if not eligible:
         raise ValueError(_nothing_eligible(model, candidates))
-    if config is None:
-        config = RetrainConfig(layers={name: LayerConfig() for name in eligible})
-    resolved = resolve_config(config, eligible, source)
+    resolved = config.resolve(eligible, source)
     layers = _layer_plans(resolved, candidates, trace, dict(model.named_modules()))
     ends = (trace.calls[0].name, trace.calls[-1].name)
     return QuantPlan(resolved, layers, search_n, tuple(refused.values()), ends)
@@ -234,20 +233,12 @@ def _layer_plans(
 
 def _owners(config: RetrainConfig, enabled: dict[str, Candidate]) -> dict[str, str]:
     """Group layers that read one value with equal settings; the first in the model owns the quantizer."""
-    first: list[tuple[Value, LayerConfig, torch.device, str]] = []
+    first: dict[tuple[int, LayerConfig, torch.device], str] = {}
     owners = {}
     for name, candidate in enabled.items():
-        owners[name] = name
-        value = candidate.calls[0].input
-        if len(candidate.calls) > 1 or len(value.readers) <= LAYER_TYPES[type(candidate.layer)].min_readers:
-            continue
-        device = next(candidate.layer.parameters()).device
-        for other, settings, other_device, owner in first:
-            if other is value and settings == config[name] and other_device == device:
-                owners[name] = owner
-                break
-        else:
-            first.append((value, config[name], device, name))
+        value, device = candidate.calls[0].input, next(candidate.layer.parameters()).device
+        alone = len(candidate.calls) > 1 or len(value.readers) <= LAYER_TYPES[type(candidate.layer)].min_readers
+        owners[name] = name if alone else first.setdefault((id(value), config[name], device), name)
     return owners
 
 

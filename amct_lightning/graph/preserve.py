@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -109,24 +109,14 @@ def _preserved_random_state(model: nn.Module) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type not in ("cpu", "meta")}
-    by_type: dict[str, list[torch.device]] = {}
-    for device in devices:
-        by_type.setdefault(device.type, []).append(device)
-    try:
-        with _forked(by_type):
+    with ExitStack() as forks:
+        forks.enter_context(torch.random.fork_rng(devices=[]))
+        for kind in {device.type for device in devices}:
+            alike = [device for device in devices if device.type == kind]
+            forks.enter_context(torch.random.fork_rng(devices=alike, device_type=kind))
+        try:
             yield
-    finally:
-        random.setstate(python_state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
-
-
-@contextmanager
-def _forked(by_type: dict[str, list[torch.device]]) -> Iterator[None]:
-    if not by_type:
-        with torch.random.fork_rng(devices=[]):
-            yield
-        return
-    kind, devices = by_type.popitem()
-    with torch.random.fork_rng(devices=devices, device_type=kind), _forked(by_type):
-        yield
+        finally:
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)

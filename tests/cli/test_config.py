@@ -14,7 +14,7 @@ from torch import nn
 from amct_lightning import QuantRecord, RetrainConfig, create_quant_retrain_config
 from amct_lightning.commands.choices_text import in_few_words, to_simple, to_yaml
 from amct_lightning.commands.model_input import make_tensor
-from amct_lightning.config import DataConfig, LayerConfig, QuantChoices, WeightConfig, load_config, resolve_config
+from amct_lightning.config import DataConfig, LayerConfig, QuantChoices, WeightConfig, load_config
 from amct_lightning.config.friendly import parse_choices
 from amct_lightning.config.simple_format import parse_simple_config
 from amct_lightning.config.text_file import parse_yaml
@@ -60,7 +60,7 @@ def test_few_words_mean_the_same_as_the_complete_configuration(
     complete = RetrainConfig(batch_num=batches, fakequant_precision_mode=mode, layers=layers).resolve(LAYERS)
     choices = in_few_words(complete, LAYERS)
     for again in (parse_simple_config(to_simple(choices)), parse_choices(parse_yaml(to_yaml(choices), "yaml"))):
-        resolved = resolve_config(again, LAYERS)
+        resolved = again.resolve(LAYERS)
         assert enabled(resolved) == enabled(complete)
         assert (resolved.batch_num, resolved.fakequant_precision_mode) == (batches, mode)
 
@@ -69,9 +69,9 @@ def test_names_that_yaml_would_take_for_something_else_stay_names() -> None:
     layers: dict[str, nn.Module] = dict.fromkeys(["0", "1.10", "no", "null", "a b: #"], nn.Linear(4, 4))
     wide = LayerConfig(True, DataConfig(dst_type="INT16"))
     choices = QuantChoices(skip_layers=("1.10", "no", "null"), layers={"a b: #": wide})
-    complete = resolve_config(choices, layers)
+    complete = choices.resolve(layers)
     text = to_yaml(in_few_words(complete, layers))
-    assert enabled(resolve_config(parse_choices(parse_yaml(text, "yaml")), layers)) == enabled(complete)
+    assert enabled(parse_choices(parse_yaml(text, "yaml")).resolve(layers)) == enabled(complete)
 
 
 def test_json_is_that_of_create_quant_retrain_config_to_the_byte(folder: Folder) -> None:

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from amct_lightning.config import DataConfig, LayerConfig, QuantChoices, RetrainConfig, WeightConfig, resolve_config
+from amct_lightning.config import DataConfig, LayerConfig, QuantChoices, RetrainConfig, WeightConfig
 from tests.config.strategies import quant_choices
 
 LAYERS = {
@@ -28,22 +28,22 @@ INT4 = LayerConfig(retrain_weight_config=WeightConfig(dst_type="INT4"))
 
 
 def enabled(choices: QuantChoices, layers: dict[str, nn.Module] = LAYERS) -> list[str]:
-    return [name for name, layer in resolve_config(choices, layers).items() if layer.retrain_enable]
+    return [name for name, layer in choices.resolve(layers).items() if layer.retrain_enable]
 
 
 def types(choices: QuantChoices) -> dict[str, str]:
-    return {name: layer.retrain_data_config.dst_type for name, layer in resolve_config(choices, LAYERS).items()}
+    return {name: layer.retrain_data_config.dst_type for name, layer in choices.resolve(LAYERS).items()}
 
 
 def test_no_choices_are_the_defaults_for_every_layer():
-    config = resolve_config(QuantChoices(), LAYERS)
+    config = QuantChoices().resolve(LAYERS)
     assert list(config) == list(LAYERS)
     assert config == RetrainConfig(layers=dict.fromkeys(LAYERS, LayerConfig())).resolve(LAYERS)
 
 
 def test_settings_by_name_beat_settings_by_type_beat_the_defaults():
     choices = QuantChoices(defaults=INT4, types={"Linear": INT16}, layers={"head": LayerConfig()})
-    config = resolve_config(choices, LAYERS)
+    config = choices.resolve(LAYERS)
     found = {
         name: (layer.retrain_data_config.dst_type, layer.retrain_weight_config.dst_type)
         for name, layer in config.items()
@@ -58,7 +58,7 @@ def test_an_entry_replaces_the_defaults_completely():
         retrain_data_config=DataConfig(clip_max=2.0, clip_min=-2.0, fixed_min=False),
         retrain_weight_config=WeightConfig("ulq_retrain", channel_wise=False),
     )
-    config = resolve_config(QuantChoices(defaults=defaults, layers={"stem": INT16}), LAYERS)
+    config = QuantChoices(defaults=defaults, layers={"stem": INT16}).resolve(LAYERS)
     assert config["stem"].retrain_data_config == DataConfig(dst_type="INT16")
     assert config["stem"].retrain_weight_config == WeightConfig(channel_wise=True)
 
@@ -80,9 +80,7 @@ def test_layers_are_skipped_by_name_pattern_and_type():
 
 
 def test_skipped_layers_show_the_defaults():
-    config = resolve_config(
-        QuantChoices(defaults=INT16, types={"Conv2d": LayerConfig()}, skip_layers=("head",)), LAYERS
-    )
+    config = QuantChoices(defaults=INT16, types={"Conv2d": LayerConfig()}, skip_layers=("head",)).resolve(LAYERS)
     assert config["head"] == dataclasses.replace(config["blocks.0.fc1"], retrain_enable=False)
     assert config["head"].retrain_data_config.dst_type == "INT16"
 
@@ -110,7 +108,7 @@ def test_under_amct_s_rules_settings_by_type_beat_the_skipping_of_a_name_with_a_
 def test_channel_wise_for_all_applies_to_the_layers_that_can_be():
     """AMCT refuses a model with a Linear then."""
     defaults = LayerConfig(retrain_weight_config=WeightConfig(channel_wise=True))
-    config = resolve_config(QuantChoices(defaults=defaults), LAYERS)
+    config = QuantChoices(defaults=defaults).resolve(LAYERS)
     assert [layer.retrain_weight_config.channel_wise for layer in config.values()] == [True, *[False] * 4]
 
 
@@ -119,21 +117,21 @@ def test_an_entry_that_makes_a_linear_layer_channel_wise_is_refused(place: str):
     entry = LayerConfig(retrain_weight_config=WeightConfig(channel_wise=True))
     choices = QuantChoices(**{place: {"Linear" if place == "types" else "head": entry}})
     with pytest.raises(ValueError, match=r"^my\.yaml: layer '(head|blocks\.0\.fc1)'.*can not be channel-wise"):
-        resolve_config(choices, LAYERS, "my.yaml")
+        choices.resolve(LAYERS, "my.yaml")
 
 
 def test_int4_weights_that_cannot_be_packed_become_int8_with_a_warning():
     odd = {"stem": nn.Conv2d(3, 8, 3), "head": nn.Linear(8, 2)}
     a4w4 = LayerConfig(True, DataConfig(dst_type="INT4"), WeightConfig(dst_type="INT4"))
     with pytest.warns(UserWarning, match=r"my\.cfg: INT8 .*'stem' \(in_channels=3 is odd\)"):
-        config = resolve_config(QuantChoices(defaults=a4w4), odd, "my.cfg")
+        config = QuantChoices(defaults=a4w4).resolve(odd, "my.cfg")
     assert [layer.retrain_data_config.dst_type for layer in config.values()] == ["INT8", "INT4"]
     assert [layer.retrain_weight_config.dst_type for layer in config.values()] == ["INT8", "INT4"]
 
 
 def test_under_amct_s_rules_names_are_no_patterns():
     with pytest.raises(ValueError, match=r"^my\.cfg: cannot skip layer '\*', but the model has no such layer"):
-        resolve_config(QuantChoices(skip_layers=("*",), amct_rules=True), LAYERS, "my.cfg")
+        QuantChoices(skip_layers=("*",), amct_rules=True).resolve(LAYERS, "my.cfg")
 
 
 def test_a_name_with_characters_of_patterns_fits_itself():
@@ -148,7 +146,7 @@ def test_a_pattern_that_fits_no_layer_is_refused_with_the_closest_names(place: s
         r"^my\.yaml: .*layer 'haed', but it fits no layer.* Did you mean 'head'\? Layers that can be quantized: 'stem'"
     )
     with pytest.raises(ValueError, match=message):
-        resolve_config(QuantChoices(**{place: names}), LAYERS, "my.yaml")
+        QuantChoices(**{place: names}).resolve(LAYERS, "my.yaml")
 
 
 @pytest.mark.parametrize("place", ["skip_types", "types"])
@@ -156,7 +154,7 @@ def test_a_type_that_cannot_be_quantized_is_refused_with_the_closest_names(place
     names: Any = ("Conv2D",) if place == "skip_types" else {"Conv2D": INT16}
     message = r"^my\.yaml: .*layer type 'Conv2D'.* Did you mean '.*Conv2d'.*Types that can be quantized: .*GRU"
     with pytest.raises(ValueError, match=message):
-        resolve_config(QuantChoices(**{place: names}), LAYERS, "my.yaml")
+        QuantChoices(**{place: names}).resolve(LAYERS, "my.yaml")
 
 
 def test_a_type_that_the_model_does_not_have_is_no_mistake():
@@ -166,7 +164,7 @@ def test_a_type_that_the_model_does_not_have_is_no_mistake():
 @pytest.mark.parametrize("choices", [QuantChoices(skip_layers=("*",)), QuantChoices(skip_types=("Linear", "Conv2d"))])
 def test_skipping_everything_is_refused(choices: QuantChoices):
     with pytest.raises(ValueError, match=r"^my\.yaml: No layer retrain enabled.*'stem'.*Skip fewer"):
-        resolve_config(choices, LAYERS, "my.yaml")
+        choices.resolve(LAYERS, "my.yaml")
 
 
 @pytest.mark.parametrize("field", ["skip_layers", "skip_types"])
@@ -253,9 +251,9 @@ def test_any_choices_follow_the_rule_and_survive_the_way_through_json(choices: Q
     wanted = {name: expected(choices, name) for name in LAYERS}
     if not any(layer.retrain_enable for layer in wanted.values()):
         with pytest.raises(ValueError, match="No layer retrain enabled"):
-            resolve_config(choices, LAYERS)
+            choices.resolve(LAYERS)
         return
-    config = resolve_config(choices, LAYERS)
+    config = choices.resolve(LAYERS)
     assert (config.batch_num, config.fakequant_precision_mode) == (choices.batch_num, choices.fakequant_precision_mode)
     for name, layer in wanted.items():
         weight = layer.retrain_weight_config

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from amct_lightning.config import DataConfig, LayerConfig, QuantChoices, RetrainConfig, WeightConfig, resolve_config
+from amct_lightning.config import DataConfig, LayerConfig, QuantChoices, RetrainConfig, WeightConfig
 from amct_lightning.config.friendly import KEYS, parse_choices, read_yaml_config
 from amct_lightning.config.json_format import DATA_KEYS, WEIGHT_KEYS
 from tests.config.strategies import JSON_VALUES
@@ -101,17 +101,17 @@ class TestMeaning:
     @pytest.mark.parametrize("entry", [None, {}, {"weights": None}])
     def test_an_empty_entry_quantizes_a_layer_whose_type_is_to_be_skipped(self, entry: Any):
         choices = parse_choices({"skip_types": ["Linear"], "layers": {"a": entry}})
-        config = resolve_config(choices, {"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+        config = choices.resolve({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
         assert [layer.retrain_enable for layer in config.values()] == [True, False]
 
     def test_channel_wise_at_the_top_is_no_demand_of_an_entry(self):
         raw = {"weights": {"channel_wise": True}, "types": {"Linear": {"activations": {"dst_type": "INT16"}}}}
-        config = resolve_config(parse_choices(raw), {"a": nn.Conv2d(2, 2, 1), "b": nn.Linear(2, 2)})
+        config = parse_choices(raw).resolve({"a": nn.Conv2d(2, 2, 1), "b": nn.Linear(2, 2)})
         assert [layer.retrain_weight_config.channel_wise for layer in config.values()] == [True, False]
 
     def test_channel_wise_false_at_the_top_holds_for_entries(self):
         raw = {"weights": {"channel_wise": False}, "layers": {"a": {"activations": {"dst_type": "INT16"}}}}
-        config = resolve_config(parse_choices(raw), {"a": nn.Conv2d(2, 2, 1)})
+        config = parse_choices(raw).resolve({"a": nn.Conv2d(2, 2, 1)})
         assert config["a"].retrain_weight_config.channel_wise is False
 
     def test_clip_values_may_be_integers(self):
@@ -216,7 +216,7 @@ def check(read: Any, source: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            config = resolve_config(read(), MODEL, source)
+            config = read().resolve(MODEL, source)
         except (ValueError, TypeError) as error:
             assert str(error).startswith(source)
             return

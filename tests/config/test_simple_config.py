@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from amct_lightning import RetrainConfig, create_quant_retrain_config
-from amct_lightning.config import QuantChoices, resolve_config
+from amct_lightning.config import QuantChoices
 from amct_lightning.config.simple_format import ParseError, parse_simple_config, read_simple_config
 from amct_lightning.config.simple_schema import SIMPLE_SCHEMA
 from tests.golden_data import ALL_CASES, model_case
@@ -86,7 +86,7 @@ class TestMeaning:
         choices = parse_simple_config(text)
         assert choices.skip_layers == ("conv1", "fc")
         assert choices.skip_types == ("GRU", "Linear")
-        assert [name for name, layer in resolve_config(choices, layers).items() if layer.retrain_enable] == ["conv2"]
+        assert [name for name, layer in choices.resolve(layers).items() if layer.retrain_enable] == ["conv2"]
 
     def test_of_two_algorithms_the_later_counts(self):
         text = f"{WEIGHTS} {{ arq_retrain {{ channel_wise: false }} ulq_retrain {{ dst_type: INT4 }} }}"
@@ -110,15 +110,15 @@ class TestMeaning:
         text = f'skip_layers: "conv1" {for_layer("conv1", "")} {for_layer("nope", "")}'
         with pytest.warns(UserWarning, match=r"my\.cfg: override_layer_configs for '(conv1|nope)' holds no settings"):
             choices = parse_simple_config(text, "my.cfg")
-        assert not resolve_config(choices, layers)["conv1"].retrain_enable
+        assert not choices.resolve(layers)["conv1"].retrain_enable
 
     def test_an_override_with_empty_settings_is_one(self, layers: dict[str, nn.Module]):
         choices = parse_simple_config(f'skip_layers: "conv1" {for_layer("conv1", f"{DATA} {{}}")}')
-        assert resolve_config(choices, layers)["conv1"].retrain_enable
+        assert choices.resolve(layers)["conv1"].retrain_enable
 
     def test_names_are_no_patterns(self, layers: dict[str, nn.Module]):
         with pytest.raises(ValueError, match=r"^my\.cfg: cannot skip layer 'conv\*'"):
-            resolve_config(parse_simple_config('skip_layers: "conv*"'), layers, "my.cfg")
+            parse_simple_config('skip_layers: "conv*"').resolve(layers, "my.cfg")
 
     def test_it_is_also_read_without_a_json_file_between(self, tmp_path: Path):
         path = tmp_path / "simple.cfg"
@@ -191,7 +191,7 @@ class TestErrors:
     def test_refused_content(self, case: str, layers: dict[str, nn.Module]):
         text, message = REFUSED[case]
         with pytest.raises(ValueError, match=rf"^my\.cfg: .*{message}"):
-            resolve_config(parse_simple_config(text, "my.cfg"), layers, "my.cfg")
+            parse_simple_config(text, "my.cfg").resolve(layers, "my.cfg")
 
     @pytest.mark.parametrize("case", UNPARSABLE)
     def test_a_text_that_cannot_be_parsed_can_be_caught_as_in_amct(self, case: str):
@@ -257,7 +257,7 @@ def test_any_bytes_give_a_configuration_or_a_plain_error(data: bytes, tmp_path: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            config = resolve_config(read_simple_config(path), layers, str(path))
+            config = read_simple_config(path).resolve(layers, str(path))
         except ValueError as error:
             assert str(path) in str(error)
             return

@@ -14,7 +14,7 @@ import pytest
 from torch import nn
 
 from amct_lightning import QuantRecord
-from amct_lightning.config import load_config, resolve_config
+from amct_lightning.config import load_config
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -143,7 +143,7 @@ def test_the_yaml_choices(session: tuple[Path, str]) -> None:
         "blocks.0.fc2": nn.Linear(8, 8),
         "head": nn.Linear(8, 2),
     }
-    config = resolve_config(load_config(session[0] / "choices.yaml"), layers)
+    config = load_config(session[0] / "choices.yaml").resolve(layers)
     assert config.batch_num == 2
     widths = {
         name: (layer.retrain_data_config.num_bits, layer.retrain_weight_config.num_bits)

@@ -1,0 +1,164 @@
+"""From a configuration of any form to the settings of every layer of a model.
+
+Which layers exist, their defaults, what their type forbids. How the forms are read is in ``load.py``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import singledispatch
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from amct_lightning.config.checks import found
+from amct_lightning.config.layer import LayerConfig
+from amct_lightning.graph.eligibility import eligible_layers
+from amct_lightning.graph.trace import InputData
+from amct_lightning.layer_types import LAYER_TYPES
+from amct_lightning.wording import abbreviated, closest
+
+NOTHING_ENABLED = (
+    'No layer retrain enabled. Set "retrain_enable":true, spelled out, in at least one layer to be quantized.'
+)
+
+
+class SimpleFile(NamedTuple):
+    """A file to be read as a simple configuration (``.cfg``), whatever its suffix."""
+
+    path: str | Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@singledispatch
+def load_config(config: object) -> Any:
+    """Read a configuration of any form; ``load.py`` registers here how each is read.
+
+    Args:
+        config: A :class:`RetrainConfig` or :class:`QuantChoices`, which is returned; the content of a JSON file as
+            a dict (it has the key ``version``) or choices as a dict; or the path of a file. A ``.json`` file is
+            JSON, ``.cfg`` AMCT's simple configuration, ``.yaml`` or ``.yml`` choices; any other is JSON if it
+            begins with ``{`` and a simple configuration if not. ``None`` chooses AMCT's defaults for every layer.
+
+    Returns:
+        A :class:`RetrainConfig` or :class:`QuantChoices`, whose ``resolve(eligible, source)`` gives the settings of
+        every layer of a model.
+
+    Raises:
+        OSError: If a file is missing (``FileNotFoundError``) or cannot be read.
+        TypeError: If ``config`` is none of these, or a value in it has the wrong type.
+        ValueError: If the content cannot be parsed or breaks a rule; the message names file, layer and key.
+
+    Example:
+        >>> load_config({"skip_layers": ["head"]}).skip_layers
+        ('head',)
+    """
+    raise TypeError(
+        "A configuration must be a RetrainConfig, QuantChoices, a dict, the path of a .json, .cfg or .yaml file, or "
+        f"None, found {found(config)}."
+    )
+
+
+def config_source(config: object) -> str:
+    """Say what a configuration is called in messages.
+
+    Example:
+        >>> config_source("qat/config.json")
+        'qat/config.json'
+    """
+    return str(config) if isinstance(config, (str, Path, SimpleFile)) else "config"
+
+
+def layers_to_quantize(model: nn.Module, input_data: InputData) -> dict[str, nn.Module]:
+    """Return what :func:`eligible_layers` finds, and refuse a model without any."""
+    eligible = eligible_layers(model, input_data)
+    if not eligible:
+        raise ValueError(
+            f"No supported layers in {type(model).__name__}. It needs a Conv1d/2d/3d, ConvTranspose1d/2d, Linear, "
+            "LSTM or GRU that runs exactly once on input_data and shares its weight with no other layer; check that "
+            "input_data reaches such a layer."
+        )
+    return eligible
+
+
+def resolve_layers(
+    layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str
+) -> dict[str, LayerConfig]:
+    """Do the work of ``RetrainConfig.resolve`` for its layers."""
+    _refuse_unknown_layers(layers, eligible, source)
+    _refuse_channel_wise(layers, eligible, source)
+    if not any(layer.retrain_enable for layer in layers.values()):
+        raise ValueError(f"{source}: {NOTHING_ENABLED}")
+    disabled = LayerConfig(retrain_enable=False)
+    resolved = {
+        name: _with_channel_wise_default(layers.get(name, disabled), module) for name, module in eligible.items()
+    }
+    return _packable(resolved, eligible, source)
+
+
+def without_int4(layer: LayerConfig) -> LayerConfig:
+    """Raise INT4 weights to INT8, and INT4 activations with them because they need INT4 weights.
+
+    Example:
+        >>> from amct_lightning.config.layer import WeightConfig
+        >>> int4 = LayerConfig(retrain_weight_config=WeightConfig(dst_type="INT4"))
+        >>> without_int4(int4).retrain_weight_config.dst_type
+        'INT8'
+    """
+    data, weight = layer.retrain_data_config, layer.retrain_weight_config
+    return replace(
+        layer,
+        retrain_data_config=replace(data, dst_type="INT8") if data.dst_type == "INT4" else data,
+        retrain_weight_config=replace(weight, dst_type="INT8") if weight.dst_type == "INT4" else weight,
+    )
+
+
+def _with_channel_wise_default(layer: LayerConfig, module: nn.Module) -> LayerConfig:
+    weight = layer.retrain_weight_config
+    if weight.channel_wise is not None:
+        return layer
+    channel_wise = LAYER_TYPES[type(module)].channel_wise
+    return replace(layer, retrain_weight_config=replace(weight, channel_wise=channel_wise))
+
+
+def _refuse_unknown_layers(layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str) -> None:
+    unknown = [name for name in layers if name not in eligible]
+    if unknown:
+        raise ValueError(
+            f"unsupported layer {abbreviated(unknown)} in {source}: the model has no such layer, or it "
+            f"cannot be quantized.{closest(unknown[0], eligible)} "
+            f"Layers that can be quantized: {abbreviated(list(eligible)) or 'none'}."
+        )
+
+
+def _refuse_channel_wise(layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str) -> None:
+    for name, layer in layers.items():
+        if layer.retrain_weight_config.channel_wise and not LAYER_TYPES[type(eligible[name])].channel_wise:
+            raise ValueError(
+                f"{source}: layer '{name}', key 'retrain_weight_config.channel_wise' must be false: "
+                f"a {type(eligible[name]).__name__} layer can not be channel-wise."
+            )
+
+
+def _packable(layers: dict[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str) -> dict[str, LayerConfig]:
+    obstacles = {
+        name: reason
+        for name, layer in layers.items()
+        if layer.retrain_enable
+        and layer.retrain_weight_config.dst_type == "INT4"
+        and (reason := LAYER_TYPES[type(eligible[name])].int4_obstacle(eligible[name]))
+    }
+    if obstacles:
+        listed = ", ".join(f"'{name}' ({reason})" for name, reason in obstacles.items())
+        warnings.warn(
+            f"{source}: INT8 is used instead of INT4 for {listed}: INT4 weights are packed in pairs along "
+            "the input-channel axis, which needs an even length and no groups. "
+            "Set the dst_type of these layers to INT8 to silence this.",
+            stacklevel=4,
+        )
+    return {name: without_int4(layer) if name in obstacles else layer for name, layer in layers.items()}
