@@ -14,17 +14,11 @@ from typing import Any
 
 from amct_lightning.wording import closest
 
-DATA_ALGOS = ("ulq_quantize",)
-WEIGHT_ALGOS = ("arq_retrain", "ulq_retrain")
-NUM_BITS = {"INT4": 4, "INT8": 8, "INT16": 16}
-DATA_TYPES = ("INT4", "INT8", "INT16")
-WEIGHT_TYPES = ("INT4", "INT8")
-TYPE_PAIRS = (("INT4", "INT4"), ("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4"))
+_TYPE_PAIRS = (("INT4", "INT4"), ("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4"))
 _FLOAT32_MAX = 3.4028234663852886e38
 _SMALLEST_RANGE = 1.192092896e-7
 """Below it (the float32 machine epsilon) a range has no scale."""
 _LARGEST_BATCH_NUM = 2**31 - 1
-PRECISION_MODES = ("DEFAULT", "FORCE_FP16_QUANT")
 _RULE = "_amct_broken_rule"
 
 
@@ -52,7 +46,7 @@ def found_in(before: str, after: str = "'") -> Iterator[None]:
 
     Example:
         >>> with found_in("my.json: key '"):
-        ...     check_choice("algo", "ifmr", WEIGHT_ALGOS)
+        ...     check_choice("algo", "ifmr", ("arq_retrain", "ulq_retrain"))
         Traceback (most recent call last):
         ...
         ValueError: my.json: key 'algo' must be 'arq_retrain' or 'ulq_retrain', found 'ifmr' (str).
@@ -102,8 +96,8 @@ def check_clips(clip_max: object, clip_min: object) -> None:
 
 def check_type_pair(data_type: str, weight_type: str) -> None:
     """Refuse a combination of activation and weight types that the hardware does not run."""
-    if (data_type, weight_type) not in TYPE_PAIRS:
-        allowed = ", ".join(f"{data} with {weight}" for data, weight in TYPE_PAIRS)
+    if (data_type, weight_type) not in _TYPE_PAIRS:
+        allowed = ", ".join(f"{data} with {weight}" for data, weight in _TYPE_PAIRS)
         raise RuleError(
             ValueError,
             "dst_type",
@@ -124,7 +118,7 @@ def check_run(key: str, value: object) -> None:
         if value > _LARGEST_BATCH_NUM:
             raise RuleError(ValueError, key, f"must be at most {_LARGEST_BATCH_NUM}, found {found(value)}")
     if key == "fakequant_precision_mode":
-        check_choice(key, value, PRECISION_MODES)
+        check_choice(key, value, ("DEFAULT", "FORCE_FP16_QUANT"))
 
 
 def check_keys(raw: Mapping[Any, Any], allowed: tuple[str, ...], hint: str = "") -> None:

@@ -90,8 +90,19 @@ def resolve_layers(
     layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str
 ) -> dict[str, LayerConfig]:
     """Do the work of ``RetrainConfig.resolve`` for its layers."""
-    _refuse_unknown_layers(layers, eligible, source)
-    _refuse_channel_wise(layers, eligible, source)
+    unknown = [name for name in layers if name not in eligible]
+    if unknown:
+        raise ValueError(
+            f"unsupported layer {abbreviated(unknown)} in {source}: the model has no such layer, or it "
+            f"cannot be quantized.{closest(unknown[0], eligible)} "
+            f"Layers that can be quantized: {abbreviated(list(eligible)) or 'none'}."
+        )
+    for name, layer in layers.items():
+        if layer.retrain_weight_config.channel_wise and not LAYER_TYPES[type(eligible[name])].channel_wise:
+            raise ValueError(
+                f"{source}: layer '{name}', key 'retrain_weight_config.channel_wise' must be false: "
+                f"a {type(eligible[name]).__name__} layer can not be channel-wise."
+            )
     if not any(layer.retrain_enable for layer in layers.values()):
         raise ValueError(f"{source}: {NOTHING_ENABLED}")
     disabled = LayerConfig(retrain_enable=False)
@@ -124,25 +135,6 @@ def _with_channel_wise_default(layer: LayerConfig, module: nn.Module) -> LayerCo
         return layer
     channel_wise = LAYER_TYPES[type(module)].channel_wise
     return replace(layer, retrain_weight_config=replace(weight, channel_wise=channel_wise))
-
-
-def _refuse_unknown_layers(layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str) -> None:
-    unknown = [name for name in layers if name not in eligible]
-    if unknown:
-        raise ValueError(
-            f"unsupported layer {abbreviated(unknown)} in {source}: the model has no such layer, or it "
-            f"cannot be quantized.{closest(unknown[0], eligible)} "
-            f"Layers that can be quantized: {abbreviated(list(eligible)) or 'none'}."
-        )
-
-
-def _refuse_channel_wise(layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str) -> None:
-    for name, layer in layers.items():
-        if layer.retrain_weight_config.channel_wise and not LAYER_TYPES[type(eligible[name])].channel_wise:
-            raise ValueError(
-                f"{source}: layer '{name}', key 'retrain_weight_config.channel_wise' must be false: "
-                f"a {type(eligible[name]).__name__} layer can not be channel-wise."
-            )
 
 
 def _packable(layers: dict[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str) -> dict[str, LayerConfig]:

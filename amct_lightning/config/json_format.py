@@ -6,6 +6,7 @@ Here is the form of the file; what a setting may hold is checked by the objects 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -116,12 +117,9 @@ def dump_text(raw: Mapping[str, object]) -> str:
 
 def _dict_noting_repeats(repeated: list[str]) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
     def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in result and key not in repeated:
-                repeated.append(key)
-            result[key] = value
-        return result
+        counts = Counter(key for key, _ in pairs)
+        repeated.extend(key for key, count in counts.items() if count > 1 and key not in repeated)
+        return dict(pairs)
 
     return build
 

@@ -10,11 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from amct_lightning.config.checks import (
-    DATA_ALGOS,
-    DATA_TYPES,
-    NUM_BITS,
-    WEIGHT_ALGOS,
-    WEIGHT_TYPES,
     check_choice,
     check_clips,
     check_flag,
@@ -22,6 +17,8 @@ from amct_lightning.config.checks import (
     found_in,
     wrong_type,
 )
+
+_NUM_BITS = {"INT4": 4, "INT8": 8, "INT16": 16}
 
 
 @dataclass(frozen=True)
@@ -52,16 +49,16 @@ class DataConfig:
 
     @found_in("DataConfig.", "")
     def __post_init__(self) -> None:
-        check_choice("algo", self.algo, DATA_ALGOS)
+        check_choice("algo", self.algo, ("ulq_quantize",))
         check_clips(self.clip_max, self.clip_min)
         if self.fixed_min is not None:
             check_flag("fixed_min", self.fixed_min)
-        check_choice("dst_type", self.dst_type, DATA_TYPES)
+        check_choice("dst_type", self.dst_type, tuple(_NUM_BITS))
 
     @property
     def num_bits(self) -> int:
         """The number of bits of ``dst_type``."""
-        return NUM_BITS[self.dst_type]
+        return _NUM_BITS[self.dst_type]
 
 
 @dataclass(frozen=True)
@@ -88,15 +85,15 @@ class WeightConfig:
 
     @found_in("WeightConfig.", "")
     def __post_init__(self) -> None:
-        check_choice("algo", self.algo, WEIGHT_ALGOS)
+        check_choice("algo", self.algo, ("arq_retrain", "ulq_retrain"))
         if self.channel_wise is not None:
             check_flag("channel_wise", self.channel_wise)
-        check_choice("dst_type", self.dst_type, WEIGHT_TYPES)
+        check_choice("dst_type", self.dst_type, ("INT4", "INT8"))
 
     @property
     def num_bits(self) -> int:
         """The number of bits of ``dst_type``."""
-        return NUM_BITS[self.dst_type]
+        return _NUM_BITS[self.dst_type]
 
 
 @dataclass(frozen=True)

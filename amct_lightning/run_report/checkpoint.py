@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 import torch
@@ -18,34 +16,6 @@ from amct_lightning.conversion.report import ReportRow, quantized_row
 from amct_lightning.record import LayerRecord, QuantRecord
 
 _KINDS = {2: "Linear", 3: "1-d convolution", 4: "2-d convolution", 5: "3-d convolution"}
-
-
-@dataclass(frozen=True)
-class ScaleSummary:
-    """The weight scales of one layer.
-
-    Attributes:
-        count: How many there are: 1, or one per output channel.
-        low: The smallest of those above 0; NaN if there is none.
-        quarter: A quarter of them is below.
-        middle: The median.
-        three_quarters: A quarter of them is above.
-        high: The largest.
-        unusable: How many are not finite or not above 0; these do not count for the others.
-    """
-
-    count: int
-    low: float
-    quarter: float
-    middle: float
-    three_quarters: float
-    high: float
-    unusable: int = 0
-
-    @property
-    def spread(self) -> float:
-        """How many times larger the largest is than the smallest."""
-        return self.high / self.low
 
 
 @dataclass(frozen=True)
@@ -65,7 +35,7 @@ class CheckpointFacts:
     epoch: int | None
     step: int | None
     rows: tuple[ReportRow, ...]
-    scales: dict[str, ScaleSummary]
+    scales: dict[str, list[float]]
     record: QuantRecord | None
 
 
@@ -140,13 +110,13 @@ def _kind(name: str, tensors: Mapping[str, Tensor]) -> str:
     return "" if weight is None else _KINDS.get(weight.dim(), "")
 
 
-def _scales(plan: QuantPlan, tensors: Mapping[str, Tensor]) -> dict[str, ScaleSummary]:
+def _scales(plan: QuantPlan, tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
     found = {}
     for layer in plan.layers:
         for quantizer, suffix in (("weight_quantizer", ""), ("recurrent_weight_quantizer", " (recurrent)")):
             scale = tensors.get(f"{layer.name}.{quantizer}.scale")
             if scale is not None and scale.numel():
-                found[layer.name + suffix] = summarize(scale.detach().to(torch.float64).flatten().tolist())
+                found[layer.name + suffix] = scale.detach().to(torch.float64).flatten().tolist()
     return found
 
 
@@ -164,30 +134,13 @@ def _integer(value: Any) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def summarize(scales: Sequence[float]) -> ScaleSummary:
-    """Summarize weight scales.
-
-    Example:
-        >>> summarize([0.1, 0.2, 0.3, 0.4, 0.5, -1.0])
-        ScaleSummary(count=6, low=0.1, quarter=0.2, middle=0.3, three_quarters=0.4, high=0.5, unusable=1)
-    """
-    usable = sorted(scale for scale in scales if math.isfinite(scale) and scale > 0)
-    unusable = len(scales) - len(usable)
-    if not usable:
-        return ScaleSummary(len(scales), *(math.nan,) * 5, unusable)
-    quarter, middle, three_quarters = quantiles(usable, method="inclusive") if len(usable) > 1 else usable * 3
-    return ScaleSummary(len(scales), usable[0], quarter, middle, three_quarters, usable[-1], unusable)
-
-
-def scales_of_record(record: Mapping[str, LayerRecord]) -> dict[str, ScaleSummary]:
-    """Summarize the weight scales in a record, by layer, of recurrent ones also ``<layer> (recurrent)``.
+def scales_of_record(record: Mapping[str, LayerRecord]) -> dict[str, list[float]]:
+    """Return the weight scales in a record, by layer, of recurrent ones also ``<layer> (recurrent)``.
 
     Args:
         record: The record; a BatchNorm that is folded is contained in its scales.
     """
-    found = {}
+    found: dict[str, list[float]] = {}
     for name, layer in record.items():
-        for suffix, scales in (("", layer.scale_w), (" (recurrent)", layer.scale_r)):
-            if scales:
-                found[name + suffix] = summarize(scales)
-    return found
+        found |= {name: layer.scale_w, f"{name} (recurrent)": layer.scale_r}
+    return {name: scales for name, scales in found.items() if scales}

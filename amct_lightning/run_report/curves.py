@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from itertools import pairwise
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
@@ -31,52 +31,45 @@ _STAGES = (("train", BLUE), ("val", ORANGE), ("test", GREEN))
 _STAGE = re.compile(r"^(train(?:ing)?|val(?:id(?:ation)?)?|test)[_/. -]|[_/](?:step|epoch)$|/dataloader_idx_\d+", re.I)
 _LINES = ("-", "--", ":", "-.")
 _WIDE_RANGE = 30.0
+_LONG_NAME = 16
 _LEAST_SHARE = 0.004
 """A phase of a single step is drawn this wide, as a share of the axis."""
 
 
-class Span(NamedTuple):
-    """A phase from one step to another."""
-
-    start: int
-    end: int
-    phase: int
-
-
-def spans(phases: Series, end: int, start: int = 0) -> list[Span]:
-    """Join logged phases to spans; each value counts from its step on, the first one from the start.
+def spans(phases: Series, start: int, end: int) -> list[tuple[int, int, int]]:
+    """Join logged phases to (start, end, phase); each value counts from its step on, the first one from the start.
 
     Args:
         phases: The metric ``quant_phase``.
-        end: The last step of the run.
         start: The first step that is shown.
+        end: The last one.
 
     Example:
-        >>> spans({9: 1.0, 19: 2.0, 29: 2.0}, 40)
-        [Span(start=0, end=19, phase=1), Span(start=19, end=40, phase=2)]
+        >>> spans({9: 1.0, 19: 2.0, 29: 2.0}, 0, 40)
+        [(0, 19, 1), (19, 40, 2)]
     """
-    found: list[Span] = []
-    for step, value in phases.items():
-        if int(value) in range(len(PHASES)) and (not found or found[-1].phase != value):
-            found.append(Span(step if found else start, end, int(value)))
-    return [span._replace(end=later.start) for span, later in pairwise(found)] + found[-1:]
+    known = {step: int(phase) for step, phase in phases.items() if int(phase) in range(len(PHASES))}
+    begun = [(next(steps), phase) for phase, steps in groupby(known, key=lambda step: known[step])]
+    starts = [start, *(step for step, _ in begun[1:]), end]
+    return [(starts[place], starts[place + 1], phase) for place, (_, phase) in enumerate(begun)]
 
 
-def shade(ax: Axes, found: list[Span]) -> list[Patch]:
+def shade(ax: Axes, run: Run, start: int = 0) -> list[Patch]:
     """Shade the phases behind an axis of steps, short ones wide enough to be seen.
 
     Args:
         ax: Where.
-        found: The phases.
+        run: The run.
+        start: The first step that is shown.
 
     Returns:
         What to show in a legend.
     """
-    least = _LEAST_SHARE * found[-1].end if found else 0.0
-    for span in sorted(found, key=lambda span: span.start - span.end):
-        width = max(span.end - span.start, least)
-        ax.axvspan(span.start, span.start + width, color=PHASE_COLOURS[span.phase].light, lw=0, zorder=0.1)
-    present = sorted({span.phase for span in found})
+    found = sorted(spans(run.phases, start, run.steps), key=lambda span: span[0] - span[1])
+    for begin, end, phase in found:
+        width = max(end - begin, _LEAST_SHARE * run.steps)
+        ax.axvspan(begin, begin + width, color=PHASE_COLOURS[phase].light, lw=0, zorder=0.1)
+    present = sorted({phase for _, _, phase in found})
     return [Patch(color=PHASE_COLOURS[phase].light, label=PHASES[phase], lw=0) for phase in present]
 
 
@@ -118,10 +111,9 @@ def draw_curves(part: FigureBase, run: Run, drawn: dict[str, Columns]) -> None:
     """
     first, last = min(step for panel in drawn.values() for s in panel.values() for step in s), run.steps
     start = first if 2 * first > last else 0  # what was logged before a resumption may be lost
-    found = spans(run.phases, last, start)
     axes = part.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (title, series) in zip(axes, drawn.items(), strict=True):
-        phases = shade(ax, found)
+        phases = shade(ax, run, start)
         _draw_panel(ax, title, series)
     label_steps(axes[-1], last, start)
     if phases:
@@ -142,4 +134,5 @@ def _draw_panel(ax: Axes, title: str, series: Columns) -> None:
         log_ticks(ax.yaxis, values)
     ax.margins(y=0.12)
     ax.set_title(shorten(title, 20))
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1.02), ncols=2)
+    fits = max(map(len, series)) < _LONG_NAME
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1.02), ncols=2 if fits else 1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import quantiles
 
 from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 
-from amct_lightning.run_report.checkpoint import ScaleSummary
 from amct_lightning.run_report.logs import Monitor, finite
 from amct_lightning.run_report.style import BLUE, GREEN, MOST_ROWS, MUTED, ORANGE, PAPER, label_rows, log_ticks
 
@@ -64,8 +65,23 @@ def lowest_sqnr(changes: Changes, layers: Sequence[str], most: int) -> list[str]
     return [layer for layer in known if layer in set(lowest)]
 
 
+def usable(scales: Sequence[float]) -> list[float]:
+    """Return the scales that a record can hold: finite and above 0."""
+    return [scale for scale in scales if math.isfinite(scale) and scale > 0]
+
+
+def quartiles(scales: list[float]) -> list[float]:
+    """Return the value that a quarter of the scales is below, the median, and the one that a quarter is above.
+
+    Example:
+        >>> quartiles([0.5, 0.1, 0.2, 0.3, 0.4]), quartiles([0.5])
+        ([0.2, 0.3, 0.4], [0.5, 0.5, 0.5])
+    """
+    return quantiles(scales, method="inclusive") if len(scales) > 1 else scales * 3
+
+
 def draw_layers(
-    part: FigureBase, layers: Sequence[str], changes: Changes, scales: Mapping[str, ScaleSummary], length: int = 30
+    part: FigureBase, layers: Sequence[str], changes: Changes, scales: Mapping[str, list[float]], length: int = 30
 ) -> None:
     """Draw SQNR and weight scales in columns beside each other, as far as they are given; a row for each layer.
 
@@ -73,11 +89,11 @@ def draw_layers(
         part: Where.
         layers: The layers, from the top.
         changes: The SQNR; a side without any is left out.
-        scales: The weight scales.
+        scales: The weight scales, only usable ones.
         length: The longest name that there is room for.
     """
     sides = [side for side in changes if changes[side]]
-    shown = [scales.get(layer) for layer in layers] if scales else []
+    shown = [scales.get(layer, []) for layer in layers] if scales else []
     axes = part.subplots(1, len(sides) + bool(shown), sharey=True, squeeze=False)[0]
     for ax, side in zip(axes, sides, strict=False):
         _draw_dumbbells(ax, [changes[side].get(layer) for layer in layers])
@@ -107,14 +123,13 @@ def _draw_dumbbells(ax: Axes, changes: Sequence[Change | None]) -> None:
     ax.margins(x=0.06)
 
 
-def _draw_boxes(ax: Axes, scales: Sequence[ScaleSummary | None], ticks: int) -> None:
+def _draw_boxes(ax: Axes, scales: Sequence[list[float]], ticks: int) -> None:
     """Draw the scales in each row: a line over all of them, a box from quarter to three quarters, the median."""
-    rows = [(place, scale) for place, scale in enumerate(scales) if scale]
-    places, lows, highs = zip(*((place, s.low, s.high) for place, s in rows), strict=True)
-    quarters, upper = [s.quarter for _, s in rows], [s.three_quarters for _, s in rows]
+    rows = [(place, min(row), max(row), *quartiles(row)) for place, row in enumerate(scales) if row]
+    places, lows, highs, lower, middle, upper = zip(*rows, strict=True)
     thick = 7.0 if len(scales) <= MOST_ROWS else 3.0
     ax.hlines(places, lows, highs, color=MUTED.light, lw=1, label="all")
-    ax.hlines(places, quarters, upper, color=BLUE.light, alpha=0.45, lw=thick, label="middle half")
-    ax.scatter([s.middle for _, s in rows], places, s=14, color=BLUE.light, zorder=3, label="median")
+    ax.hlines(places, lower, upper, color=BLUE.light, alpha=0.45, lw=thick, label="middle half")
+    ax.scatter(middle, places, s=14, color=BLUE.light, zorder=3, label="median")
     ax.set_xscale("log")
     log_ticks(ax.xaxis, lows + highs, ticks)

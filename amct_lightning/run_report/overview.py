@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 
 from amct_lightning.run_report.curves import draw_curves, panels
-from amct_lightning.run_report.layers import draw_layers, lowest_sqnr, sqnr_changes
-from amct_lightning.run_report.ranges import draw_ranges, most_moved, ranges
+from amct_lightning.run_report.layers import draw_layers, lowest_sqnr, sqnr_changes, usable
+from amct_lightning.run_report.ranges import draw_ranges, most_moved
 from amct_lightning.run_report.sources import Run
 from amct_lightning.run_report.style import PAPER, drawing, new_figure
 
@@ -34,9 +34,8 @@ def overview(run: Run, dpi: int) -> bytes:
     layers = lowest_sqnr(changes, [*run.monitor], _MOST_ROWS) or list(run.scales)[:_MOST_ROWS]
     if not curves and not layers:
         raise FileNotFoundError(f"'{run.source}' holds nothing to draw: no metrics, no SQNR and no weight scales.")
-    scales = {name: run.scales[name] for name in layers if name in run.scales}
-    scales = {name: scale for name, scale in scales.items() if scale.count > scale.unusable}
-    moved = most_moved(ranges(run.monitor), _MOST_RANGES)
+    scales = {name: usable(run.scales[name]) for name in layers if usable(run.scales.get(name, []))}
+    moved = most_moved(run.monitor, _MOST_RANGES)
     with drawing():
         figure = new_figure(6.8 if moved else 4.9, _WIDTH)
         above, *below = figure.subfigures(1 + bool(moved), 1, height_ratios=(2.5, 1)[: 1 + bool(moved)], squeeze=False)[

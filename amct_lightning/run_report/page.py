@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from amct_lightning.conversion.report import ReportRow
 from amct_lightning.monitor_format import PHASE_METRIC, PHASES
 from amct_lightning.run_report.curves import draw_curves, panels
-from amct_lightning.run_report.layers import Change, draw_layers, lowest_sqnr, sqnr_changes
+from amct_lightning.run_report.layers import draw_layers, lowest_sqnr, quartiles, sqnr_changes, usable
 from amct_lightning.run_report.logs import finite
-from amct_lightning.run_report.ranges import draw_all_widths, draw_ranges, most_moved, ranges
+from amct_lightning.run_report.ranges import draw_ranges, draw_widths, most_moved, ranges
 from amct_lightning.run_report.sources import Run
 from amct_lightning.run_report.style import COLOURS, MOST_ROWS, clean, drawing, inline_svg, new_figure, row_height
 
@@ -43,15 +43,8 @@ def page(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        number=number,
-        percent=percent,
-        float32=float32,
-        breakable=breakable,
-        finite=finite,
-        change=change,
-        remarks=remarks,
-    )
+    filters = (number, percent, float32, breakable, remarks, finite, usable, distribution)
+    environment.filters.update({function.__name__: function for function in filters})
     with drawing():
         pictures = dict(picture for draw in (_curves, _ranges, _sqnr, _scales) for picture in draw(run))
     template = environment.get_template("page.html")
@@ -111,17 +104,16 @@ def breakable(name: str) -> Markup:
     return escape(clean(name)).replace(".", Markup(".<wbr>"))
 
 
-def change(values: Change | None) -> list[str]:
-    """Show a number before and after, and what lies between.
+def distribution(scales: list[float]) -> list[float | None]:
+    """Return the number of weight scales, smallest, median, largest, largest / smallest, and how many are not usable.
 
     Example:
-        >>> change(Change(20.0, 30.54))
-        ['20.0', '30.5', '+10.5']
+        >>> distribution([0.25, 0.5, 1.0, -1.0])
+        [4, 0.25, 0.5, 1.0, 4.0, 1]
     """
-    if values is None:
-        return [number(None)] * 3
-    difference = round(values.after - values.before, 1)
-    return [f"{values.before:.1f}", f"{values.after:.1f}", f"{difference:+.1f}" if difference else "0.0"]
+    good = usable(scales)
+    known = [min(good), quartiles(good)[1], max(good), max(good) / min(good)] if good else [None] * 4
+    return [len(scales), *known, len(scales) - len(good)]
 
 
 def remarks(row: ReportRow) -> str:
@@ -154,20 +146,18 @@ def _curves(run: Run) -> Iterator[Picture]:
 
 
 def _ranges(run: Run) -> Iterator[Picture]:
-    found = ranges(run.monitor)
+    found, moved = ranges(run.monitor), most_moved(run.monitor, _MOST_RANGES)
     if not found:
         return
-    moved = most_moved(found, _MOST_RANGES)
     which = "All layers" if len(moved) == len(found) else f"The {len(moved)} of {len(found)} layers that moved most"
-    alt = f"clip_max and clip_min over the steps: {', '.join(item.layer for item in moved)}."
+    alt = f"clip_max and clip_min over the steps: {', '.join(moved)}."
     caption = f"{which}; on the right of each title the last width as a multiple of the first."
     height = 1.55 * math.ceil(len(moved) / _COLUMNS) + 0.35
     yield _picture("ranges", height, lambda part: draw_ranges(part, run, moved, _COLUMNS), alt, caption)
-    most = max(moved, key=lambda item: item.moved).layer
-    alt = f"Colours for the width of the range of {len(found)} layers over the steps. Moved most: {most}."
+    alt = f"Colours for the width of the range of {len(found)} layers over the steps; the ends are in the table below."
     caption = "All layers in the order of the file: red ranges have grown since the calibration, blue ones shrunk."
     height = row_height(len(found)) * len(found) + 0.75
-    yield _picture("widths", height, lambda part: draw_all_widths(part, run, found), alt, caption)
+    yield _picture("widths", height, lambda part: draw_widths(part, run, found), alt, caption)
 
 
 def _sqnr(run: Run) -> Iterator[Picture]:
@@ -185,17 +175,16 @@ def _sqnr(run: Run) -> Iterator[Picture]:
 
 
 def _scales(run: Run) -> Iterator[Picture]:
-    usable = {name: scale for name, scale in run.scales.items() if scale.count > scale.unusable}
-    if not usable:
+    scales = {name: usable(scales) for name, scales in run.scales.items() if usable(scales)}
+    if not scales:
         return
-    widest = max(usable, key=lambda name: usable[name].spread)
-    alt = f"Distribution of the weight scales of {len(usable)} layers. Widest: {widest}."
-    caption = (
-        f"{'Of the checkpoint' if run.checkpoint and run.checkpoint.scales else 'Of the record'}. Widest: "
-        f"{widest}, largest / smallest = {number(usable[widest].spread, 3)}."
-    )
-    height = row_height(len(usable)) * len(usable) + 0.95
-    yield _picture("scales", height, lambda part: draw_layers(part, [*usable], {}, usable), alt, caption)
+    spreads = {name: max(values) / min(values) for name, values in scales.items()}
+    widest = max(spreads, key=lambda name: spreads[name])
+    alt = f"Distribution of the weight scales of {len(scales)} layers. Widest: {widest}."
+    source = "checkpoint" if run.checkpoint and run.checkpoint.scales else "record"
+    caption = f"Of the {source}. Widest: {widest}, largest / smallest = {number(spreads[widest], 3)}."
+    height = row_height(len(scales)) * len(scales) + 0.95
+    yield _picture("scales", height, lambda part: draw_layers(part, [*scales], {}, scales), alt, caption)
 
 
 def _facts(run: Run) -> list[tuple[str, str, str]]:

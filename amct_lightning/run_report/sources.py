@@ -13,7 +13,7 @@ from typing import TypeVar
 from amct_lightning.conversion.report import ReportRow
 from amct_lightning.monitor_format import COLUMNS, FILE_NAME, PHASE_METRIC, PREFIX, LayerReading
 from amct_lightning.record import LayerRecord, QuantRecord
-from amct_lightning.run_report.checkpoint import CheckpointFacts, ScaleSummary, read_facts, scales_of_record
+from amct_lightning.run_report.checkpoint import CheckpointFacts, read_facts, scales_of_record
 from amct_lightning.run_report.folder import choose_log_folders, find_files
 from amct_lightning.run_report.logs import (
     METRICS_FILE,
@@ -90,7 +90,7 @@ class Run:
         return self.checkpoint.rows if self.checkpoint else ()
 
     @property
-    def scales(self) -> dict[str, ScaleSummary]:
+    def scales(self) -> dict[str, list[float]]:
         """The weight scales by layer: of the checkpoint, else of the record."""
         return (self.checkpoint.scales if self.checkpoint else {}) or scales_of_record(self.record)
 

@@ -93,7 +93,7 @@ class QuantMonitor(Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        _check_number("every_n_steps", every_n_steps, 1)
+        _check_number("every_n_steps", 1 if every_n_steps is None else every_n_steps, 1)
         _check_number("worst_k", worst_k, 0)
         self.every_n_steps = every_n_steps
         self.worst_k = worst_k
@@ -106,7 +106,7 @@ class QuantMonitor(Callback):
     def _forget(self) -> None:
         self._drift = Drift()
         self._worst = WorstLayers(self.worst_k)
-        self._sampler: Sampler | None = None
+        self._sampler = Sampler([], torch.device("cpu"))
         self._file: MonitorFile | None = None
         self._writers: list[HistogramWriter] = []
         self._last = MonitorSummary(0, ())
@@ -145,11 +145,10 @@ class QuantMonitor(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look for the layers, which are converted and on their device now, and for places to write to."""
         rows = monitored_layers(pl_module)
-        self._detach()
-        self._sampler = None
+        self._sampler.detach()
+        self._sampler, self._interval = Sampler(rows, pl_module.device), 0
         if not rows:
             return
-        self._sampler = Sampler(rows, pl_module.device)
         self._drift.adopt(rows)
         log_every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         # A fast_dev_run is to try everything out, and to leave nothing behind.
@@ -166,9 +165,9 @@ class QuantMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Look at the coming batch if it is the last of its interval."""
-        if self._sampler is None or not self._interval:
+        if not self._interval:
             return
-        self._detach()
+        self._sampler.detach()
         self._drift.note(self._sampler.rows)
         self._step = trainer.global_step
         if (self._step + self._stride) // self._interval > self._ended:
@@ -179,10 +178,10 @@ class QuantMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """End the interval if its last step is done, which gradient accumulation may put off."""
-        if self._sampler is None or not self._interval:
+        if not self._interval:
             return
         was_sampled = self._sampler.attached
-        self._detach()
+        self._sampler.detach()
         self._drift.note(self._sampler.rows)
         step = trainer.global_step
         self._stride = step - self._step or self._stride
@@ -193,12 +192,12 @@ class QuantMonitor(Callback):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave no hook behind if the LightningModule has cut the epoch short."""
-        self._detach()
+        self._sampler.detach()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave no hook behind."""
-        self._detach()
+        self._sampler.detach()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -217,7 +216,7 @@ class QuantMonitor(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
-        self._detach()
+        self._sampler.detach()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -277,11 +276,10 @@ class QuantMonitor(Callback):
             for name in ("clip_max", "clip_min")
         }
         shown = {name for metric in ("sqnr_weight_db", "weight_scale_drift") for name in self._worst.shown[metric]}
-        for row in self._sampler.rows if self._sampler else ():
+        for row in self._sampler.rows:
             weight = row.weight if row.name in shown else None
             if weight is not None:
-                scales = row.weight_quantizer.compute_scale(weight)
-                values[f"weight_scale/{tag(row.name)}"] = scales.cpu()
+                values[f"weight_scale/{tag(row.name)}"] = row.weight_quantizer.compute_scale(weight).cpu()
         return values
 
     def _warn_unseen(self, readings: list[LayerReading]) -> None:
@@ -293,14 +291,8 @@ class QuantMonitor(Callback):
                 "layers did not run, or they run in code compiled by torch.compile, which cannot be looked into."
             )
 
-    def _detach(self) -> None:
-        if self._sampler is not None:
-            self._sampler.detach()
-
 
 def _check_number(name: str, value: Any, least: int) -> None:
-    if value is None and name == "every_n_steps":
-        return
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"QuantMonitor({name}={value!r}): must be an integer.")
     if value < least:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from amct_lightning.callbacks.monitor.layers import Drift, MonitoredLayer, read_factors
@@ -38,7 +38,7 @@ class Sampler:
         """Look at forwards from now on."""
         if not self._handles:
             self._handles = [
-                row.source.register_forward_hook(_Look(self.statistics, index, row), with_kwargs=True)
+                row.source.register_forward_hook(partial(self._look, index, row), with_kwargs=True)
                 for index, row in enumerate(self.rows)
                 if row.source is not None
             ]
@@ -63,20 +63,13 @@ class Sampler:
         values = torch.cat((gathered, torch.stack(factors)), dim=1).tolist()
         return [reading_of(row.name, row.quantizer.num_bits, line) for row, line in zip(self.rows, values, strict=True)]
 
-
-class _Look:
-    """A forward hook that measures the activations of a row."""
-
-    def __init__(self, statistics: QuantStatistics, index: int, row: MonitoredLayer) -> None:
-        self.statistics = statistics
-        self.index = index
-        self.row = row
-
-    def __call__(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    def _look(
+        self, index: int, row: MonitoredLayer, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
+    ) -> None:
         # Compiled code cannot be looked into: hooks that come later are not called in it, so none ever is.
-        if torch.compiler.is_compiling() or in_backward() or not self.row.quantizer.has_range:
+        if torch.compiler.is_compiling() or in_backward() or not row.quantizer.has_range:
             return
         with torch.no_grad():
-            x = self.row.activations(args, kwargs, output)
+            x = row.activations(args, kwargs, output)
             if isinstance(x, Tensor):
-                self.statistics.update(self.index, x, self.row.quantizer)
+                self.statistics.update(index, x, row.quantizer)

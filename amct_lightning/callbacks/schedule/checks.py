@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
+from amct_lightning.wording import abbreviated, closest
 
 
 def check_contradictions(schedule: QuantSchedule, max_epochs: int | None) -> None:
@@ -49,8 +49,7 @@ def check_patterns(schedule: QuantSchedule, names: Iterable[str]) -> None:
     names = list(names)
     for pattern in schedule.layers:
         if not any(fnmatchcase(name, pattern) for name in names):
-            close = difflib.get_close_matches(pattern, names, 3) or names[:8]
             raise ValueError(
                 f"QuantSchedule.layers: the pattern '{pattern}' fits no quantized layer and no batch normalization. "
-                f"There are {', '.join(map(repr, close))}{' and others' if len(names) > len(close) else ''}."
+                f"There are {abbreviated(names)}.{closest(pattern, names)}"
             )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from amct_lightning.wording import closest
 
 _MOMENTS = ("start", "freeze_data", "freeze_weights", "freeze_bn")
 _PERIODS = ("update_every_n_steps", "update_every_n_epochs")
@@ -80,9 +81,9 @@ def check_names(values: Mapping[str, Any], allowed: Iterable[str], where: str) -
     allowed = list(allowed)
     for name in values:
         if name not in allowed:
-            close = difflib.get_close_matches(str(name), allowed, 1)
-            guess = f" Did you mean '{close[0]}'?" if close else ""
-            raise ValueError(f"{where}: there is no field '{name}'.{guess} The fields are {', '.join(allowed)}.")
+            raise ValueError(
+                f"{where}: there is no field '{name}'.{closest(name, allowed)} The fields are {', '.join(allowed)}."
+            )
 
 
 def _check_moment(moment: Any, where: str) -> None:
