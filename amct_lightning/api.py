@@ -54,11 +54,8 @@ def create_quant_retrain_config(
         >>> list(RetrainConfig.from_json(path))
         ['0']
     """
-    where = "create_quant_retrain_config"
-    _check_type(where, "config_file", config_file, str)
-    _check_type(where, "model", model, nn.Module)
-    _check_type(where, "config_defination", config_defination, (str, type(None)))
-    _check_input(input_data)
+    texts = {"config_file": (config_file, str), "config_defination": (config_defination, (str, type(None)))}
+    _check_arguments("create_quant_retrain_config", model, input_data, texts)
     check_writable(config_file, "config file")
     if config_defination is None:
         config = RetrainConfig.default(unwrap(model), input_data)
@@ -111,17 +108,9 @@ def create_quant_retrain_model(
         >>> open(folder + "/record.txt").readline()
         'record {\n'
     """
-    where = "create_quant_retrain_model"
-    _check_type(where, "config_file", config_file, str)
-    _check_type(where, "model", model, nn.Module)
-    _check_type(where, "record_file", record_file, str)
-    _check_input(input_data)
-    config = RetrainConfig.from_json(config_file)
-    check_writable(record_file, "record file")
-    _refuse_same_file(record_file, config_file, "configuration file")
-    converted = prepare_qat(
-        unwrap(model), config, input_data, source=config_file, allow_reuse=allow_reuse, search_n=search_n
-    )
+    texts = {"config_file": (config_file, str), "record_file": (record_file, str)}
+    _check_arguments("create_quant_retrain_model", model, input_data, texts)
+    converted = _convert(config_file, model, record_file, input_data, allow_reuse, search_n)
     _start_record(converted, record_file)
     return wrap_like(converted, model)
 
@@ -180,21 +169,12 @@ def restore_quant_retrain_model(
         >>> torch.equal(again.eval()(x), qat.eval()(x))
         True
     """
-    where = "restore_quant_retrain_model"
-    _check_type(where, "config_file", config_file, str)
-    _check_type(where, "model", model, nn.Module)
-    _check_type(where, "record_file", record_file, str)
-    _check_type(where, "pth_file", pth_file, str)
-    _check_type(where, "state_dict_name", state_dict_name, (str, type(None)))
-    _check_input(input_data)
-    config = RetrainConfig.from_json(config_file)
-    check_writable(record_file, "record file")
-    _refuse_same_file(record_file, config_file, "configuration file")
+    texts: dict[str, tuple[object, Any]] = {"config_file": (config_file, str), "record_file": (record_file, str)}
+    texts |= {"pth_file": (pth_file, str), "state_dict_name": (state_dict_name, (str, type(None)))}
+    _check_arguments("restore_quant_retrain_model", model, input_data, texts)
     _refuse_same_file(record_file, pth_file, "checkpoint")
     state_dict = select_state_dict(read_checkpoint(pth_file), state_dict_name, pth_file)
-    converted = prepare_qat(
-        unwrap(model), config, input_data, source=config_file, allow_reuse=allow_reuse, search_n=search_n
-    )
+    converted = _convert(config_file, model, record_file, input_data, allow_reuse, search_n)
     restore_state(converted, state_dict, pth_file)
     _start_record(converted, record_file)
     return wrap_like(converted, model)
@@ -260,6 +240,17 @@ def prepare_qat(
     return target
 
 
+def _convert(
+    config_file: str, model: nn.Module, record_file: str, input_data: InputData, allow_reuse: bool, search_n: bool
+) -> nn.Module:
+    config = RetrainConfig.from_json(config_file)
+    check_writable(record_file, "record file")
+    _refuse_same_file(record_file, config_file, "configuration file")
+    return prepare_qat(
+        unwrap(model), config, input_data, source=config_file, allow_reuse=allow_reuse, search_n=search_n
+    )
+
+
 def _copy(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
@@ -287,12 +278,10 @@ def _start_record(converted: nn.Module, record_file: str) -> None:
     _logger.info("The record goes to '%s'. %s", record_file, conversion_report(converted))
 
 
-def _check_type(function: str, argument: str, value: object, allowed: type | tuple[type, ...]) -> None:
-    if not isinstance(value, allowed):
-        raise TypeError(f"Func {function} argument {argument} must be {allowed}, got {type(value)}.")
-
-
-def _check_input(input_data: object) -> None:
+def _check_arguments(function: str, model: object, input_data: object, texts: Mapping[str, tuple[object, Any]]) -> None:
+    for argument, (value, allowed) in {"model": (model, nn.Module), **texts}.items():
+        if not isinstance(value, allowed):
+            raise TypeError(f"Func {function} argument {argument} must be {allowed}, got {type(value)}.")
     if not isinstance(input_data, (Tensor, tuple, Mapping)):
         raise RuntimeError(
             f"input data type must be tuple or torch.Tensor! Got {type(input_data).__name__}; a tuple holds the "

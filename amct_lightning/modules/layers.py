@@ -23,8 +23,8 @@ _Layer = TypeVar("_Layer", bound="QATLayer")
 class QATLayer(nn.Module):
     """Mixin of all QAT layers: quantize the input and the weight, then run the layer's own operation.
 
-    An evaluation before calibration runs the layer in float. Each layer warns of that once, all in the same words at
-    the same place, so that Python's default filter shows it once for a model.
+    An evaluation before calibration runs the layer in float and warns, in every layer and pass in the same words at the
+    same place: Python's default filter shows it once.
 
     Attributes:
         activation_quantizers: Names of the activation quantizers.
@@ -32,7 +32,7 @@ class QATLayer(nn.Module):
         input_quantizer: Quantizer of the layer's input; layers that read one tensor share it.
         weight_quantizer: Quantizer of the layer's weight.
         calibrates_input: Whether this layer is the one that feeds a shared quantizer's calibration.
-        float_is_expected: Whether nobody needs to be told that the layer runs in float, or has been told already.
+        float_is_expected: Whether nobody needs to be told that the layer runs in float.
         quant_mode: ``"quantized"``; ``"float"`` to run as before the conversion; ``"observe"`` to do so and calibrate
             on the way.
     """
@@ -91,12 +91,12 @@ class QATLayer(nn.Module):
 
     @property
     def runs_in_float(self) -> bool:
-        """Whether the layer is to run in float, or is evaluated before it is calibrated; of that it says so once."""
+        """Whether the layer is to run in float, or is evaluated before it is calibrated; then it warns."""
         if self.quant_mode != "quantized":
             return True
         early = any(not (q.has_range or q.training) for q in map(self.get_quantizer, self.activation_quantizers))
         if early and not self.float_is_expected:
-            self._warn_float()
+            _warn_float()
         return early
 
     def get_quantizer(self, name: str) -> ActivationQuantizer:
@@ -129,15 +129,6 @@ class QATLayer(nn.Module):
         if self.input_quantizer.calibrating:
             self.input_quantizer.update_range(input, self.calibrates_input)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _warn_float(self) -> None:
-        warnings.warn(
-            "The model is evaluated before its activation quantizers are calibrated: un-calibrated layers run in "
-            "float. Train for at least `batch_num` batches, or call amct_lightning.calibrate(model, batches), first.",
-            stacklevel=3,
-        )
-        self.float_is_expected = True
-
     def _operate(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The float layer's operation with a given weight."""
         raise TypeError(f"{type(self).__name__} is not a complete QAT layer: it defines no _operate().")
@@ -161,3 +152,13 @@ class QATLinear(QATLayer, nn.Linear):
 
     def _operate(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _warn_float() -> None:
+    # One constant text and place, so that Python's default filter shows it once for all layers.
+    warnings.warn(
+        "The model is evaluated before its activation quantizers are calibrated: un-calibrated layers run in "
+        "float. Train for at least `batch_num` batches, or call amct_lightning.calibrate(model, batches), first.",
+        stacklevel=3,
+    )
