@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,7 +79,7 @@ class Run:
         """The phase of the quantization over the steps, as far as it was logged."""
         return finite(self.metrics.get(PHASE_METRIC, {}))
 
-    @property
+    @cached_property  # read only when all has been found, then with every axis
     def steps(self) -> int:
         """The number of training steps, at least 1: the metrics count them from 0, QuantMonitor how many are done."""
         logged, watched = all_steps([self.metrics]), all_steps(self.monitor.values())

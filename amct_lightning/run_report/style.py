@@ -191,5 +191,5 @@ def inline_svg(figure: Figure, name: str, alt: str) -> str:
             element.set(key, re.sub("#[0-9a-f]{6}", lambda at: variables.get(at[0], at[0]), local))
     for size in ("width", "height"):
         root.attrib.pop(size)
-    root.attrib |= {"role": "img", "aria-label": alt}
+    root.attrib |= {"role": "img", "aria-label": clean(alt)}
     return ElementTree.tostring(root, encoding="unicode")

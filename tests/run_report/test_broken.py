@@ -45,6 +45,7 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     page = report(run)
     assert not {"script", "b"} & {tag for tag, _ in page.tags}
     assert not page.attributes("onload")
+    assert all(text.isprintable() for text in page.attributes("aria-label"))
     shown = [row["layer"] for row in page.rows("SQNR in dB")]
     assert shown[:4] == HOSTILE[:4]
     assert "<script>alert(1)</script>" in page.sections["ranges"]  # as text, in the picture
