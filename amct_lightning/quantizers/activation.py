@@ -151,11 +151,11 @@ class ActivationQuantizer(Quantizer):
             The upper and the lower clip, 0-d float32.
         """
         if not self.training:
-            return self._usable_clips()
+            return self.usable_clips()
         if self.calibrating:
             upper, lower = self._observe(x.float(), observe, (x if preview is None else preview).float())
         else:
-            upper, lower = self._usable_clips()
+            upper, lower = self.usable_clips()
             if not self.frozen:
                 self._store(upper, lower)
         self.watch(x, upper, lower)
@@ -202,15 +202,21 @@ class ActivationQuantizer(Quantizer):
             frozen: Whether to leave them alone.
         """
         if frozen and not self.frozen:
-            self._store(*self._usable_clips())
+            self._store(*self.usable_clips())
         self.frozen = frozen
 
     @torch.no_grad()
     def _factors(self) -> tuple[Tensor, Tensor]:
-        return activation_scale_offset(*self._usable_clips(), self.num_bits)
+        return activation_scale_offset(*self.usable_clips(), self.num_bits)
 
     @torch.no_grad()
-    def _usable_clips(self) -> tuple[Tensor, Tensor]:
+    def usable_clips(self) -> tuple[Tensor, Tensor]:
+        """Return the upper and lower clip that the quantizer works with at present, without touching it.
+
+        Example:
+            >>> ActivationQuantizer(fixed_min=True, clip=(2.5, -1.0)).usable_clips()[1]
+            tensor(0.)
+        """
         return repair_clips(
             self.clip_max, self.clip_min, self.clip_max_previous, self.clip_min_previous, self.fixed_min
         )
@@ -263,7 +269,7 @@ class ActivationQuantizer(Quantizer):
                 result = ifmr(self.observed, self.num_bits)
                 self.finish_calibration(result.clip_max, result.clip_min)
         if not self.calibrating or values.numel() == 0:
-            return self._usable_clips()
+            return self.usable_clips()
         lower, upper = torch.aminmax(preview)
         return repair_clips(upper, lower, upper, lower, self.fixed_min)
 

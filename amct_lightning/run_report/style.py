@@ -11,7 +11,8 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib.style
@@ -59,43 +60,21 @@ PHASE_COLOURS = (
 )
 COLOURS = (INK, MUTED, GRID, PAPER, BLUE, ORANGE, GREEN, PURPLE, *PHASE_COLOURS)
 
-_SETTINGS: dict[str, Any] = {
-    "font.size": 8.5,
+_STYLE = Path(__file__).with_name("templates") / "report.mplstyle"
+_SETTINGS = {
     "text.color": INK.light,
-    "text.parse_math": False,  # a dollar in a layer's name is a dollar
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
     "axes.labelcolor": MUTED.light,
     "axes.edgecolor": MUTED.light,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "grid.color": GRID.light,
     "xtick.color": MUTED.light,
     "ytick.color": MUTED.light,
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "legend.frameon": False,
-    "legend.borderaxespad": 0,
-    "legend.columnspacing": 1.4,
-    "lines.linewidth": 1.4,
-    "path.simplify_threshold": 0.5,  # half a pixel: long curves stay small
-    "figure.facecolor": "none",
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.w_pad": 0.07,
-    "figure.constrained_layout.h_pad": 0.06,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "amct-lightning",  # fixed, so that equal figures are equal files
 }
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
     """Draw with the settings of the report, whatever a user's matplotlibrc says."""
-    with matplotlib.style.context(_SETTINGS, after_reset=True), warnings.catch_warnings():
+    with matplotlib.style.context([str(_STYLE), _SETTINGS], after_reset=True), warnings.catch_warnings():
         # The browser has the glyphs that DejaVu lacks.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         yield

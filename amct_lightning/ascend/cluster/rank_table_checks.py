@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from amct_lightning.ascend.cluster.rank_table_entry import Entry, rank_table_error
-
-_MOST_SHOWN = 8
+from amct_lightning.wording import abbreviated
 
 
 def check_table(servers: Sequence[Entry], pods: Mapping[str, str]) -> None:
@@ -68,7 +67,7 @@ def _check_ranks(file: str, ranks: Sequence[int]) -> None:
         raise rank_table_error(
             file,
             key,
-            f"found {_some(sorted(ranks))} on {len(ranks)} devices, {_some(missing)} missing",
+            f"found [{abbreviated(sorted(ranks))}] on {len(ranks)} devices, [{abbreviated(missing)}] missing",
             f"Allowed are the ranks from 0 to {len(ranks) - 1}, each once.",
         )
 
@@ -88,7 +87,7 @@ def _check_blocks(file: str, servers: Mapping[str, Sequence[int]]) -> None:
             raise rank_table_error(
                 file,
                 "server_list[].device[].rank_id",
-                f"found the ranks {_some(ranks)} on server {name!r}",
+                f"found the ranks [{abbreviated(ranks)}] on server {name!r}",
                 f"Lightning numbers the processes server by server: allowed are {len(ranks)} ranks that follow each "
                 f"other, from a multiple of {len(ranks)} on.",
             )
@@ -101,9 +100,4 @@ def _check_super_pods(file: str, names: set[str], pods: Mapping[str, str]) -> No
     ):
         if wrong:
             key = "super_pod_list[].server_list[].server_id"
-            raise rank_table_error(file, key, f"found {_some(wrong)}, {found}", allowed)
-
-
-def _some(values: Sequence[object]) -> str:
-    more = ", ..." if len(values) > _MOST_SHOWN else ""
-    return f"[{', '.join(map(repr, values[:_MOST_SHOWN]))}{more}]"
+            raise rank_table_error(file, key, f"found [{abbreviated(wrong)}], {found}", allowed)

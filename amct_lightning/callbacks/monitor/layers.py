@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from amct_lightning.callbacks.monitor.metric import usable_clips
 from amct_lightning.conversion.plan import find_plan
 from amct_lightning.modules import QATLayer, quantized_layers
 from amct_lightning.modules.folding import current_weight, is_sharded
@@ -150,7 +149,7 @@ class Drift:
                 self._take(row)
 
     def _take(self, row: MonitoredLayer) -> None:
-        self.clips[row.name] = torch.stack(usable_clips(row.quantizer))
+        self.clips[row.name] = torch.stack(row.quantizer.usable_clips())
         # Gathering a sharded weight takes all ranks, and not all of them may have calibrated the row yet.
         weight = None if row.quantizer.fresh and is_sharded(row.layer) else row.weight
         if weight is not None:
@@ -219,7 +218,7 @@ def read_factors(row: MonitoredLayer, drift: Drift) -> Tensor:
     unknown = quantizer.clip_max.new_full((), torch.nan)
     data = [unknown] * 5
     if row.source is not None and quantizer.has_range:
-        clips = usable_clips(quantizer)
+        clips = quantizer.usable_clips()
         factors = activation_scale_offset(*clips, quantizer.num_bits)
         data = [*clips, *factors, drift.of_clips(row.name, torch.stack(clips))]
     weight = row.weight

@@ -11,7 +11,6 @@ from amct_lightning.quantizers.functional import (
     activation_scale_offset,
     fake_quantize_activation,
     half_range,
-    repair_clips,
 )
 
 SUMS = ("elements", "below", "above", "signal", "noise")
@@ -106,7 +105,7 @@ def measure(x: Tensor, quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor, 
         >>> measure(torch.tensor([-2.0, 1.27]), quantizer)[1:]
         (tensor(-128.), tensor(127.))
     """
-    upper, lower = usable_clips(quantizer)
+    upper, lower = quantizer.usable_clips()
     scale, offset = activation_scale_offset(upper, lower, quantizer.num_bits)
     h = half_range(quantizer.num_bits)
     values = x.detach().float()
@@ -120,22 +119,3 @@ def measure(x: Tensor, quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor, 
     )
     lowest, highest = (torch.round(end / scale + offset) for end in torch.aminmax(quantized))
     return torch.stack(sums), lowest, highest
-
-
-def usable_clips(quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor]:
-    """Return the upper and lower clip that a quantizer works with at present, without touching it.
-
-    Args:
-        quantizer: The quantizer.
-
-    Example:
-        >>> usable_clips(ActivationQuantizer(fixed_min=True, clip=(2.5, -1.0)))[1]
-        tensor(0.)
-    """
-    return repair_clips(
-        quantizer.clip_max.detach(),
-        quantizer.clip_min.detach(),
-        quantizer.clip_max_previous,
-        quantizer.clip_min_previous,
-        quantizer.fixed_min,
-    )
