@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from amct_lightning.conversion.plan import find_plan
 from amct_lightning.modules import activation_quantizers
-from amct_lightning.modules.calibration import Agreement
+from amct_lightning.modules.calibration import Agreement, take_nonfinite
 from amct_lightning.quantizers import WeightQuantizer
 from amct_lightning.record import QuantRecord
 from amct_lightning.wording import cut_off
@@ -72,7 +72,13 @@ class _PlainHook:
         state = tuple(number for tensor in _factors_of(model) for number in (id(tensor), tensor._version))
         if (state == self.written_state and Path(self.record_file).exists()) or find_plan(model) is None:
             return
-        _report_nonfinite(model)
+        nonfinite = take_nonfinite(activation_quantizers(model))
+        if nonfinite:
+            warnings.warn(
+                f"NaN or infinite values reached the activation quantizers of {cut_off(nonfinite)} in training. Check "
+                "the input data, lower the learning rate, or clip gradients.",
+                stacklevel=2,
+            )
         if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
             QuantRecord.from_model(model).save(self.record_file)
         self.written_state = state
@@ -87,17 +93,3 @@ def _factors_of(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         if not isinstance(module, WeightQuantizer):
             yield from module.buffers(recurse=False)
-
-
-def _report_nonfinite(model: nn.Module) -> None:
-    """Name the layers whose input was NaN or infinite in training since the last look."""
-    quantizers = activation_quantizers(model)
-    found = [name for name, quantizer in quantizers.items() if bool(quantizer.nonfinite)]
-    for name in found:
-        quantizers[name].forget_nonfinite()
-    if found:
-        warnings.warn(
-            f"NaN or infinite values reached the activation quantizers of {cut_off(found)} in training. Check "
-            "the input data, lower the learning rate, or clip gradients.",
-            stacklevel=2,
-        )

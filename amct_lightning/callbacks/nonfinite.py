@@ -30,11 +30,7 @@ class NonfiniteWatch:
         self._ages = torch.zeros(())
 
     def start_batch(self, step: int) -> None:
-        """Note the step of the coming batch.
-
-        Args:
-            step: The Trainer's ``global_step``.
-        """
+        """Note the step of the coming batch: the Trainer's ``global_step``."""
         self.steps.append(step)
 
     def end_batch(self) -> None:
@@ -79,9 +75,8 @@ class NonfiniteWatch:
         first = min(found.values())
         layers = cut_off(f"'{name}' (step {step})" for name, step in sorted(found.items(), key=lambda i: i[1]))
         message = (
-            f"NaN or infinite values reached the activation quantizer of layer {layers}; "
-            f"first at step {first}. Check the input data, lower the "
-            "learning rate, or clip gradients. No record is written while a factor is not finite."
+            f"NaN or infinite values reached the activation quantizer of layer {layers}; first at step {first}. Check the "
+            "input data, lower the learning rate, or clip gradients. No record is written while a factor is not finite."
         )
         if self.reaction == "raise":
             raise RuntimeError(message)

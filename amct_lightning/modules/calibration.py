@@ -60,13 +60,26 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     finally:
         for module, training in flags:
             module.training = training
-    _refuse_nonfinite(waiting)
+    nonfinite = take_nonfinite(waiting)
+    if nonfinite:
+        raise ValueError(
+            f"NaN or infinite values reached the activation quantizers of {abbreviated(nonfinite)} in the "
+            "calibration; they were left out. Check the batches, convert again and calibrate on finite ones."
+        )
     left = [name for name, quantizer in quantizers.items() if quantizer.calibrating]
     if left:
         raise ValueError(
             f"The batches ended before these layers were calibrated: {cut_off(left)}. Give at least `batch_num` "
             "batches that reach every quantized layer."
         )
+
+
+def take_nonfinite(quantizers: Mapping[str, ActivationQuantizer]) -> list[str]:
+    """Name the quantizers whose input was NaN or infinite since the last look, and start anew."""
+    found = [name for name, quantizer in quantizers.items() if bool(quantizer.nonfinite)]
+    for name in found:
+        quantizers[name].forget_nonfinite()
+    return found
 
 
 @torch.no_grad()
@@ -138,17 +151,6 @@ class Agreement:
 def _row(quantizer: ActivationQuantizer) -> Tensor:
     row = torch.stack((quantizer.clip_max, quantizer.clip_min, torch.ones_like(quantizer.clip_max)))
     return row if quantizer.fresh else torch.zeros_like(row)
-
-
-def _refuse_nonfinite(quantizers: Mapping[str, ActivationQuantizer]) -> None:
-    found = [name for name, quantizer in quantizers.items() if bool(quantizer.nonfinite)]
-    for name in found:
-        quantizers[name].forget_nonfinite()
-    if found:
-        raise ValueError(
-            f"NaN or infinite values reached the activation quantizers of {abbreviated(found)} in the "
-            "calibration; they were left out. Check the batches, convert again and calibrate on finite ones."
-        )
 
 
 def _call(model: nn.Module, batch: Any) -> None:

@@ -1,6 +1,6 @@
 """What a conversion has put into a model: finding it, and keeping ``DistributedDataParallel`` from sending it around.
 
-The conversion itself is in ``graph/convert.py``, that of a single layer in ``layers.py``.
+The conversion itself is in ``conversion/convert.py``, that of a single layer in ``layers.py``.
 """
 
 from __future__ import annotations

@@ -38,9 +38,8 @@ def overview(run: Run, dpi: int) -> bytes:
     moved = most_moved(run.monitor, _MOST_RANGES)
     with drawing():
         figure = new_figure(6.8 if moved else 4.9, _WIDTH)
-        above, *below = figure.subfigures(1 + bool(moved), 1, height_ratios=(2.5, 1)[: 1 + bool(moved)], squeeze=False)[
-            :, 0
-        ]
+        rows = figure.subfigures(1 + bool(moved), 1, height_ratios=(2.5, 1)[: 1 + bool(moved)], squeeze=False)
+        above, *below = rows[:, 0]
         left, *right = above.subfigures(1, bool(curves) + bool(layers), squeeze=False, wspace=0.03)[0]
         if curves:
             draw_curves(left, run, curves)

@@ -25,7 +25,6 @@ _WIDTH = 9.2
 MOST_ROWS = 60
 """More layers than these make the rows of a figure lower."""
 
-
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 

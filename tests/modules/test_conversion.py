@@ -14,7 +14,8 @@ from amct_lightning import RetrainConfig, calibrate, prepare_qat, quantized_laye
 from amct_lightning.config import LayerConfig, WeightConfig
 from amct_lightning.conversion.convert import revert_layers
 from amct_lightning.conversion.plan import find_plan
-from amct_lightning.modules import QATConv2d, QATLinear, activation_quantizers
+from amct_lightning.modules import QATLinear, activation_quantizers
+from amct_lightning.modules.convolutions import QATConv2d
 
 
 class Branches(nn.Module):

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from amct_lightning.ascend.cluster.rank_table import RankTable, Server
 from amct_lightning.ascend.cluster.rank_table_entry import as_address, rank_table_error
+from amct_lightning.wording import abbreviated
 
 # MindCluster's job templates set XDL_IP (address of the host) and POD_UID, POD_IP; ModelArts sets the MA_ ones.
 NAME_VARIABLES = ("POD_UID", "POD_IP", "XDL_IP", "MA_CURRENT_HOST_IP", "MA_CURRENT_IP")
 # Number of the node: Lightning's and torchrun's name for it, Volcano's and ModelArts' name for it.
 INDEX_VARIABLES = ("NODE_RANK", "VC_TASK_INDEX")
-_MOST_SHOWN = 16
 _LOCAL_IPV4 = re.compile(r"\|-- ([0-9.]+)\n[^\n]*/32 host LOCAL")
 
 
@@ -67,13 +67,12 @@ class Candidates:
             The error, to be raised by the caller.
         """
         shown = [self.table.servers[index].server_id for index in self.servers or range(len(self.table.servers))]
-        more = " and more" if len(shown) > _MOST_SHOWN else ""
         which = ("none of them is", "which is", "each of them is")[min(len(self.servers), 2)]
         evidence = "; ".join(f"{name}: {value}" for name, value in self.evidence.items())
         return rank_table_error(
             self.table.file,
             "server_list[].server_id",
-            f"found {shown[:_MOST_SHOWN]}{more}, {which} this host ({evidence})",
+            f"found [{abbreviated(shown)}], {which} this host ({evidence})",
             allowed,
         )
 
