@@ -75,8 +75,9 @@ class NonfiniteWatch:
         first = min(found.values())
         layers = cut_off(f"'{name}' (step {step})" for name, step in sorted(found.items(), key=lambda i: i[1]))
         message = (
-            f"NaN or infinite values reached the activation quantizer of layer {layers}; first at step {first}. Check the "
-            "input data, lower the learning rate, or clip gradients. No record is written while a factor is not finite."
+            f"NaN or infinite values reached the activation quantizer of layer {layers}; first at step {first}. "
+            "Check the input data, lower the learning rate, or clip gradients. No record is written while a factor is "
+            "not finite."
         )
         if self.reaction == "raise":
             raise RuntimeError(message)
