@@ -49,18 +49,19 @@ def cut_off(texts: Iterable[str]) -> str:
     return shown if len(listed) <= _MOST_SHOWN else f"{shown} and {len(listed) - _MOST_SHOWN} more"
 
 
-def closest(name: object, allowed: Iterable[str]) -> str:
+def closest(name: object, allowed: Iterable[str], most: int = 3) -> str:
     """Suggest the names that are most like ``name``, as a sentence to append to a message, or nothing.
 
     Args:
         name: The name that does not exist.
         allowed: The names that do.
+        most: How many to suggest.
 
     Example:
         >>> closest("con1", ["conv1", "fc"])
         " Did you mean 'conv1'?"
     """
-    matches = difflib.get_close_matches(str(name), list(allowed), n=3)
+    matches = difflib.get_close_matches(str(name), list(allowed), n=most)
     return f" Did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 
 

@@ -82,7 +82,7 @@ def check_names(values: Mapping[str, Any], allowed: Iterable[str], where: str) -
     for name in values:
         if name not in allowed:
             raise ValueError(
-                f"{where}: there is no field '{name}'.{closest(name, allowed)} The fields are {', '.join(allowed)}."
+                f"{where}: there is no field '{name}'.{closest(name, allowed, 1)} The fields are {', '.join(allowed)}."
             )
 
 
