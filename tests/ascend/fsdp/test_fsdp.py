@@ -97,7 +97,9 @@ def test_batch_normalization_can_be_synchronised(folders: tuple[Path, Path]) -> 
 
 
 def test_gradients_accumulate(folders: tuple[Path, Path]) -> None:
-    trainer = both(folders, CNN, quantize=ULQ, accumulate_grad_batches=3, max_epochs=3)
+    # Copies add gradients before they exchange them, shards after it: another order of sums. Learned weight scales
+    # would make whole steps of its last bits, on some CPUs, wherever a weight is near a tie.
+    trainer = both(folders, CNN, accumulate_grad_batches=3, max_epochs=3)
     assert len(trainer.lightning_module.losses) == 12
     assert trainer.global_step == 6  # after 3 batches, and after the one that is left of each epoch
 
