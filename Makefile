@@ -18,7 +18,7 @@ demo: $(READY) ## Train, quantize and retrain a small CNN on real digits (FP32, 
 	$(BIN)/python examples/digits.py
 
 test: $(READY) ## Run the whole test suite, a file at a time on every core (JOBS=1 for one after another)
-	@echo "The whole suite, 8,000 tests: about 12 minutes on two fast cores, 40 on slow ones; each dot is a test."
+	@echo "The whole suite, 8,000 tests: 10 to 14 minutes on two fast cores, 40 on slow ones; each dot is a test."
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-cpu: $(READY) ## Run the numeric tests as on CPUs with other vector instructions (CPU=default, avx2 or native for one)
@@ -49,7 +49,7 @@ $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found; name another with: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than 3.10; name another with: make PYTHON=..."; exit 1; }
 	@echo "Setting up .venv, once: PyTorch (200 MB), then Lightning, the tools of the tests and of the documentation (500 MB)."
-	@echo "2 to 5 minutes with a fast connection; what pip prints shows how far it is."
+	@echo "1 to 5 minutes with a fast connection; what pip prints shows how far it is."
 	@[ -x $(BIN)/pip ] && $(BIN)/pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev,examples,docs]'
