@@ -6,7 +6,6 @@ from collections.abc import Set
 
 from torch import nn
 
-from amct_lightning.callbacks.modes import train_quantizers
 from amct_lightning.conversion.plan import find_plan
 from amct_lightning.modules.calibration import Agreement
 from amct_lightning.quantizers import ActivationQuantizer
@@ -23,18 +22,14 @@ class CalibrationCount(Agreement):
         """
         found = find_plan(model)
         self.batch_num = found[1].config.batch_num if found else 1
-        train_quantizers(model)
 
-    def start_batch(self, model: nn.Module, observing: Set[ActivationQuantizer], anew: bool) -> None:
-        """Let no quantizer miss its calibration.
+    def start_batch(self, observing: Set[ActivationQuantizer], anew: bool) -> None:
+        """Note whose calibrations count.
 
         Args:
-            model: The converted module.
             observing: The quantizers that may calibrate by now; the same ones on every process.
             anew: Whether a calibration begins with this batch that goes over an old one.
         """
         self.quantizers = observing
         if anew:
             self.steps = 0
-        if not self.done:
-            train_quantizers(model)

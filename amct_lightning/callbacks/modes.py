@@ -9,21 +9,31 @@ from torch import nn
 
 from amct_lightning.conversion.plan import find_plan
 from amct_lightning.modules import QATLayer, quantized_layers
+from amct_lightning.modules.convert import quantizers_of
 from amct_lightning.modules.shift_hook import follow_batch_norm, shift_searches
 from amct_lightning.quantizers import Quantizer
+from amct_lightning.quantizers.gate import TrainingGate
 
 
-def train_quantizers(model: nn.Module) -> None:
-    """Let all quantizers train, also those of layers that are in eval mode, as whole pretrained models often are."""
-    for module in model.modules():
+def attach_gate(gate: TrainingGate, pl_module: nn.Module, model: nn.Module) -> None:
+    """Let a gate tell all quantizers which forwards belong to a training step, those of copies as guests.
+
+    Args:
+        gate: The gate.
+        pl_module: The LightningModule, in which copies of the model or of parts may stand.
+        model: The converted module.
+    """
+    for quantizer in quantizers_of(model):
+        quantizer.belong_to_model()
+    for module in pl_module.modules():
         if isinstance(module, Quantizer):
-            module.train()
+            module.gate = gate
 
 
 def expect_float(model: nn.Module, expected: bool) -> None:
     """Say whether layers may run in float before their calibration without anybody being told."""
     for layer in quantized_layers(model).values():
-        cast(QATLayer, layer).float_is_expected = expected
+        cast(QATLayer, layer).float_expected_of = id(layer) if expected else 0
 
 
 def start_shift_search(model: nn.Module, enabled: bool) -> None:

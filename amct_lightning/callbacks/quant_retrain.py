@@ -29,7 +29,7 @@ from amct_lightning.callbacks.checks import (
 from amct_lightning.callbacks.converting.conversion import Conversion
 from amct_lightning.callbacks.converting.inputs import BatchToInput
 from amct_lightning.callbacks.converting.module_setup import LateLayers, set_up_now
-from amct_lightning.callbacks.modes import expect_float, start_shift_search
+from amct_lightning.callbacks.modes import attach_gate, expect_float, start_shift_search
 from amct_lightning.callbacks.param_groups import ClipGroups
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.schedule.table import schedule_table
@@ -41,6 +41,7 @@ from amct_lightning.modules import learned_factors, quantized_layers
 from amct_lightning.modules.convert import leave_out_of_broadcast
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.modules.shift_hook import synchronize_shift_search
+from amct_lightning.quantizers.gate import TrainingGate
 
 
 class QuantRetrainCallback(Callback):
@@ -131,6 +132,7 @@ class QuantRetrainCallback(Callback):
         self._groups: ClipGroups | None = None
         self._training: Training | None = None
         self._late_layers: LateLayers | None = None
+        self._gate: TrainingGate | None = None
         self._has_trained = False
 
     @override
@@ -149,6 +151,8 @@ class QuantRetrainCallback(Callback):
         ).apply(trainer, pl_module, state)
         leave_out_of_broadcast(pl_module)  # the module that DDP wraps
         # The sanity check and the model summary run the layers before any batch could calibrate them.
+        self._gate = TrainingGate(pl_module)
+        attach_gate(self._gate, pl_module, model)
         expect_float(model, is_fitting)
         self._late_layers = LateLayers(model)
         warn_spawned(trainer)
@@ -172,6 +176,7 @@ class QuantRetrainCallback(Callback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted; start the search of the shifts anew."""
+        self._watch_over(pl_module)
         start_shift_search(self._converted(), enabled=not trainer.sanity_checking)
         if self._training is not None:
             self._training.settle_averages()  # they are evaluated in place of the model
@@ -184,6 +189,7 @@ class QuantRetrainCallback(Callback):
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted; start the search of the shifts anew."""
+        self._watch_over(pl_module)
         start_shift_search(self._converted(), enabled=True)
 
     @override
@@ -194,6 +200,7 @@ class QuantRetrainCallback(Callback):
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted."""
+        self._watch_over(pl_module)
         start_shift_search(self._converted(), enabled=False)
 
     @override
@@ -212,6 +219,9 @@ class QuantRetrainCallback(Callback):
         """Bring the layers into the phase that the schedule wants."""
         if batch_idx == 0:
             self._look_for_late_layers("a hook of the training")
+            self._watch_over(pl_module)
+        if self._gate is not None:
+            self._gate.open()
         if self._training is not None and self._groups is not None:
             self._groups.follow(trainer.optimizers)
             self._training.start_batch(trainer, pl_module, batch_idx)
@@ -229,6 +239,8 @@ class QuantRetrainCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let the processes agree on fresh calibrations, once; report non-finite activations at the interval."""
+        if self._gate is not None:
+            self._gate.close()
         if self._training is not None:
             self._training.end_batch(trainer)
 
@@ -252,6 +264,12 @@ class QuantRetrainCallback(Callback):
         trainer.strategy.barrier("QuantRetrainCallback.on_fit_end")
 
     @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let the quantizers go by their own mode again."""
+        if self._gate is not None:
+            self._gate.end()
+
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the record of the last good state: the present one, or the last written if that is unusable."""
         # With sharded weights all ranks would have to take part, and one of them may be what failed.
@@ -261,6 +279,7 @@ class QuantRetrainCallback(Callback):
         if self._training is not None:
             self._training.close()
         self._training = None
+        self.teardown(trainer, pl_module, "")
 
     @override
     def on_save_checkpoint(
@@ -291,6 +310,11 @@ class QuantRetrainCallback(Callback):
 
     def _converted(self) -> nn.Module:
         return self._run.converted()
+
+    def _watch_over(self, pl_module: pl.LightningModule) -> None:
+        """Let the gate have its say in copies of layers that were made meanwhile, and in layers of a checkpoint."""
+        if self._gate is not None:
+            attach_gate(self._gate, pl_module, self._converted())
 
     def _look_for_late_layers(self, hooks: str) -> None:
         if self._late_layers is not None:

@@ -66,7 +66,7 @@ class Training:
         at = Position(trainer.current_epoch, batch, trainer.global_step, self.max_epochs)
         self.averages.start_batch()
         anew = self.phases.start_batch(at)
-        self.calibration.start_batch(self.model, self.phases.observing, anew)
+        self.calibration.start_batch(self.phases.observing, anew)
         self._watch.start_batch(trainer.global_step)
         phase, text = self.phases.phase, self.phases.text
         if phase is not self._logged or batch == 0:  # Lightning keeps a value until the end of the epoch

@@ -13,13 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from amct_lightning.config import DataConfig, WeightConfig
-from amct_lightning.conversion.plan import PLAN_ATTRIBUTE, LayerPlan, QuantPlan
+from amct_lightning.conversion.plan import LayerPlan, QuantPlan, carried_plan
 from amct_lightning.layer_types import LAYER_TYPES
-from amct_lightning.modules import QATLayer, leave_out_of_broadcast, quantized_layers
+from amct_lightning.modules import QATLayer, leave_out_of_broadcast
+from amct_lightning.modules.convert import PLAN_ATTRIBUTE
 from amct_lightning.modules.folding import whole_tensor
 from amct_lightning.modules.registry import QAT_CLASSES, channel_layout
 from amct_lightning.modules.shift_hook import install_shift_search, remove_shift_search
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, Quantizer, WeightQuantizer
+
+STAYS_FLOAT = "_amct_stays_float"
+"""Marks a layer that was reverted on its own, in a model that is converted."""
 
 
 def convert_layers(model: nn.Module, plan: QuantPlan, weights_follow: bool = False) -> None:
@@ -66,8 +70,9 @@ def renew_layers(model: nn.Module, plan: QuantPlan) -> list[str]:
         ValueError: If such a layer is missing or of another type than the one that was converted, or holds NaN or
             infinite weights; the model is unchanged then.
     """
-    modules = dict(model.named_modules())
-    missing = [layer for layer in plan.layers if not isinstance(modules.get(layer.name), QATLayer)]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    float_layers = [layer for layer in plan.layers if not isinstance(modules.get(layer.name), QATLayer)]
+    missing = [layer for layer in float_layers if not hasattr(modules.get(layer.name), STAYS_FLOAT)]
     if not missing:
         return []
     layers = {layer.name: _planned_layer(model, layer.name) for layer in missing}
@@ -79,7 +84,7 @@ def renew_layers(model: nn.Module, plan: QuantPlan) -> list[str]:
                 "now. Convert the model again: revert_layers(model) makes a float model of it, with its weights."
             )
     _check_weights(layers)
-    owned = {layer.shares_input_of: modules[layer.name] for layer in plan.layers if layer not in missing}
+    owned = {layer.shares_input_of: modules[layer.name] for layer in plan.layers if layer not in float_layers}
     quantizers = {owner: cast(QATLayer, layer).input_quantizer for owner, layer in owned.items()}
     for layer in missing:
         _convert_layer(layers[layer.name], layer, plan, quantizers)
@@ -92,7 +97,7 @@ def revert_layers(model: nn.Module) -> None:
     """Turn the QAT layers of ``model`` back into float layers, in place; weights stay, quantizers are dropped.
 
     Args:
-        model: A converted model.
+        model: A converted model, or a part of one: the rest then stays quantized, and the part float.
 
     Example:
         >>> from amct_lightning import prepare_qat
@@ -104,8 +109,11 @@ def revert_layers(model: nn.Module) -> None:
         )
     """
     remove_shift_search(model)
-    for layer in quantized_layers(model).values():
-        cast(QATLayer, layer).revert()
+    is_part = carried_plan(model) is None
+    for layer in [module for module in model.modules() if isinstance(module, QATLayer)]:
+        layer.revert()
+        if is_part:  # the plan is with the whole, which must not take it for a layer to be quantized
+            setattr(layer, STAYS_FLOAT, True)
     leave_out_of_broadcast(model)
     for module in model.modules():
         module.__dict__.pop(PLAN_ATTRIBUTE, None)
@@ -122,20 +130,21 @@ def _convert_layer(
 ) -> None:
     twin = QAT_CLASSES[type(layer)]
     config = model_plan.config[plan.name]
-    batch_num = model_plan.config.batch_num * plan.calls
+    count = (model_plan.config.batch_num, plan.calls)
     if plan.shares_input_of not in quantizers:
-        quantizers[plan.shares_input_of] = _activation_quantizer(config.retrain_data_config, plan.fixed_min, batch_num)
+        quantizers[plan.shares_input_of] = _activation_quantizer(config.retrain_data_config, plan.fixed_min, *count)
     own: dict[str, Quantizer] = {"input_quantizer": quantizers[plan.shares_input_of]}
     if "hidden_quantizer" in twin.activation_quantizers:
-        own["hidden_quantizer"] = _activation_quantizer(config.retrain_data_config, plan.fixed_min_hidden, batch_num)
+        own["hidden_quantizer"] = _activation_quantizer(config.retrain_data_config, plan.fixed_min_hidden, *count)
+    layer.__dict__.pop(STAYS_FLOAT, None)
     for name, parameter in twin.weight_quantizers.items():
         own[name] = _weight_quantizer(layer, parameter, config.retrain_weight_config)
     twin.convert(layer, own, plan.calibrates_input)
 
 
-def _activation_quantizer(config: DataConfig, fixed_min: bool, batch_num: int) -> ActivationQuantizer:
+def _activation_quantizer(config: DataConfig, fixed_min: bool, batch_num: int, calls: int) -> ActivationQuantizer:
     clip = None if config.clip_max is None or config.clip_min is None else (config.clip_max, config.clip_min)
-    return ActivationQuantizer(config.num_bits, fixed_min, clip, batch_num)
+    return ActivationQuantizer(config.num_bits, fixed_min, clip, batch_num, calls)
 
 
 def _weight_quantizer(layer: nn.Module, parameter: str, config: WeightConfig) -> WeightQuantizer:

@@ -6,7 +6,7 @@ model or reading a config file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,9 +18,8 @@ from amct_lightning.graph.eligibility import NOT_TRAINED, Candidate, find_candid
 from amct_lightning.graph.forward import Forward, InputData
 from amct_lightning.graph.trace import Call, Trace, Value
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
-
-PLAN_ATTRIBUTE = "_amct_quant_plan"
-"""Where a converted model keeps its plan."""
+from amct_lightning.modules import QATLayer
+from amct_lightning.modules.convert import PLAN_ATTRIBUTE
 
 _RELU = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
 
@@ -94,6 +93,30 @@ class QuantPlan:
             "refused": [asdict(layer) for layer in self.refused],
             "ends": list(self.ends),
         }
+
+    def only(self, layers: Sequence[LayerPlan]) -> QuantPlan:
+        """Return the plan without the other layers, which are disabled in its configuration.
+
+        Args:
+            layers: Some of its layers.
+        """
+        names = [layer.name for layer in layers]
+        first: dict[str, str] = {}  # a quantizer whose owner is gone belongs to the first of those that are left
+        for layer in layers:
+            first.setdefault(layer.shares_input_of, layer.name)
+        owners = {owner: owner if owner in names else name for owner, name in first.items()}
+        feeding = {layer.shares_input_of for layer in layers if layer.calibrates_input}
+        kept = [
+            replace(
+                layer,
+                shares_input_of=owners[layer.shares_input_of],
+                calibrates_input=layer.calibrates_input
+                or (layer.shares_input_of not in feeding and first[layer.shares_input_of] == layer.name),
+            )
+            for layer in layers
+        ]
+        gone = frozenset(layer.name for layer in self.layers) - set(names)
+        return replace(self, config=_without(gone, self.config), layers=tuple(kept))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str = "checkpoint") -> QuantPlan:
@@ -180,9 +203,24 @@ def _without(names: frozenset[str], config: RetrainConfig) -> RetrainConfig:
 def find_plan(model: nn.Module) -> tuple[nn.Module, QuantPlan] | None:
     """Return the converted module inside ``model`` (or itself) and its plan, or ``None`` if there is none.
 
+    Layers that were reverted or replaced since are not in the plan that is returned.
+
     Args:
         model: A converted model, or a wrapper around one (DDP, a LightningModule, a compiled module).
     """
+    found = carried_plan(model)
+    if found is None:
+        return None
+    root, plan = found
+    modules = dict(root.named_modules(remove_duplicate=False))
+    left = [layer for layer in plan.layers if isinstance(modules.get(layer.name), QATLayer)]
+    if len(left) == len(plan.layers):
+        return found
+    return (root, plan.only(left)) if left else None
+
+
+def carried_plan(model: nn.Module) -> tuple[nn.Module, QuantPlan] | None:
+    """Return the converted module inside ``model`` and the plan by which it was converted, whatever became of it."""
     for module in model.modules():
         plan = module.__dict__.get(PLAN_ATTRIBUTE)
         if plan is not None:

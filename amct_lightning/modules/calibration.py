@@ -44,11 +44,13 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     if isinstance(batches, Tensor):
         raise TypeError("calibrate(model, batches) takes an iterable of batches, got one tensor; pass [tensor].")
     flags = [(module, module.training) for module in model.modules()]
+    gates = [(quantizer, quantizer.gate) for quantizer in quantizers.values()]
     waiting = {name: quantizer for name, quantizer in quantizers.items() if quantizer.calibrating}
     try:
         model.eval()
         for quantizer in waiting.values():
             quantizer.train()
+            quantizer.gate = None
         supply = iter(batches)
         with torch.no_grad():
             while any(quantizer.calibrating for quantizer in waiting.values()):
@@ -60,6 +62,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     finally:
         for module, training in flags:
             module.training = training
+        for quantizer, gate in gates:
+            quantizer.gate = gate
     nonfinite = take_nonfinite(waiting)
     if nonfinite:
         raise ValueError(
@@ -140,7 +144,10 @@ class Agreement:
         if self.done:
             return False
         self.steps += 1
-        if self.steps < self.batch_num:
+        for quantizer in self.quantizers:
+            quantizer.end_batch()
+        late = self.steps - self.batch_num
+        if late < 0 or late & (late - 1):  # a layer that is hardly ever reached is waited for at 1, 2, 4, ... batches
             return False
         synchronize_calibration(model)
         if self.done:

@@ -12,6 +12,9 @@ from torch import nn
 from amct_lightning.modules.layers import QATLayer
 from amct_lightning.quantizers import ActivationQuantizer, Quantizer
 
+PLAN_ATTRIBUTE = "_amct_quant_plan"
+"""Where a converted model keeps its plan."""
+
 # What DDP (torch 1.7 to 2.13) leaves alone in the module that it wraps: a prototype of torch, without a public name.
 _LEFT_OUT = "_ddp_params_and_buffers_to_ignore"
 
@@ -48,6 +51,8 @@ def leave_out_of_broadcast(model: nn.Module) -> None:
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the quantized layers of a model by name.
 
+    Layers of a copy beside the model, such as the teacher that was copied from a quantized student, are not of it.
+
     Args:
         model: A converted model, or a wrapper around one.
 
@@ -58,7 +63,19 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
         >>> quantized_layers(nn.Linear(2, 2))
         {}
     """
-    return {name: module for name, module in model.named_modules() if isinstance(module, QATLayer)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QATLayer)}
+    roots = [module for module in model.modules() if PLAN_ATTRIBUTE in module.__dict__]
+    planned = {layer for root in roots for layer in _planned_layers(root, is_first=root is roots[0])}
+    return {name: layer for name, layer in layers.items() if layer in planned or not roots}
+
+
+def _planned_layers(root: nn.Module, is_first: bool) -> list[nn.Module]:
+    """Return the quantized layers of a converted module, none if it is a copy of another one."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    layers = [modules.get(layer.name) for layer in root.__dict__[PLAN_ATTRIBUTE].layers]
+    found = [layer for layer in layers if isinstance(layer, QATLayer)]
+    is_copy = any(layer.input_quantizer.is_copy for layer in found)
+    return [] if is_copy and not is_first else list(found)
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
@@ -72,8 +89,8 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     """
     found: dict[str, ActivationQuantizer] = {}
     seen: set[int] = set()
-    for name, module in model.named_modules():
-        for attribute in module.activation_quantizers if isinstance(module, QATLayer) else ():
+    for name, module in quantized_layers(model).items():
+        for attribute in cast(QATLayer, module).activation_quantizers:
             quantizer = cast(QATLayer, module).get_quantizer(attribute)
             if id(quantizer) not in seen:
                 seen.add(id(quantizer))
@@ -83,4 +100,11 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 def learned_factors(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that quantization added to a model: clip values and learned weight scales."""
-    return [p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters(recurse=False)]
+    return [p for quantizer in quantizers_of(model) for p in quantizer.parameters(recurse=False)]
+
+
+def quantizers_of(model: nn.Module) -> list[Quantizer]:
+    """Return all quantizers of a model, a shared one once; those of copies beside the model are not of it."""
+    layers = quantized_layers(model).values()
+    found = [module for layer in layers for module in layer.children() if isinstance(module, Quantizer)]
+    return list(dict.fromkeys(found))

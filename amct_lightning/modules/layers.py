@@ -32,7 +32,7 @@ class QATLayer(nn.Module):
         input_quantizer: Quantizer of the layer's input; layers that read one tensor share it.
         weight_quantizer: Quantizer of the layer's weight.
         calibrates_input: Whether this layer is the one that feeds a shared quantizer's calibration.
-        float_is_expected: Whether nobody needs to be told that the layer runs in float.
+        float_expected_of: The id of this layer if nobody needs to be told that it runs in float; a copy has another.
         quant_mode: ``"quantized"``; ``"float"`` to run as before the conversion; ``"observe"`` to do so and calibrate
             on the way.
     """
@@ -43,7 +43,7 @@ class QATLayer(nn.Module):
     input_quantizer: ActivationQuantizer
     weight_quantizer: WeightQuantizer
     calibrates_input: bool
-    float_is_expected: bool = False
+    float_expected_of: int = 0
     quant_mode: Literal["quantized", "float", "observe"] = "quantized"
 
     @classmethod
@@ -85,7 +85,7 @@ class QATLayer(nn.Module):
         """Turn the layer back into the float layer that it was made from, in place; its weights stay."""
         for name in (*self.activation_quantizers, *self.weight_quantizers):
             delattr(self, name)
-        for attribute in ("calibrates_input", "float_is_expected", "quant_mode"):
+        for attribute in ("calibrates_input", "float_expected_of", "quant_mode"):
             self.__dict__.pop(attribute, None)
         self.__class__ = self.float_class()  # type: ignore[assignment]
 
@@ -94,10 +94,19 @@ class QATLayer(nn.Module):
         """Whether the layer is to run in float, or is evaluated before it is calibrated; then it warns."""
         if self.quant_mode != "quantized":
             return True
-        early = any(not (q.has_range or q.training) for q in map(self.get_quantizer, self.activation_quantizers))
-        if early and not self.float_is_expected:
+        early = any(not (q.has_range or q.learns) for q in map(self.get_quantizer, self.activation_quantizers))
+        return early and self._stays_float()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _stays_float(self) -> bool:
+        """Tell whether there is no range indeed, of which a copy may have been given the state only; then warn."""
+        for quantizer in map(self.get_quantizer, self.activation_quantizers):
+            quantizer.catch_up()
+        if all(quantizer.has_range for quantizer in map(self.get_quantizer, self.activation_quantizers)):
+            return False
+        if self.float_expected_of != id(self):
             _warn_float()
-        return early
+        return True
 
     def get_quantizer(self, name: str) -> ActivationQuantizer:
         """Return an activation quantizer by name."""

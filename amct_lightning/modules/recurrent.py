@@ -65,7 +65,7 @@ class _QATRecurrent(QATLayer):
         input_range, hidden_range = self._ranges(input, hx, state[0], time_axis)
         x = self.input_quantizer.quantize(input, *input_range)
         steps, state = self._loop(x.movedim(time_axis, 0), state, hidden_range)
-        if self.training:
+        if self.hidden_quantizer.learns:
             self.hidden_quantizer.watch(steps)
         last = tuple(part.unsqueeze(0) for part in state)
         return steps.movedim(0, time_axis), last if len(last) > 1 else last[0]
@@ -88,7 +88,7 @@ class _QATRecurrent(QATLayer):
         return self.input_quantizer.update_range(input, self.calibrates_input, input[:1]), hidden_range
 
     def _hidden_range(self, input: Tensor, hx: Any, h: Tensor, time_axis: int) -> tuple[Tensor, Tensor]:
-        if not (self.hidden_quantizer.calibrating and self.hidden_quantizer.training):
+        if not (self.hidden_quantizer.calibrating and self.hidden_quantizer.learns):
             return self.hidden_quantizer.update_range(h)
         with torch.no_grad():
             steps = self.float_forward(input, hx)[0].movedim(time_axis, 0)

@@ -30,6 +30,7 @@ class ActivationQuantizer(Quantizer):
         fixed_min: Fix the lower clip to 0, for inputs that are never negative.
         clip: Upper and lower clip to start from; ``None`` calibrates them.
         batch_num: Number of training batches to calibrate on.
+        calls: Number of times that it is called in each of them.
 
     Attributes:
         clip_max: Learned upper clip, 0-d float32 parameter.
@@ -56,11 +57,13 @@ class ActivationQuantizer(Quantizer):
         fixed_min: bool = False,
         clip: tuple[float, float] | None = None,
         batch_num: int = 1,
+        calls: int = 1,
     ) -> None:
         super().__init__()
         self.num_bits = num_bits
         self.fixed_min = fixed_min
         self.batch_num = batch_num
+        self.calls = calls
         self.clip = clip
         self.clip_max = nn.Parameter(torch.zeros((), dtype=torch.float32))
         self.clip_min = nn.Parameter(torch.zeros((), dtype=torch.float32))
@@ -77,6 +80,7 @@ class ActivationQuantizer(Quantizer):
         self.batches = self.batch_num if self.clip else 0
         self.frozen = False
         self.observed: list[Tensor] = []
+        self._batch_of_gate, self._begun, self._calls_now = -1, 0, 0
         # Not a buffer: DDP would overwrite every rank's flag with that of rank zero.
         self.poison = torch.zeros((), device=self.clip_max.device)
 
@@ -111,6 +115,10 @@ class ActivationQuantizer(Quantizer):
         """Take note that all processes have the same clips, if the calibration is complete."""
         if self.fresh:
             self._note(self.batch_num)
+
+    def catch_up(self) -> None:
+        """Take note of a calibration that was copied into the buffers, as averages of weights copy those of a model."""
+        self._note(min(int(self.calibrated_batches), self.batch_num))
 
     @property
     def has_range(self) -> bool:
@@ -150,7 +158,7 @@ class ActivationQuantizer(Quantizer):
         Returns:
             The upper and the lower clip, 0-d float32.
         """
-        if not self.training:
+        if not self.learns:
             return self.usable_clips()
         if self.calibrating:
             upper, lower = self._observe(x.float(), observe, (x if preview is None else preview).float())
@@ -263,22 +271,43 @@ class ActivationQuantizer(Quantizer):
         values, preview = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in (values, preview))
         if observe and values.numel() and not in_backward():
             self.observed.append(values)  # a copy: the model may rewrite its activations in place
-            if len(self.observed) < self.batch_num:
-                self.batches = len(self.observed) - (self.batch_num if self.recalibrating else 0)
-            else:
-                result = ifmr(self.observed, self.num_bits)
-                self.finish_calibration(result.clip_max, result.clip_min)
+            self._count()
         if not self.calibrating or values.numel() == 0:
             return self.usable_clips()
         lower, upper = torch.aminmax(preview)
         return repair_clips(upper, lower, upper, lower, self.fixed_min)
+
+    def end_batch(self) -> None:
+        """End a calibration whose last batch is over, though it has made fewer calls than expected."""
+        if self.gate is not None and self._batch_of_gate == self.gate.batch and self._begun >= self.batch_num:
+            self._end_calibration()
+
+    def _count(self) -> None:
+        """Count the batch that was observed, of which further calls may follow; end the calibration with the last."""
+        before = self.batch_num if self.recalibrating else 0
+        if self.gate is None or self.gate.is_over:  # nobody tells where a batch ends
+            self._begun, missing = divmod(len(self.observed), self.calls)
+        else:
+            if self._batch_of_gate != self.gate.batch:
+                self._batch_of_gate, self._begun, self._calls_now = self.gate.batch, self.batches + before + 1, 0
+            self._calls_now += 1
+            missing = max(0, self.calls - self._calls_now)
+        if self._begun < self.batch_num:
+            self.batches = self._begun - before
+        elif not missing:
+            self._end_calibration()
+
+    def _end_calibration(self) -> None:
+        if self.calibrating:
+            result = ifmr(self.observed, self.num_bits)
+            self.finish_calibration(result.clip_max, result.clip_min)
 
     def _move_extra(self, move: Callable[[Tensor], Tensor]) -> None:
         self.poison = move(self.poison)
         self.observed = [move(batch) for batch in self.observed]
 
     def _after_load(self) -> None:
-        self._note(min(int(self.calibrated_batches), self.batch_num))
+        self.catch_up()
         self.observed = []
         self.poison = torch.zeros((), device=self.clip_max.device)
 

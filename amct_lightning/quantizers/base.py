@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from amct_lightning.quantizers.gate import TrainingGate
+
 
 class Quantizer(nn.Module):
     """A module whose state stays float32 and may be absent from a state dict as a whole.
@@ -20,9 +22,30 @@ class Quantizer(nn.Module):
 
     Attributes:
         keeps_whole: Tells strategies that shard parameters to leave those of a quantizer whole on every rank.
+        gate: Tells which forwards belong to a training step; ``None`` where the mode of the quantizer does.
     """
 
     keeps_whole: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate: TrainingGate | None = None
+        self._made_as = id(self)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is a copy of a quantizer that a conversion has made."""
+        return self._made_as != id(self)
+
+    @property
+    def learns(self) -> bool:
+        """Whether a forward now may calibrate and move ranges: if it is one of a training step."""
+        gate = self.gate
+        return self.training if gate is None else gate.admits(self.training, guest=self.is_copy)
+
+    def belong_to_model(self) -> None:
+        """Count as an original from now on, as the quantizers of a copied model that is trained do."""
+        self._made_as = id(self)
 
     def reset_parameters(self) -> None:
         """Set the state to what it is before training."""

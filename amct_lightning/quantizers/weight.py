@@ -201,7 +201,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _start(self, weight: Tensor) -> None:
-        if self.training:
+        if self.learns:
             self._begin(weight)
         else:
             self.scale.copy_(self.max_abs_scale(weight))

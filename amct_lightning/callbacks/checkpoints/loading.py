@@ -82,7 +82,7 @@ def load_qat_checkpoint(
         saved = _saved(checkpoint, ckpt_path)
     saved, root = place(saved, model)
     adopt_plan(root, saved.entry, saved.path)
-    load_strictly(model, _complete(model, saved.state_dict), saved.path)
+    load_strictly(model, _known_modules(model, _complete(model, saved.state_dict), saved.path), saved.path)
     restore_observed(root, saved.entry)
     return model
 
@@ -148,6 +148,22 @@ def _configured(model: Module, init_kwargs: dict[str, Any]) -> Module:
     if isinstance(model, pl.LightningModule) and is_overridden("configure_model", model):
         model.configure_model()  # idempotent by Lightning's contract; the layers must exist now
     return model
+
+
+def _known_modules(model: nn.Module, state_dict: Mapping[str, Tensor], path: str) -> Mapping[str, Tensor]:
+    """Leave out the tensors of whole modules that ``model`` does not have, as those that ``setup`` makes; warn then."""
+    children = {name for name, _ in model.named_children()} | set(dict(model.named_parameters(recurse=False)))
+    own = children | set(dict(model.named_buffers(recurse=False)))
+    foreign = list(
+        dict.fromkeys(key.split(".")[0] for key in state_dict if "." in key and key.split(".")[0] not in own)
+    )
+    if foreign:
+        warnings.warn(
+            f"'{path}' also holds {abbreviated(foreign)}, which {type(model).__name__} lacks and which is left "
+            "out. Modules that are made in setup() exist in a Trainer only; to load them, make them in __init__.",
+            stacklevel=3,
+        )
+    return {key: value for key, value in state_dict.items() if key.split(".")[0] not in foreign}
 
 
 def _complete(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

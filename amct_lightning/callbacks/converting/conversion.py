@@ -18,7 +18,7 @@ from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.sharding import reshard
 from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config
 from amct_lightning.conversion.convert import convert_layers, renew_layers
-from amct_lightning.conversion.plan import QuantPlan, find_plan, make_plan
+from amct_lightning.conversion.plan import QuantPlan, carried_plan, find_plan, make_plan
 from amct_lightning.conversion.report import conversion_report
 from amct_lightning.layer_types import supported_class
 from amct_lightning.modules import quantized_layers
@@ -47,7 +47,7 @@ class Conversion:
         Raises:
             ValueError: If the model cannot be converted so, or was converted in another way.
         """
-        found = find_plan(state.model)
+        found = carried_plan(state.model)
         if found is None:
             path = checkpoint_to_load(trainer)
             entry = saved_entry(path)
@@ -57,6 +57,7 @@ class Conversion:
             self._adopt(pl_module, state, entry, str(path))
             return
         renewed = renew_layers(*found)
+        found = _planned(state.model)
         if renewed:
             rank_zero_warn(
                 f"Replaced in {type(state.model).__name__} since its conversion: {abbreviated(renewed)}. What is there "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,6 +99,8 @@ def _local(tensor: Tensor) -> Tensor:
 class FrozenNorm:
     """Keeps a batch normalization in eval mode, and its running statistics as they are.
 
+    That holds whatever mode the model is set to in between, as ``eval()`` and ``train()`` in a training step do.
+
     Args:
         norm: The batch normalization.
 
@@ -118,17 +121,26 @@ class FrozenNorm:
         self._statistics = {name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)}
 
     def hold(self, new_epoch: bool = False) -> None:
-        """Put it back into eval mode, if a hook of the model has changed that.
+        """Put it into eval mode, where it stays whatever mode the modules around it are set to.
 
         Args:
             new_epoch: Also put the statistics back, which StochasticWeightAveraging resets for its last pass.
         """
-        if self._norm.training:
+        if "train" not in self._norm.__dict__:
             self._norm.eval()
+            # The mode of a module is passed on to those inside through this method. A partial, unlike a closure, is
+            # copied along with the module, and for the copy.
+            self._norm.train = partial(_stay, self._norm)  # type: ignore[method-assign]
+        self._norm.training = False
         if new_epoch:
             for name, value in self._statistics.items():
                 self._norm.get_buffer(name).copy_(value)
 
     def release(self) -> None:
         """Give it back the mode that it had before."""
+        self._norm.__dict__.pop("train", None)
         self._norm.train(self._was_training)
+
+
+def _stay(norm: nn.Module, mode: bool = True) -> nn.Module:
+    return norm
