@@ -156,7 +156,7 @@ def _ranges(run: Run) -> Iterator[Picture]:
     yield _picture("ranges", height, lambda part: draw_ranges(part, run, moved, _COLUMNS), alt, caption)
     alt = f"Colours for the width of the range of {len(found)} layers over the steps; the ends are in the table below."
     caption = "All layers in the order of the file: red ranges have grown since the calibration, blue ones shrunk."
-    height = row_height(len(found)) * len(found) + 0.75
+    height = row_height(len(found)) * len(found) + 0.95
     yield _picture("widths", height, lambda part: draw_widths(part, run, found), alt, caption)
 
 
