@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented way to write a dispatch mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from amct_lightning.graph.float_parts import FloatParts
 from amct_lightning.graph.preserve import preserved
 from amct_lightning.graph.tensors import tensors_in
 
@@ -85,11 +86,15 @@ class Trace:
         calls: Calls of the watched layers in order of execution.
         batch_norm_calls: How often each BatchNorm module was called, by name.
         read_from_outside: Names of the watched layers whose parameters were read by other code than their own.
+        float_operators: Kinds of the products, softmax and norms that belong to no module with parameters.
+        float_modules: Name -> class name of the other modules with parameters that were used.
     """
 
     calls: list[Call] = field(default_factory=list)
     batch_norm_calls: dict[str, int] = field(default_factory=dict)
     read_from_outside: set[str] = field(default_factory=set)
+    float_operators: list[str] = field(default_factory=list)
+    float_modules: dict[str, str] = field(default_factory=dict)
 
 
 def observe(model: nn.Module, watched: Mapping[str, nn.Module], run: nn.Module, input_data: InputData) -> Trace:
@@ -111,18 +116,21 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module], run: nn.Module, 
         RuntimeError: If the model fails on the input; the model's own error is the cause.
     """
     args, kwargs = _arguments(run, input_data)
-    observer = _Observer()
+    observer = _Observer(FloatParts(model))
     handles = [handle for name, layer in watched.items() for handle in observer.watch_layer(name, layer)] + [
         handle
         for name, module in model.named_modules()
         if issubclass(getattr(module, "cls_to_become", None) or type(module), _BATCH_NORM)
         for handle in observer.watch_batch_norm(name, module)
     ]
+    if run is not model:
+        handles += _around(model, observer.float_parts.enter, observer.float_parts.leave)
     try:
         with preserved(run), observer, _VisibleNodes():
             output = run(*args, **kwargs)
         observer.read_by_user(output)
         observer.find_outside_readers(watched)
+        observer.find_float_parts(model)
     except Exception as error:
         raise RuntimeError(
             f"{type(run).__name__} failed on the given input_data while its data flow was observed "
@@ -148,9 +156,10 @@ class _VisibleNodes(TorchFunctionMode):
 
 
 class _Observer(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, float_parts: FloatParts) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
+        self.float_parts = float_parts
         self._values: dict[tuple[int, int], Value] = {}
         self._alive: list[Tensor] = []  # an id is unique only as long as its tensor lives
         self._inside: list[str] = []
@@ -168,6 +177,8 @@ class _Observer(TorchDispatchMode):
         passed_on = self._value(_tensors(args)[0]) if func in _SAME_VALUE else None
         for tensor in _tensors(output):
             self._bind(tensor, passed_on or Value(producer=func), in_place=func._schema.is_mutable)
+        if not self._inside:
+            self.float_parts.see(func._schema.name, _tensors((args, kwargs)), _tensors(output))
         return output
 
     def watch_layer(self, name: str, layer: nn.Module) -> list[Any]:
@@ -215,6 +226,12 @@ class _Observer(TorchDispatchMode):
             values = [self._values.get((id(p), _version(p))) for p in parameters]
             if any(value.readers - {name} for value in values if value is not None):
                 self.trace.read_from_outside.add(name)
+
+    def find_float_parts(self, model: nn.Module) -> None:
+        """Note what else computed in float; that of a BatchNorm may be folded into the layer before it."""
+        kinds = {name: type(model.get_submodule(name)).__name__ for name in self.trace.batch_norm_calls}
+        self.trace.float_operators = self.float_parts.operators
+        self.trace.float_modules = self.float_parts.modules | kinds
 
     def _value(self, tensor: Tensor) -> Value:
         return self._values.get((id(tensor), _version(tensor))) or self._bind(tensor, Value())
