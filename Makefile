@@ -5,7 +5,7 @@ BIN := .venv/bin
 JOBS ?= auto
 TORCH := $(shell grep '^torch==' constraints.txt)
 READY := .venv/.ready
-SOURCES := amct_lightning tests examples docs/docstrings.py
+SOURCES := amct_lightning tests examples docs/docstrings.py docs/search_words.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-cpu lint format types check docs clean
