@@ -1,8 +1,9 @@
 """Quantization-aware training in Lightning, end to end, on real handwritten digits.
 
 Trains a small depthwise-separable CNN in FP32, then fine-tunes it twice with ``QuantRetrainCallback``: with INT8,
-and with INT4 (A4W4) where the hardware can pack it. Stop it whenever you like, even with ``kill -9``: started
-again with the same ``--out`` it goes on where it was, to the bit.
+and with INT4 (A4W4) where the hardware can pack it; and once more in FP32, for as long, so that the comparison is
+fair. Stop it whenever you like, even with ``kill -9``: started again with the same ``--out`` it goes on where it was,
+to the bit.
 
     python examples/digits.py
 """
@@ -14,6 +15,7 @@ import copy
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -30,6 +32,15 @@ from amct_lightning import QuantRetrainCallback, RetrainConfig, calibrate, prepa
 from amct_lightning.callbacks import AtomicCheckpointIO
 
 EXAMPLE_INPUT = torch.zeros(1, 1, 8, 8)
+
+
+class Row(NamedTuple):
+    """A network of the table: its title, its name in file names, its accuracy before and after the fine-tuning."""
+
+    title: str
+    name: str
+    before: float | None
+    after: float | None
 
 
 def int4_config(model: nn.Module) -> RetrainConfig:
@@ -96,15 +107,23 @@ def step_times(nets: dict[str, nn.Module], seed: int, rounds: int = 30) -> dict[
     return {name: 1000 * sorted(values)[rounds // 2] for name, values in times.items()}
 
 
+def finetune(name: str, start: nn.Module, args: argparse.Namespace, callbacks: list[pl.Callback]) -> Digits:
+    """Train a copy of the float model for the same number of epochs and at the same rate, whatever is added to it."""
+    model = Digits(lr=6e-3)
+    model.load_state_dict(start.state_dict())
+    fit(name, model, args.qat_epochs, args.out, args.seed, callbacks)
+    return model
+
+
 def main() -> None:
-    """Run the three phases and print the table."""
+    """Run the four phases and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--out", type=Path, default=Path("runs/digits"), help="folder for checkpoints, records and logs"
     )
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--epochs", type=int, default=15, help="epochs of FP32 training")
-    parser.add_argument("--qat-epochs", type=int, default=10, help="epochs of each quantized fine-tuning")
+    parser.add_argument("--qat-epochs", type=int, default=10, help="epochs of each fine-tuning")
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # a network this small is not faster with more, and much slower on a busy machine
@@ -112,23 +131,24 @@ def main() -> None:
     float_model = Digits(lr=1e-2)
     fit("fp32", float_model, args.epochs, args.out, args.seed, [])
 
+    longer = finetune("fp32_longer", float_model, args, [])
     configs = {"int8": RetrainConfig.default(float_model, EXAMPLE_INPUT), "a4w4": int4_config(float_model)}
     nets: dict[str, nn.Module] = {"fp32": float_model}
-    rows = [("FP32", accuracy(float_model, args.seed), None, "fp32")]
+    rows = [
+        Row("FP32", "fp32", accuracy(float_model, args.seed), None),
+        Row("FP32, trained as long", "fp32_longer", None, accuracy(longer, args.seed)),
+    ]
     for name, config in configs.items():
         args.out.mkdir(parents=True, exist_ok=True)
         config.to_json(args.out / f"{name}.json")
         before = accuracy(quantized_only(float_model, config, args.seed), args.seed)
-        model = Digits(lr=6e-3)
-        model.load_state_dict(float_model.state_dict())
         callback = QuantRetrainCallback(args.out / f"{name}.json", args.out / f"{name}.record.txt")
-        fit(name, model, args.qat_epochs, args.out, args.seed, [callback])
-        nets[name] = model
-        rows.append((name.upper(), before, accuracy(model, args.seed), name))
+        nets[name] = finetune(name, float_model, args, [callback])
+        rows.append(Row(name.upper(), name, before, accuracy(nets[name], args.seed)))
     show(rows, step_times({name: copy.deepcopy(net) for name, net in nets.items()}, args.seed), args.out)
 
 
-def show(rows: list[tuple[str, float, float | None, str]], times: dict[str, float], out: Path) -> None:
+def show(rows: list[Row], times: dict[str, float], out: Path) -> None:
     """Print the results, and where the files are."""
     results = Table(title="Accuracy on 450 held-out handwritten digits")
     for column in ("network", "not retrained", "retrained", "training step"):
@@ -136,11 +156,13 @@ def show(rows: list[tuple[str, float, float | None, str]], times: dict[str, floa
     files = Table(title="Files", show_lines=False)
     for column in ("network", "checkpoint", "record file"):
         files.add_column(column, overflow="fold")
-    for title, before, after, name in rows:
-        step = f"{times[name]:.1f} ms ({times[name] / times['fp32']:.1f}x)"
-        results.add_row(title, f"{before:.1%}", "-" if after is None else f"{after:.1%}", step)
-        record = "-" if after is None else str(out / f"{name}.record.txt")
-        files.add_row(title, str(out / name / "last.ckpt"), record)
+    for row in rows:
+        time_of = times.get(row.name)
+        step = "-" if time_of is None else f"{time_of:.1f} ms ({time_of / times['fp32']:.1f}x)"
+        before, after = ("-" if share is None else f"{share:.1%}" for share in (row.before, row.after))
+        results.add_row(row.title, before, after, step)
+        record = out / f"{row.name}.record.txt"
+        files.add_row(row.title, str(out / row.name / "last.ckpt"), str(record) if record.exists() else "-")
     console = Console()
     console.print(results, files)
     console.print(f"Logs: {out / 'logs'}", highlight=False)

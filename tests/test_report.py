@@ -117,6 +117,36 @@ class TestRows:
             conversion_report(Net())
 
 
+class TestFloatParts:
+    """What has no row and stays in float is told in one line."""
+
+    @staticmethod
+    def transformer() -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(8, 8), nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+        )
+
+    def report(self) -> ConversionReport:
+        return conversion_report(prepare_qat(self.transformer(), None, torch.randn(2, 3, 8)))
+
+    def test_below_the_count_of_the_layers(self) -> None:
+        first, second, third, *_ = str(self.report()).splitlines()
+        assert first.startswith("5 of 7 layers are quantized")
+        assert second == "In float beside these layers: 4 LayerNorm, 2 matmul, 2 scaled_dot_product_attention."
+        assert third == ""
+
+    def test_a_network_without_any_has_no_such_line(self) -> None:
+        assert "beside" not in str(report_of())
+
+    def test_a_plan_from_a_checkpoint_tells_it_as_well(self) -> None:
+        model = prepare_qat(self.transformer(), None, torch.randn(2, 3, 8))
+        found = find_plan(model)
+        assert found is not None
+        again = self.transformer()
+        convert_layers(again, QuantPlan.from_dict(found[1].to_dict()))
+        assert conversion_report(again).float_parts == conversion_report(model).float_parts
+
+
 class TestWarnings:
     """What often costs accuracy or speed, a line per kind."""
 

@@ -6,6 +6,7 @@ model or reading a config file.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -76,6 +77,7 @@ class QuantPlan:
         search_n: Whether the shifts of the int32 accumulators are searched (``shift_bit`` in the record).
         refused: The layers that could not be enabled, in module order.
         ends: Names of the first and the last layer of a supported type to run, quantized or not.
+        float_parts: What else of the forward stays in float, see ``graph/float_parts.py``: kinds and how many of each.
     """
 
     config: RetrainConfig
@@ -83,6 +85,7 @@ class QuantPlan:
     search_n: bool = False
     refused: tuple[RefusedLayer, ...] = field(default=(), compare=False)
     ends: tuple[str, ...] = field(default=(), compare=False)
+    float_parts: tuple[tuple[str, int], ...] = field(default=(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain dicts, lists, strings and numbers, for a checkpoint."""
@@ -92,6 +95,7 @@ class QuantPlan:
             "search_n": self.search_n,
             "refused": [asdict(layer) for layer in self.refused],
             "ends": list(self.ends),
+            "float_parts": dict(self.float_parts),
         }
 
     def only(self, layers: Sequence[LayerPlan]) -> QuantPlan:
@@ -136,6 +140,7 @@ class QuantPlan:
                 data["search_n"],
                 tuple(RefusedLayer(**layer) for layer in data.get("refused", ())),
                 tuple(data.get("ends", ())),
+                tuple({**data.get("float_parts", {})}.items()),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -191,7 +196,7 @@ def make_plan(
     resolved = _without(untrained, config.resolve(eligible, source))
     layers = _layer_plans(resolved, candidates, trace, dict(model.named_modules()))
     ends = (trace.calls[0].name, trace.calls[-1].name)
-    return QuantPlan(resolved, layers, search_n, tuple(refused.values()), ends)
+    return QuantPlan(resolved, layers, search_n, tuple(refused.values()), ends, _float_parts(trace, layers))
 
 
 def _without(names: frozenset[str], config: RetrainConfig) -> RetrainConfig:
@@ -311,6 +316,12 @@ def _folded_batch_norm(candidate: Candidate, trace: Trace, modules: dict[str, nn
     if not isinstance(reader, str) or trace.batch_norm_calls.get(reader) != 1:
         return None
     return reader if getattr(modules[reader], "running_var", None) is not None else None
+
+
+def _float_parts(trace: Trace, layers: tuple[LayerPlan, ...]) -> tuple[tuple[str, int], ...]:
+    folded = {layer.batch_norm for layer in layers}
+    modules = [kind for name, kind in trace.float_modules.items() if name not in folded]
+    return tuple(Counter([*trace.float_operators, *modules]).most_common())
 
 
 def _nothing_eligible(model: nn.Module, candidates: dict[str, Candidate]) -> str:

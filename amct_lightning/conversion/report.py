@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -13,7 +13,7 @@ from torch import nn
 from amct_lightning.conversion.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.graph.eligibility import NOT_REACHED
 from amct_lightning.layer_types import supported_class
-from amct_lightning.wording import TEXT_BOX, abbreviated, as_text
+from amct_lightning.wording import TEXT_BOX, abbreviated, as_text, cut_off
 
 _NARROW = 17
 _NOTES_WIDTH = 22
@@ -62,15 +62,19 @@ class ConversionReport:
     Attributes:
         rows: One per layer of a supported type, in module order.
         warnings: What often costs accuracy or speed, one line per kind.
+        float_parts: Products, softmax, norms and modules with parameters that are no such layers and stay in float,
+            and how many of each.
     """
 
     rows: tuple[ReportRow, ...]
     warnings: tuple[str, ...] = ()
+    float_parts: tuple[tuple[str, int], ...] = ()
 
     def __rich__(self) -> RenderableType:
         """Give rich what it shows."""
         quantized = sum(row.quantized for row in self.rows)
         head = f"{quantized} of {len(self.rows)} layers are quantized ({_LEGEND}).\n"
+        head += f"{beside(self.float_parts)}.\n" if self.float_parts else ""
         notes = "\n".join(f"Note: {warning}." for warning in self.warnings)
         return Group(Text(head), _LayerTable(self.rows), *([Text(f"\n{notes}", style="yellow")] if notes else []))
 
@@ -117,7 +121,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
             else ReportRow(name, kind, reason="disabled in the config")
         )
     ordered = tuple(rows[name] for name in modules if name in rows)
-    return ConversionReport(ordered, tuple(_warnings(ordered, plan, modules)))
+    return ConversionReport(ordered, tuple(_warnings(ordered, plan, modules)), plan.float_parts)
 
 
 def quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan) -> ReportRow:
@@ -144,6 +148,19 @@ def quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan) -> ReportRow:
         ),
         calls=layer.calls,
     )
+
+
+def beside(float_parts: Iterable[tuple[str, int]]) -> str:
+    """Say what stays in float and is no layer of the table.
+
+    Args:
+        float_parts: Kinds and how many of each.
+
+    Example:
+        >>> beside([("scaled_dot_product_attention", 2), ("LayerNorm", 5)])
+        'In float beside these layers: 2 scaled_dot_product_attention, 5 LayerNorm'
+    """
+    return f"In float beside these layers: {cut_off(f'{count} {kind}' for kind, count in float_parts)}"
 
 
 class _LayerTable:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from amct_lightning.graph.float_parts import FloatParts
 from amct_lightning.graph.forward import Forward, InputData
 from amct_lightning.graph.preserve import preserved, random_state
 from amct_lightning.graph.tensors import tensors_in
@@ -86,12 +87,13 @@ def _observe_training(
 
 def _run(model: nn.Module, watched: Mapping[str, nn.Module], forward: Forward) -> Trace:
     args, kwargs = _arguments(forward.run, forward.input_data)
-    observer = Observer()
+    observer = Observer(FloatParts(model))
     with observer.watching(model, watched):
         with forward.prepare(forward.run), forward.context(), observer, VisibleNodes():
             output = getattr(forward.run, forward.method)(*args, **kwargs)
         observer.read_by_user(output)
         observer.find_outside_readers(watched)
+        observer.find_float_parts(model)
     return observer.trace
 
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented way to write a dispatch mode
 from torch.utils._pytree import tree_leaves
 
+from amct_lightning.graph.float_parts import FloatParts
 from amct_lightning.graph.tensors import tensors_in
 from amct_lightning.quantizers.activation import in_backward
 
@@ -85,12 +86,16 @@ class Trace:
         batch_norm_calls: How often each BatchNorm module was called, by name.
         read_from_outside: Names of the watched layers whose parameters were read by other code than their own.
         in_training: Calls of the watched layers on the path that training takes; ``None`` if that was not seen.
+        float_operators: Kinds of the products, softmax and norms that belong to no module with parameters.
+        float_modules: Name -> class name of the other modules with parameters that were used.
     """
 
     calls: list[Call] = field(default_factory=list)
     batch_norm_calls: dict[str, int] = field(default_factory=dict)
     read_from_outside: set[str] = field(default_factory=set)
     in_training: list[Call] | None = None
+    float_operators: list[str] = field(default_factory=list)
+    float_modules: dict[str, str] = field(default_factory=dict)
 
 
 class VisibleNodes(TorchFunctionMode):
@@ -110,11 +115,13 @@ class Observer(TorchDispatchMode):
 
     Attributes:
         trace: What it has seen.
+        float_parts: Notes what else computes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, float_parts: FloatParts) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
+        self.float_parts = float_parts
         self._values: dict[tuple[int, int], Value] = {}
         self._alive: list[Tensor] = []  # an id is unique only as long as its tensor lives
         self._inside: list[str] = []
@@ -134,6 +141,8 @@ class Observer(TorchDispatchMode):
         passed_on = self._value(_tensors(args)[0]) if func in _SAME_VALUE else None
         for tensor in _tensors(output):
             self._bind(tensor, passed_on or Value(producer=func), in_place=func._schema.is_mutable)
+        if not self._inside:
+            self.float_parts.see(func._schema.name, _tensors((args, kwargs)), _tensors(output))
         return output
 
     @contextmanager
@@ -143,6 +152,7 @@ class Observer(TorchDispatchMode):
         for name, module in model.named_modules():
             if issubclass(getattr(module, "cls_to_become", None) or type(module), _BATCH_NORM):
                 handles += self._watch_batch_norm(name, module)
+        handles += _around(model, self.float_parts.enter, self.float_parts.leave)
         try:
             yield
         finally:
@@ -194,6 +204,12 @@ class Observer(TorchDispatchMode):
             values = [self._values.get((id(p), _version(p))) for p in parameters]
             if any(value.readers - {name} for value in values if value is not None):
                 self.trace.read_from_outside.add(name)
+
+    def find_float_parts(self, model: nn.Module) -> None:
+        """Note what else computed in float; that of a BatchNorm may be folded into the layer before it."""
+        kinds = {name: type(model.get_submodule(name)).__name__ for name in self.trace.batch_norm_calls}
+        self.trace.float_operators = self.float_parts.operators
+        self.trace.float_modules = self.float_parts.modules | kinds
 
     def _value(self, tensor: Tensor) -> Value:
         return self._values.get((id(tensor), _version(tensor))) or self._bind(tensor, Value())

@@ -29,6 +29,7 @@ class CheckpointFacts:
         rows: One per layer of a supported type: quantized ones in the order of execution, then those in float.
         scales: The weight scales by layer, of recurrent ones also ``<layer> (recurrent)``.
         record: The record that belongs to the weights; ``None`` while they are calibrated.
+        float_parts: What is in float and has no row: kinds and how many of each.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class CheckpointFacts:
     rows: tuple[ReportRow, ...]
     scales: dict[str, list[float]]
     record: QuantRecord | None
+    float_parts: tuple[tuple[str, int], ...]
 
 
 def read_facts(path: Path, notes: list[str]) -> CheckpointFacts:
@@ -80,6 +82,7 @@ def read_facts(path: Path, notes: list[str]) -> CheckpointFacts:
         rows=tuple(_rows(plan, tensors)),
         scales=dict(_scales(plan, tensors)),
         record=_record(entry.get("record"), path, notes),
+        float_parts=plan.float_parts,
     )
 
 

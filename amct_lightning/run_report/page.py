@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from amct_lightning.conversion.report import ReportRow
+from amct_lightning.conversion.report import ReportRow, beside
 from amct_lightning.monitor_format import PHASE_METRIC, PHASES
 from amct_lightning.run_report.curves import draw_curves, panels
 from amct_lightning.run_report.layers import draw_layers, lowest_sqnr, quartiles, sqnr_changes, usable
@@ -43,7 +43,7 @@ def page(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (number, percent, float32, breakable, remarks, finite, usable, distribution)
+    filters = (number, percent, float32, breakable, remarks, finite, usable, distribution, beside)
     environment.filters.update({function.__name__: function for function in filters})
     with drawing():
         pictures = dict(picture for draw in (_curves, _ranges, _sqnr, _scales) for picture in draw(run))
@@ -156,7 +156,7 @@ def _ranges(run: Run) -> Iterator[Picture]:
     yield _picture("ranges", height, lambda part: draw_ranges(part, run, moved, _COLUMNS), alt, caption)
     alt = f"Colours for the width of the range of {len(found)} layers over the steps; the ends are in the table below."
     caption = "All layers in the order of the file: red ranges have grown since the calibration, blue ones shrunk."
-    height = row_height(len(found)) * len(found) + 0.75
+    height = row_height(len(found)) * len(found) + 0.95
     yield _picture("widths", height, lambda part: draw_widths(part, run, found), alt, caption)
 
 

@@ -16,6 +16,8 @@ _ENDS = "clip_max", "clip_min"
 _LEAST_CHANGE = 0.05
 """The colours span at least this change of the width, as a power of two, so that noise does not look like drift."""
 _MOST_CHANGE = 3.0
+_FIVE_TICKS = 4
+"""The rows that make a colour bar high enough for five ticks."""
 
 
 Range = Columns
@@ -110,6 +112,7 @@ def draw_widths(figure: Figure, run: Run, found: Mapping[str, Range]) -> None:
     ax.spines[:].set_visible(False)
     label_steps(ax, run.steps)
     bar = figure.colorbar(image, ax=ax, aspect=30, pad=0.015)
-    ticks = [-limit, -limit / 2, 0.0, limit / 2, limit]
+    ticks = [-limit, 0.0, limit] if len(found) < _FIVE_TICKS else [-limit, -limit / 2, 0.0, limit / 2, limit]
     bar.set_ticks(ticks, labels=[f"×{2**tick:.3g}" for tick in ticks])
-    bar.set_label("width relative to the first one")
+    # Above and not along the bar, which is shorter than these words if there are few layers.
+    ax.set_title("width relative to the first one", loc="right", fontsize=8.5, fontweight="normal", color=MUTED.light)

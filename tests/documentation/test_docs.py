@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -15,7 +16,18 @@ import pytest
 import yaml
 
 import amct_lightning
-from tests.documentation.test_readme import CHINESE, LINK, README, ROOT, Document, anchor, plain_lines, without_code
+from tests.documentation.test_readme import (
+    BLOCK,
+    CHINESE,
+    LINK,
+    README,
+    ROOT,
+    Document,
+    anchor,
+    blocks,
+    plain_lines,
+    without_code,
+)
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -110,6 +122,72 @@ def test_docstrings_are_shown_without_markup_that_markdown_does_not_know(site: P
         text = page.read_text(encoding="utf-8")
         assert not re.search(r":(class|func|meth|attr):", text), page
         assert "Example:" not in text, page
+
+
+def test_definition_lists_are_lists(site: Path) -> None:
+    terms = re.findall(r"<dt>(.+?)</dt>", (site / "monitor.html").read_text(encoding="utf-8"))
+    assert terms == ["SQNR", "Clipped (saturation)", "Levels used (utilisation)", "Drift"]
+    for page in site.rglob("*.html"):
+        assert not re.search(r"<p>[^<]*\n: ", page.read_text(encoding="utf-8")), page
+
+
+@pytest.mark.parametrize(
+    ("word", "page"),
+    [
+        ("因子", "zh/schedule.html"),
+        ("校准", "zh/schedule.html"),
+        ("漂移", "zh/monitor.html"),
+        ("信噪比", "zh/cli.html"),
+        ("通配符", "zh/configuration.html"),
+        ("发散", "zh/troubleshooting.html"),
+        ("集合通信", "zh/atlas.html"),
+    ],
+)
+def test_chinese_words_are_found_by_the_search(site: Path, word: str, page: str) -> None:
+    """As the theme looks: it cuts a query into words of the index, and takes words that begin with one of them."""
+    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
+    assert "zh" in index["config"]["lang"]  # others throw Chinese characters away
+    found = {
+        entry["location"].partition("#")[0]
+        for entry in index["docs"]
+        if any(
+            token and (token.startswith(word) or (len(token) > 1 and word.startswith(token)))
+            for token in re.split(index["config"]["separator"], entry["title"] + "\u200b" + entry["text"])
+        )
+    }
+    assert page in found
+
+
+def test_what_the_search_shows_is_the_text_of_the_page(site: Path) -> None:
+    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
+    title = {entry["location"]: entry["title"].replace("\u200b", "") for entry in index["docs"]}
+    assert title["zh/schedule.html"] == "调度"
+    assert title["zh/configuration.html#记录文件"] == "记录文件"
+
+
+def test_no_line_of_code_is_longer_than_the_pages_are_wide() -> None:
+    """``extra.css`` makes the text of blocks so small that 124 characters fit on a screen of 1280 pixels."""
+    for page in PAGES:
+        for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
+            assert all(len(line) <= 124 for line in block["text"].splitlines()), (page, block["text"])
+
+
+@pytest.mark.parametrize("name", ["configuration.md", "monitor.md", "troubleshooting.md"])
+def test_the_chinese_page_has_the_same_code_and_the_same_tables(name: str) -> None:
+    def shape(page: Path) -> list[str]:
+        lines = without_code(page).splitlines()
+        return [re.match(r"#+|\||:", line)[0] for line in lines if re.match(r"#+ |\||: ", line)]  # type: ignore[index]
+
+    english, chinese = DOCS / name, DOCS / "zh" / name
+    assert [text for _, text in blocks(chinese)] == [text for _, text in blocks(english)]
+    assert shape(chinese) == shape(english)
+
+
+def test_the_chinese_page_explains_the_same_error_messages() -> None:
+    def explained(page: Path) -> list[list[str]]:
+        return [re.findall("`([^`]+)`", row) for row in re.findall(r"^\| (`.*?) \|", page.read_text(), re.MULTILINE)]
+
+    assert explained(DOCS / "zh" / "troubleshooting.md") == explained(DOCS / "troubleshooting.md")
 
 
 def test_all_pages_are_in_the_navigation() -> None:

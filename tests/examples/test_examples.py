@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 import subprocess
 import time
@@ -16,7 +17,7 @@ from tests.examples.running import ONE_THREAD, command, fit, run
 
 SHORT = ["--epochs", "2", "--qat-epochs", "2"]
 FORKING = Path(__file__).with_name("forking.py")
-PHASES = ("fp32", "int8", "a4w4")
+PHASES = ("fp32", "fp32_longer", "int8", "a4w4")
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +32,20 @@ def test_the_demo_ends_with_its_table_and_files(uninterrupted: tuple[Path, str, 
     out, printed, _ = uninterrupted
     for word in ("FP32", "INT8", "A4W4", "not retrained", "training step", "Logs:"):
         assert word in printed
+    assert re.search(r"FP32, trained as long +│ +- │ +[\d.]+% │ +- │", printed)
     for name in ("int8", "a4w4"):
         assert len(QuantRecord.load(out / f"{name}.record.txt")) == 22
         assert (out / name / "last.record.txt").read_text() == (out / f"{name}.record.txt").read_text()
+
+
+def test_the_float_network_of_the_comparison_was_trained_as_long_as_the_quantized_ones(
+    uninterrupted: tuple[Path, str, float],
+) -> None:
+    out, _, _ = uninterrupted
+    begun, *compared = (torch.load(out / phase / "last.ckpt", weights_only=True) for phase in PHASES)
+    assert len({(run["epoch"], run["global_step"]) for run in compared}) == 1
+    weights = [run["state_dict"]["net.0.weight"] for run in (begun, *compared)]
+    assert not any(torch.equal(weights[0], other) for other in weights[1:])
 
 
 def test_a_yaml_file_quantizes_the_float_checkpoint_of_the_demo_equal_to_the_bit(

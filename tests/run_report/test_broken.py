@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import amct_lightning.run_report
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY
 from amct_lightning.cli import main
+from amct_lightning.conversion.plan import make_plan
 from amct_lightning.run_report import write_picture, write_report
 from amct_lightning.run_report.sources import load_run
 from tests.run_report.conftest import report, write_metrics, write_monitor
@@ -145,6 +147,14 @@ def test_checkpoint_with_a_damaged_plan(tmp_path: Path, plan: object) -> None:
     torch.save({"state_dict": {}, CHECKPOINT_KEY: {"plan": plan}}, tmp_path / "bad.ckpt")
     with pytest.raises((ValueError, TypeError), match=r"bad\.ckpt"):
         write_report(tmp_path / "bad.ckpt", tmp_path / "report.html")
+
+
+def test_what_a_network_computes_in_float_beside_its_layers_is_told(tmp_path: Path) -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    plan = make_plan(encoder, None, torch.randn(2, 3, 8)).to_dict()
+    torch.save({"state_dict": {}, CHECKPOINT_KEY: {"plan": plan}}, tmp_path / "last.ckpt")
+    said = report(tmp_path / "last.ckpt").sections["conversion"]
+    assert "In float beside these layers: 4 LayerNorm, 2 matmul, 2 scaled_dot_product_attention." in said
 
 
 def test_scales_that_no_record_can_hold_are_named(real_run: Path, tmp_path: Path) -> None:
