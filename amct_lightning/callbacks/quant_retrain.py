@@ -29,7 +29,7 @@ from amct_lightning.callbacks.checks import (
 from amct_lightning.callbacks.conversion import Conversion
 from amct_lightning.callbacks.inputs import BatchToInput
 from amct_lightning.callbacks.modes import expect_float, start_shift_search
-from amct_lightning.callbacks.param_groups import ClipGroups
+from amct_lightning.callbacks.optimizers.param_groups import ClipGroups
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.schedule.table import schedule_table
 from amct_lightning.callbacks.sharding import build_layers, check_complete, check_tensor_parallel
