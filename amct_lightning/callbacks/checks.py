@@ -90,6 +90,22 @@ def warn_left_out(optimizers: Iterable[torch.optim.Optimizer], clips: list[nn.Pa
         )
 
 
+def explain_matrices_only(exception: BaseException) -> None:
+    """Add the remedy to the error of an optimizer that refuses parameters which are no matrices, as Muon does."""
+    trace = exception.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    optimizer = None if trace is None else trace.tb_frame.f_locals.get("self")
+    constructing = trace is not None and trace.tb_frame.f_code.co_name == "__init__"
+    if isinstance(optimizer, torch.optim.Optimizer) and constructing and isinstance(exception, ValueError):
+        name = type(optimizer).__name__
+        exception.args = (
+            f"{exception} The learned factors of a quantized model are parameters with no or one dimension. If {name} "
+            f"takes matrices only, give it [p for p in self.parameters() if p.ndim == 2], and the others to another "
+            f"optimizer, such as AdamW.",
+        )
+
+
 def describe_difference(model: QuantPlan, checkpoint: QuantPlan) -> str:
     """Say in what two plans differ."""
     for name in dict.fromkeys([*model.config, *checkpoint.config]):

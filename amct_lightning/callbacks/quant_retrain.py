@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
@@ -21,8 +20,8 @@ from amct_lightning.callbacks.checkpoints.state import QuantState
 from amct_lightning.callbacks.checks import (
     check_arguments,
     check_neighbours,
+    explain_matrices_only,
     find_submodule,
-    warn_left_out,
     warn_spawned,
     warn_unfinished,
 )
@@ -30,21 +29,21 @@ from amct_lightning.callbacks.converting.conversion import Conversion
 from amct_lightning.callbacks.converting.inputs import BatchToInput
 from amct_lightning.callbacks.converting.module_setup import LateLayers, set_up_now
 from amct_lightning.callbacks.modes import attach_gate, expect_float, start_shift_search
-from amct_lightning.callbacks.param_groups import ClipGroups
+from amct_lightning.callbacks.optimizers.param_groups import ClipGroups
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.schedule.table import schedule_table
 from amct_lightning.callbacks.sharding import build_layers, check_complete, check_tensor_parallel
 from amct_lightning.callbacks.training import Training
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY
 from amct_lightning.config import QuantChoices, RetrainConfig
-from amct_lightning.modules import learned_factors, quantized_layers
+from amct_lightning.modules import quantized_layers
 from amct_lightning.modules.convert import leave_out_of_broadcast
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.modules.shift_hook import synchronize_shift_search
 from amct_lightning.quantizers.gate import TrainingGate
 
 
-class QuantRetrainCallback(Callback):
+class QuantRetrainCallback(pl.Callback):
     """Quantization-aware training of a LightningModule; nothing in the module changes.
 
     In ``setup``, for every stage, the layers named by ``config`` are converted in place (once; a second ``fit`` or
@@ -129,7 +128,6 @@ class QuantRetrainCallback(Callback):
         self._state: QuantState | None = None
         self._modules: list[nn.Module] = []
         self._max_epochs: int | None = None
-        self._groups: ClipGroups | None = None
         self._training: Training | None = None
         self._late_layers: LateLayers | None = None
         self._gate: TrainingGate | None = None
@@ -164,14 +162,11 @@ class QuantRetrainCallback(Callback):
         model, epochs = self._converted(), trainer.max_epochs
         check_complete(pl_module, self._modules)
         check_tensor_parallel(quantized_layers(model))
-        # Before StochasticWeightAveraging adds one.
-        self._max_epochs = None if epochs is None or epochs < 0 else epochs
+        self._max_epochs = None if epochs is None or epochs < 0 else epochs  # StochasticWeightAveraging adds one
         if self.schedule is not None:
             table = schedule_table(self.schedule, quantized_layers(model), self._max_epochs)
             rank_zero_info(f"QuantRetrainCallback: the schedule\n{table}")
-        self._groups = ClipGroups(model, self.quant_lr_scale, self.quant_weight_decay)
-        self._groups.begin(trainer.optimizers, trainer.lr_scheduler_configs)
-        warn_left_out(trainer.optimizers, learned_factors(model))
+        self._groups = ClipGroups.of(trainer, model, self.quant_lr_scale, self.quant_weight_decay)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -209,8 +204,8 @@ class QuantRetrainCallback(Callback):
         expect_float(self._converted(), False)
         self._look_for_late_layers("on_fit_start")
         self._run.restore_again()
-        model, schedule, max_epochs = self._converted(), self.schedule or QuantSchedule(), self._max_epochs
-        self._training = Training(trainer, model, schedule, max_epochs, self._calibration, self.on_nonfinite)
+        args = self.schedule or QuantSchedule(), self._max_epochs, self._calibration, self.on_nonfinite, self._groups
+        self._training = Training(trainer, self._converted(), *args)
 
     @override
     def on_train_batch_start(
@@ -222,9 +217,14 @@ class QuantRetrainCallback(Callback):
             self._watch_over(pl_module)
         if self._gate is not None:
             self._gate.open()
-        if self._training is not None and self._groups is not None:
-            self._groups.follow(trainer.optimizers)
+        if self._training is not None:
             self._training.start_batch(trainer, pl_module, batch_idx)
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Expect the loop to write parameters."""
+        if self._training is not None:
+            self._training.after_backward(trainer)
 
     @override
     def on_before_optimizer_step(
@@ -232,7 +232,7 @@ class QuantRetrainCallback(Callback):
     ) -> None:
         """Keep the optimizer off frozen factors."""
         if self._training is not None:
-            self._training.phases.before_step(optimizer)
+            self._training.before_step(optimizer)
 
     @override
     def on_train_batch_end(
@@ -272,11 +272,12 @@ class QuantRetrainCallback(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the record of the last good state: the present one, or the last written if that is unusable."""
-        # With sharded weights all ranks would have to take part, and one of them may be what failed.
-        if self._training is not None and trainer.is_global_zero and not is_sharded(self._converted()):
-            with suppress(RuntimeError, OSError):  # a device or disk that failed must not hide the exception itself
-                self._run.record.write(record_text(self._converted()))
+        explain_matrices_only(exception)
         if self._training is not None:
+            # With sharded weights all ranks would have to take part, and one of them may be what failed.
+            if trainer.is_global_zero and not is_sharded(self._converted()):
+                with suppress(RuntimeError, OSError):  # a device or disk that failed must not hide the exception itself
+                    self._run.record.write(record_text(self._converted()))
             self._training.close()
         self._training = None
         self.teardown(trainer, pl_module, "")

@@ -8,11 +8,13 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch.optim import Optimizer
 
 from amct_lightning.callbacks.averaging import Averages
 from amct_lightning.callbacks.calibration_count import CalibrationCount
 from amct_lightning.callbacks.modes import compile_anew
 from amct_lightning.callbacks.nonfinite import NonfiniteWatch
+from amct_lightning.callbacks.optimizers.param_groups import ClipGroups
 from amct_lightning.callbacks.schedule.phases import PhaseRunner
 from amct_lightning.callbacks.schedule.schedule import Phase, Position, QuantSchedule
 from amct_lightning.monitor_format import PHASE_METRIC
@@ -28,6 +30,7 @@ class Training:
         max_epochs: Number of epochs that the user wants; StochasticWeightAveraging lets the Trainer make one more.
         calibration: The count of calibration batches, which outlives a training.
         on_nonfinite: See :class:`QuantRetrainCallback`.
+        groups: The parameter groups of the clips.
 
     Attributes:
         phases: The phases of the layers.
@@ -41,12 +44,14 @@ class Training:
         max_epochs: int | None,
         calibration: CalibrationCount,
         on_nonfinite: Literal["warn", "raise"],
+        groups: ClipGroups,
     ) -> None:
         self.model = model
         self.calibration = calibration
         self.max_epochs = max_epochs
+        self.groups = groups
         begin = Position(trainer.current_epoch, max_epochs=max_epochs)
-        self.phases = PhaseRunner(schedule, model, trainer.optimizers, begin)
+        self.phases = PhaseRunner(schedule, model, begin)
         self.calibration.begin(model)
         self.averages = Averages(trainer, model)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -63,6 +68,7 @@ class Training:
             pl_module: The LightningModule.
             batch: Number of the batch in its epoch.
         """
+        self.groups.follow(trainer.optimizers)
         at = Position(trainer.current_epoch, batch, trainer.global_step, self.max_epochs)
         self.averages.start_batch()
         anew = self.phases.start_batch(at)
@@ -76,12 +82,33 @@ class Training:
             rank_zero_info(f"QuantRetrainCallback: epoch {at.epoch}, batch {batch}: {text}")
             self._told = text
 
+    def after_backward(self, trainer: pl.Trainer) -> None:
+        """Get ready for parameters to be written: by an optimizer, or by a loop of the user's.
+
+        Args:
+            trainer: The Trainer.
+        """
+        is_manual = not trainer.lightning_module.automatic_optimization
+        self.phases.after_backward(is_manual)
+        if is_manual:
+            self.groups.derive(trainer.optimizers)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Keep an optimizer off frozen factors, and give it the rates of the clips.
+
+        Args:
+            optimizer: The optimizer that is about to step.
+        """
+        self.phases.before_step(optimizer)
+        self.groups.derive([optimizer])
+
     def end_batch(self, trainer: pl.Trainer) -> None:
         """Let the processes agree on fresh calibrations, once; report non-finite activations at the interval.
 
         Args:
             trainer: The Trainer.
         """
+        self.groups.derive(trainer.optimizers)  # after the schedulers, for callbacks that show the rates
         self.phases.end_batch(trainer.global_step)
         if self.calibration.end_batch(self.model):
             self.phases.forget()
@@ -94,7 +121,8 @@ class Training:
             self.settle_averages()
 
     def settle_averages(self) -> None:
-        """Bring the averages that other callbacks make up to date; they are about to be used."""
+        """Bring the averages that other callbacks make up to date, and frozen factors; they are about to be used."""
+        self.phases.restore()
         self.averages.settle(self.phases)
 
     def end(self) -> None:

@@ -8,11 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_lightning.quantizers.base import Quantizer
-from amct_lightning.quantizers.functional import (
-    activation_scale_offset,
-    fake_quantize_activation,
-    repair_clips,
-)
+from amct_lightning.quantizers.functional import activation_scale_offset, fake_quantize_activation, repair_clips
 from amct_lightning.quantizers.ifmr import ifmr
 
 
@@ -209,7 +205,7 @@ class ActivationQuantizer(Quantizer):
         Args:
             frozen: Whether to leave them alone.
         """
-        if frozen and not self.frozen:
+        if frozen != self.frozen:
             self._store(*self.usable_clips())
         self.frozen = frozen
 
@@ -221,10 +217,15 @@ class ActivationQuantizer(Quantizer):
     def usable_clips(self) -> tuple[Tensor, Tensor]:
         """Return the upper and lower clip that the quantizer works with at present, without touching it.
 
+        While frozen it works with the copies that it keeps, and whatever is written into the parameters does not count.
+
         Example:
             >>> ActivationQuantizer(fixed_min=True, clip=(2.5, -1.0)).usable_clips()[1]
             tensor(0.)
         """
+        return (self.clip_max_previous, self.clip_min_previous) if self.frozen else self._repaired()
+
+    def _repaired(self) -> tuple[Tensor, Tensor]:
         return repair_clips(
             self.clip_max, self.clip_min, self.clip_max_previous, self.clip_min_previous, self.fixed_min
         )
@@ -308,6 +309,9 @@ class ActivationQuantizer(Quantizer):
 
     def _after_load(self) -> None:
         self.catch_up()
+        if self.frozen:
+            with torch.no_grad():
+                self._store(*self._repaired())
         self.observed = []
         self.poison = torch.zeros((), device=self.clip_max.device)
 

@@ -1,7 +1,8 @@
-"""Keep parameters bit-identical whatever their optimizer does, without touching ``requires_grad`` or the graph."""
+"""Keep parameters bit-identical whatever writes them, without touching ``requires_grad`` or the graph."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -12,53 +13,55 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from amct_lightning.quantizers import ActivationQuantizer
+
 
 class Holder:
-    """Holds parameters at their values.
+    """Holds the parameters of modules at their values.
 
     Their gradients are dropped before an optimizer steps, so that neither its state nor a clipping of norms notices
-    them. As some optimizers move parameters without a gradient (LBFGS, or one with a momentum of its own), they are
-    also put back after each step.
+    them. What is written all the same is put back: by an optimizer that moves parameters without a gradient (LBFGS, or
+    one with a momentum of its own), or by a loop that writes them itself, as sharpness-aware minimization does. That
+    is done when a batch begins, when it ends if something was written, and before a forward that follows a backward
+    pass of the same batch.
 
     Example:
-        >>> held, free = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
-        >>> optimizer = torch.optim.SGD([held, free], lr=0.5, weight_decay=0.1)
+        >>> held, free = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
         >>> holder = Holder()
-        >>> holder.watch([optimizer])
         >>> holder.hold([held])
-        >>> (held + free).sum().backward()
-        >>> optimizer.step()
-        >>> held.item(), round(free.item(), 2)
-        (1.0, 0.45)
+        >>> before = held.weight.item()
+        >>> for parameter in (held.weight, free.weight):
+        ...     _ = parameter.data.add_(1)
+        >>> holder.restore()
+        >>> held.weight.item() == before
+        True
     """
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[nn.Parameter, Tensor]] = {}
-        self._handles: list[RemovableHandle] = []
-        self._has_unwatched = False
+        self._owners: dict[nn.Module, RemovableHandle | None] = {}
+        self._versions: dict[int, int] = {}
+        self._is_sharded = False
+        self._in_doubt = False
 
-    def watch(self, optimizers: Iterable[Any]) -> None:
-        """Put held parameters back after each step of these optimizers.
-
-        Args:
-            optimizers: The optimizers of the training.
-        """
-        self.close()
-        for optimizer in optimizers:
-            if isinstance(optimizer, Optimizer):
-                self._handles.append(optimizer.register_step_post_hook(lambda *_: self.restore()))
-            else:
-                self._has_unwatched = True
-
-    def hold(self, parameters: Iterable[nn.Parameter], also: bool = False) -> None:
-        """Hold these parameters; those held already keep the value that they had then.
+    def hold(self, modules: Iterable[nn.Module], also: bool = False) -> None:
+        """Hold the parameters of these modules; those held already keep the value that they had then.
 
         Args:
-            parameters: The parameters.
+            modules: The modules, each the owner of parameters.
             also: Whether to go on holding the others.
         """
-        now = {id(p): self._held[id(p)] if id(p) in self._held else (p, _local(p.detach()).clone()) for p in parameters}
-        self._held = self._held | now if also else now
+        owners = dict.fromkeys([*self._owners, *modules] if also else modules)
+        for gone in [owner for owner in self._owners if owner not in owners]:
+            if (handle := self._owners.pop(gone)) is not None:
+                handle.remove()
+        for owner in owners:
+            if owner not in self._owners:
+                self._owners[owner] = self._guard(owner)
+        parameters = [parameter for owner in owners for parameter in owner.parameters(recurse=False)]
+        self._held = {id(p): self._held.get(id(p)) or (p, _local(p).clone()) for p in parameters}
+        self._versions = {id(p): self._versions.get(id(p), p._version) for p in parameters}
+        self._is_sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
 
     def drop_gradients(self, optimizer: Optimizer) -> None:
         """Forget the gradients of held parameters that an optimizer is about to use.
@@ -72,28 +75,76 @@ class Holder:
                     if id(parameter) in self._held:
                         parameter.grad = None
 
-    def end_batch(self) -> None:
-        """Put parameters back for optimizers that cannot be watched."""
-        if self._has_unwatched:
+    def after_backward(self, zero: bool) -> None:
+        """Note that parameters may be written from now on.
+
+        Args:
+            zero: Whether to set their gradients to zero, for a loop that steps without any optimizer of Lightning's.
+        """
+        self._in_doubt = bool(self._held)
+        if zero:
+            gradients = [_local(parameter.grad) for parameter, _ in self._held.values() if parameter.grad is not None]
+            if gradients:
+                torch._foreach_zero_(gradients)
+
+    def before_forward(self, owner: nn.Module) -> None:
+        """Put the parameters back before a module is used, if they may have been written.
+
+        Args:
+            owner: The module.
+        """
+        if self._in_doubt and owner in self._owners:
             self.restore()
 
-    @torch.no_grad()
+    def end_batch(self) -> None:
+        """Put parameters back that were written. Their versions tell without a look at values, except when sharded."""
+        if self._is_sharded or any(p._version != self._versions[key] for key, (p, _) in self._held.items()):
+            self.restore()
+
     def restore(self) -> None:
-        """Put the held parameters back to their values."""
+        """Put the held parameters back to their values.
+
+        Past autograd: what a forward has kept for its backward pass has these values already.
+        """
+        self._in_doubt = False
         if self._held:
+            self._versions = {key: parameter._version for key, (parameter, _) in self._held.items()}
             parameters, values = zip(*self._held.values(), strict=True)
             torch._foreach_copy_([_local(parameter) for parameter in parameters], list(values))
 
     def close(self) -> None:
-        """Hold nothing and watch nothing any more."""
-        for handle in self._handles:
-            handle.remove()
-        self._held, self._handles, self._has_unwatched = {}, [], False
+        """Put the parameters back a last time, and hold nothing any more."""
+        self.restore()
+        self.hold([])
+
+    def _guard(self, owner: nn.Module) -> RemovableHandle | None:
+        # Frozen clips are copied where they are used: see ActivationQuantizer.usable_clips().
+        if isinstance(owner, ActivationQuantizer):
+            return None
+        return owner.register_forward_pre_hook(_PutBack(self))
+
+
+class _PutBack:
+    """A hook for the modules that own held parameters; on a copy of one, or after it was pickled, it does nothing."""
+
+    def __init__(self, holder: Holder | None = None) -> None:
+        self._holder = (lambda: None) if holder is None else weakref.ref(holder)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():  # a compiled module keeps the values of its first use until the batch ends
+            return
+        holder = self._holder()
+        if holder is not None:
+            holder.before_forward(module)
+
+    def __reduce__(self) -> tuple[type[_PutBack], tuple[()]]:
+        return _PutBack, ()
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return what this process has of a tensor that may be sharded; operators on lists take no mixture."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """Return what this process has of a tensor that may be sharded, past autograd and its count of versions."""
+    data = tensor.data
+    return data.to_local() if isinstance(data, DTensor) else data
 
 
 class FrozenNorm:

@@ -26,7 +26,6 @@ class PhaseRunner:
     Args:
         schedule: The schedule.
         model: The converted module.
-        optimizers: The optimizers of the training.
         at: Where the training begins. What is frozen there is kept as it is, before the first batch, too.
 
     Attributes:
@@ -38,7 +37,7 @@ class PhaseRunner:
         ValueError: If the schedule contradicts itself or names layers that there are not.
     """
 
-    def __init__(self, schedule: QuantSchedule, model: nn.Module, optimizers: list[Optimizer], at: Position) -> None:
+    def __init__(self, schedule: QuantSchedule, model: nn.Module, at: Position) -> None:
         found = find_plan(model)
         root, layers = (model, ()) if found is None else (found[0], found[1].layers)
         self.schedule = schedule
@@ -57,7 +56,6 @@ class PhaseRunner:
         self._frozen_norms: dict[nn.Module, FrozenNorm] = {}
         self._waiting: list[ActivationQuantizer] = []  # to be frozen as soon as they are calibrated
         self._holder = Holder()
-        self._holder.watch(optimizers)
         self._at: Position | None = None
         self._apply_norms(at, [])
 
@@ -75,6 +73,7 @@ class PhaseRunner:
         Returns:
             Whether layers have begun to calibrate anew.
         """
+        self.restore()
         for kept in self._frozen_norms.values():
             kept.hold(new_epoch=at.batch == 0)
         if self._at is not None and not self._may_change(self._at, at):
@@ -84,7 +83,7 @@ class PhaseRunner:
         self.phases = {name: self.schedule.phase(name, at) for name in self.layers}
         calibrate = [name for name in self.layers if self.phases[self.owners[name]].calibrates]
         self.observing = frozenset(quantizer for name in calibrate for quantizer in data_quantizers(self.layers[name]))
-        held: list[nn.Parameter] = []
+        held: list[nn.Module] = []
         anew = False
         for name, layer in self.layers.items():
             anew |= self._apply_data(name, layer, held)
@@ -101,8 +100,20 @@ class PhaseRunner:
         """
         for quantizer in [quantizer for quantizer in self._waiting if not quantizer.calibrating]:
             quantizer.freeze()
-            self._holder.hold([quantizer.clip_max, quantizer.clip_min], also=True)
+            self._holder.hold([quantizer], also=True)
         self._holder.drop_gradients(optimizer)
+
+    def after_backward(self, manual: bool) -> None:
+        """Expect that frozen factors are written from now on.
+
+        Args:
+            manual: Whether the loop may do so without a call of :meth:`before_step`.
+        """
+        self._holder.after_backward(zero=manual)
+
+    def restore(self) -> None:
+        """Put frozen factors back, whatever has written them."""
+        self._holder.restore()
 
     def end_batch(self, step: int) -> None:
         """Let the weight scales that follow the weight at updates only follow it now, if an update was made.
@@ -168,7 +179,7 @@ class PhaseRunner:
             return True
         return at.step != before.step and any(phase.held_between_updates for phase in self.phases.values())
 
-    def _apply_data(self, name: str, layer: QATLayer, held: list[nn.Parameter]) -> bool:
+    def _apply_data(self, name: str, layer: QATLayer, held: list[nn.Module]) -> bool:
         """Set the mode of a layer, and of its quantizers if it owns them; return whether they calibrate anew."""
         phase = self.phases[self.owners[name]]
         quantizers = data_quantizers(layer)
@@ -185,34 +196,34 @@ class PhaseRunner:
             keep = phase.data_frozen or not phase.updates or layer.quant_mode != "quantized"
             quantizer.freeze(keep and not quantizer.calibrating)
             if quantizer.frozen:
-                held += [quantizer.clip_max, quantizer.clip_min]
+                held.append(quantizer)
             elif keep:
                 self._waiting.append(quantizer)
         return anew
 
-    def _apply_weights(self, phase: LayerPhase, layer: QATLayer, held: list[nn.Parameter]) -> None:
+    def _apply_weights(self, phase: LayerPhase, layer: QATLayer, held: list[nn.Module]) -> None:
         for quantizer, weight in weight_quantizers(layer):
             if layer.quant_mode != "quantized":
-                held += quantizer.parameters()
+                held.append(quantizer)
             elif isinstance(quantizer, LearnedWeightQuantizer):
                 if phase.weights_frozen or not phase.updates:
                     if quantizer.starting:
                         quantizer.freeze(weight())
-                    held += quantizer.parameters()
+                    held.append(quantizer)
             elif phase.weights_frozen or phase.held_between_updates or not phase.updates:
                 if not quantizer.frozen:
                     quantizer.freeze(weight())
             else:
                 quantizer.unfreeze()
 
-    def _apply_norms(self, at: Position, held: list[nn.Parameter]) -> None:
+    def _apply_norms(self, at: Position, held: list[nn.Module]) -> None:
         frozen = [norm for name, norm in self.batch_norms if self.schedule.should_freeze("bn", name, at)]
         self._thaw_norms(frozen)
         for norm in frozen:
             if norm not in self._frozen_norms:
                 self._frozen_norms[norm] = FrozenNorm(norm)
             self._frozen_norms[norm].hold()
-            held += norm.parameters(recurse=False)
+            held.append(norm)
 
     def _thaw_norms(self, still_frozen: Collection[nn.Module]) -> None:
         for norm in [norm for norm in self._frozen_norms if norm not in still_frozen]:

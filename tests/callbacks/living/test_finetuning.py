@@ -62,7 +62,7 @@ class Notes(pl.Callback):
         names = {id(p): name for name, p in pl_module.named_parameters()}
         groups = trainer.optimizers[0].param_groups
         self.groups.append([{**group, "params": {names[id(p)] for p in group["params"]}} for group in groups])
-        clips = [(q.clip_max, q.clip_min) for q in activation_quantizers(pl_module).values()]
+        clips = [(q.clip_max.detach(), q.clip_min.detach()) for q in activation_quantizers(pl_module).values()]
         self.clips.append(torch.tensor(clips))
 
 
