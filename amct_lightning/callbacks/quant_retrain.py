@@ -53,10 +53,9 @@ class QuantRetrainCallback(Callback):
     the record, so resuming and testing from it needs no config file and continues to the bit.
 
     Args:
-        config: What to quantize: the path of a JSON configuration, of AMCT's simple configuration (``.cfg``) or of a
-            YAML file with choices, the content of a JSON or YAML one as a dict, or an object
-            (:class:`RetrainConfig`, :class:`QuantChoices`). ``None`` quantizes every layer that can be, with AMCT's
-            defaults.
+        config: What to quantize: a preset such as ``"INT8"`` or ``"A4W4"``, the path of a JSON, ``.cfg`` or YAML file,
+            the content of a JSON or YAML one as a mapping, or a :class:`RetrainConfig` or :class:`QuantChoices`.
+            ``None`` quantizes every layer that can be, with AMCT's defaults.
         record_file: The file for the quantization factors; ``None`` means ``record.txt`` in the Trainer's
             ``default_root_dir``.
         input_data: Input for the converted module that shows its data flow: a tensor, a tuple of positional or a
