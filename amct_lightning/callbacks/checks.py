@@ -51,7 +51,7 @@ def check_neighbours(callbacks: Sequence[object], callback: object) -> None:
 def check_arguments(callback: Any) -> None:
     """Refuse arguments of the callback that have a wrong type or value."""
     config, input_data, on_nonfinite = callback.config, callback.input_data, callback.on_nonfinite
-    for name in ("record_file", "submodule"):
+    for name in ("record_file", "submodule", "float_checkpoint"):
         value = getattr(callback, name)
         if value is not None and (not isinstance(value, (str, Path)) or not str(value)):
             raise TypeError(f"QuantRetrainCallback({name}={value!r}): must be a non-empty text or None.")

@@ -28,7 +28,7 @@ class QuantState:
         calibration: How far its calibration has come.
         is_configured: Whether a configuration was given, so that the plan of a checkpoint cannot replace it.
         is_fitting: Whether optimizers go on from checkpoints, too.
-        missing_config: Why the model could not be converted: a checkpoint may bring what its configuration is missing.
+        missing_config: The file that was missing, of configuration or weights, which a checkpoint may bring instead.
     """
 
     model: nn.Module
@@ -82,7 +82,8 @@ class QuantState:
         elif self.is_fitting:
             raise ValueError(
                 f"'{source}' was written without QuantRetrainCallback, so the state of its optimizer does not fit the "
-                "quantized model. Load the float weights into the LightningModule, and fit without ckpt_path."
+                f"quantized model. Begin with its weights: QuantRetrainCallback(float_checkpoint='{source}'), and fit "
+                "without ckpt_path."
             )
 
     def restore(self, entry: dict[str, Any], averages: Iterable[nn.Module]) -> None:
