@@ -20,7 +20,7 @@ from amct_lightning.conversion.plan import make_plan
 from amct_lightning.conversion.report import conversion_report
 from amct_lightning.files import check_writable, write_text
 from amct_lightning.graph.float_model import check_float_model
-from amct_lightning.graph.trace import InputData
+from amct_lightning.graph.forward import InputData
 
 _logger = logging.getLogger(__name__)
 

@@ -27,8 +27,9 @@ from amct_lightning.callbacks.checks import (
     warn_spawned,
     warn_unfinished,
 )
-from amct_lightning.callbacks.conversion import Conversion
-from amct_lightning.callbacks.inputs import BatchToInput
+from amct_lightning.callbacks.converting.conversion import Conversion
+from amct_lightning.callbacks.converting.inputs import BatchToInput
+from amct_lightning.callbacks.converting.module_setup import LateLayers, set_up_now
 from amct_lightning.callbacks.modes import expect_float, start_shift_search
 from amct_lightning.callbacks.param_groups import ClipGroups
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
@@ -129,12 +130,14 @@ class QuantRetrainCallback(Callback):
         self._max_epochs: int | None = None
         self._groups: ClipGroups | None = None
         self._training: Training | None = None
+        self._late_layers: LateLayers | None = None
         self._has_trained = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Convert the model, before its weights are restored, moved or wrapped and optimizers are made."""
         check_neighbours(trainer.callbacks, self)  # type: ignore[attr-defined]
+        set_up_now(pl_module, stage)
         self._modules = build_layers(trainer, pl_module)
         model = find_submodule(pl_module, self.submodule)
         record = RecordFile.of(trainer, self.record_file, self.config)
@@ -148,6 +151,7 @@ class QuantRetrainCallback(Callback):
         leave_out_of_broadcast(pl_module)  # the module that DDP wraps
         # The sanity check and the model summary run the layers before any batch could calibrate them.
         expect_float(model, is_fitting)
+        self._late_layers = LateLayers(model)
         warn_spawned(trainer)
         trainer.strategy.checkpoint_io = RecordCheckpointIO(trainer.strategy.checkpoint_io, state)
 
@@ -197,6 +201,7 @@ class QuantRetrainCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with the schedule, and to watch for NaN and infinite activations."""
         expect_float(self._converted(), False)
+        self._look_for_late_layers("on_fit_start")
         self._run.restore_again()
         model, schedule, max_epochs = self._converted(), self.schedule or QuantSchedule(), self._max_epochs
         self._training = Training(trainer, model, schedule, max_epochs, self._calibration, self.on_nonfinite)
@@ -206,6 +211,8 @@ class QuantRetrainCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Bring the layers into the phase that the schedule wants."""
+        if batch_idx == 0:
+            self._look_for_late_layers("a hook of the training")
         if self._training is not None and self._groups is not None:
             self._groups.follow(trainer.optimizers)
             self._training.start_batch(trainer, pl_module, batch_idx)
@@ -285,6 +292,10 @@ class QuantRetrainCallback(Callback):
 
     def _converted(self) -> nn.Module:
         return self._run.converted()
+
+    def _look_for_late_layers(self, hooks: str) -> None:
+        if self._late_layers is not None:
+            self._late_layers.warn(hooks)
 
     def _finish_shift_search(self, trainer: pl.Trainer) -> None:
         if trainer.sanity_checking:

@@ -19,6 +19,7 @@ from amct_lightning.config import config_source, load_config
 from amct_lightning.conversion.convert import convert_layers
 from amct_lightning.conversion.plan import QuantPlan, make_plan
 from amct_lightning.conversion.report import conversion_report
+from amct_lightning.graph.forward import Forward
 
 _EPILOG = """\
 examples:
@@ -127,7 +128,7 @@ def _plan(options: Namespace) -> tuple[nn.Module, QuantPlan]:
     run = part if options.input_shape else model
     input_data = make_input(options.input_shape or [], model)
     source = config_source(options.choices) if options.choices else "config"
-    return part, make_plan(part, choices, input_data, run, source)
+    return part, make_plan(part, choices, Forward(run, input_data), source)
 
 
 def _text(part: nn.Module, plan: QuantPlan, options: Namespace) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from amct_lightning.callbacks.checkpoints.float_weights import load_float_weights
 from amct_lightning.commands.base import UserError
-from amct_lightning.graph.trace import InputData
+from amct_lightning.graph.forward import InputData
 
 _SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:,\d+)*)?(?::(?P<dtype>\w+))?")
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")

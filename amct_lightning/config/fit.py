@@ -17,7 +17,7 @@ from torch import nn
 from amct_lightning.config.checks import found
 from amct_lightning.config.layer import LayerConfig
 from amct_lightning.graph.eligibility import eligible_layers
-from amct_lightning.graph.trace import InputData
+from amct_lightning.graph.forward import InputData
 from amct_lightning.layer_types import LAYER_TYPES
 from amct_lightning.wording import abbreviated, closest
 

@@ -14,7 +14,7 @@ from amct_lightning.config.fit import SimpleFile, config_source, layers_to_quant
 from amct_lightning.config.json_format import RUN_KEYS, dump_text, layer_to_dict, parse_layers, read_json
 from amct_lightning.config.layer import LayerConfig
 from amct_lightning.files import write_text
-from amct_lightning.graph.trace import InputData
+from amct_lightning.graph.forward import InputData
 from amct_lightning.wording import closest
 
 _logger = logging.getLogger(__name__)

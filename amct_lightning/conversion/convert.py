@@ -6,6 +6,7 @@ takes it away, ``find_plan`` finds it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -21,24 +22,25 @@ from amct_lightning.modules.shift_hook import install_shift_search, remove_shift
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, Quantizer, WeightQuantizer
 
 
-def convert_layers(model: nn.Module, plan: QuantPlan) -> None:
+def convert_layers(model: nn.Module, plan: QuantPlan, weights_follow: bool = False) -> None:
     """Convert the planned layers of ``model`` in place; deepcopy and pickle of the model take the plan along.
 
     Args:
         model: The float model the plan was made for, or one of the same structure.
         plan: What to do with which layer.
+        weights_follow: Whether other weights are about to be loaded, so that the present ones do not count.
 
     Raises:
         ValueError: If a planned layer is missing, has another type, or holds NaN or infinite weights; the model
             is unchanged then.
     """
     layers = {layer.name: _planned_layer(model, layer.name) for layer in plan.layers}
+    if not weights_follow:
+        _check_weights(layers)
     quantizers: dict[str, ActivationQuantizer] = {}
     for layer_plan in plan.layers:
         _convert_layer(layers[layer_plan.name], layer_plan, plan, quantizers)
-        if plan.search_n and not isinstance(layers[layer_plan.name], nn.RNNBase):
-            batch_norm = None if layer_plan.batch_norm is None else model.get_submodule(layer_plan.batch_norm)
-            install_shift_search(cast(QATLayer, layers[layer_plan.name]), batch_norm)
+        _install_search(model, layers[layer_plan.name], layer_plan, plan)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             # Its fused evaluation path would read the weights directly and pass the quantizers by; this public
@@ -48,6 +50,42 @@ def convert_layers(model: nn.Module, plan: QuantPlan) -> None:
             module.use_nested_tensor = False  # nested tensors cannot be rounded
     leave_out_of_broadcast(model)
     setattr(model, PLAN_ATTRIBUTE, plan)
+
+
+def renew_layers(model: nn.Module, plan: QuantPlan) -> list[str]:
+    """Convert float layers that stand where the plan wants quantized ones, such as a new head.
+
+    Args:
+        model: A converted model.
+        plan: Its plan.
+
+    Returns:
+        The names of these layers.
+
+    Raises:
+        ValueError: If such a layer is missing or of another type than the one that was converted, or holds NaN or
+            infinite weights; the model is unchanged then.
+    """
+    modules = dict(model.named_modules())
+    missing = [layer for layer in plan.layers if not isinstance(modules.get(layer.name), QATLayer)]
+    if not missing:
+        return []
+    layers = {layer.name: _planned_layer(model, layer.name) for layer in missing}
+    for layer in missing:
+        kind = type(layers[layer.name]).__name__
+        if kind != layer.type:
+            raise ValueError(
+                f"Layer '{layer.name}' was a {layer.type} when {type(model).__name__} was converted and is a {kind} "
+                "now. Convert the model again: revert_layers(model) makes a float model of it, with its weights."
+            )
+    _check_weights(layers)
+    owned = {layer.shares_input_of: modules[layer.name] for layer in plan.layers if layer not in missing}
+    quantizers = {owner: cast(QATLayer, layer).input_quantizer for owner, layer in owned.items()}
+    for layer in missing:
+        _convert_layer(layers[layer.name], layer, plan, quantizers)
+        _install_search(model, layers[layer.name], layer, plan)
+    leave_out_of_broadcast(model)
+    return list(layers)
 
 
 def revert_layers(model: nn.Module) -> None:
@@ -71,6 +109,12 @@ def revert_layers(model: nn.Module) -> None:
     leave_out_of_broadcast(model)
     for module in model.modules():
         module.__dict__.pop(PLAN_ATTRIBUTE, None)
+
+
+def _install_search(model: nn.Module, layer: nn.Module, layer_plan: LayerPlan, plan: QuantPlan) -> None:
+    if plan.search_n and not isinstance(layer, nn.RNNBase):
+        batch_norm = None if layer_plan.batch_norm is None else model.get_submodule(layer_plan.batch_norm)
+        install_shift_search(cast(QATLayer, layer), batch_norm)
 
 
 def _convert_layer(
@@ -117,11 +161,15 @@ def _planned_layer(model: nn.Module, name: str) -> nn.Module:
             f"The quantization plan names layer '{name}', but it is a {type(layer).__name__} now; only "
             f"{', '.join(kind.__name__ for kind in LAYER_TYPES)} can be quantized."
         )
-    for parameter in QAT_CLASSES[type(layer)].weight_quantizers.values():
-        weight = whole_tensor(cast(Tensor, getattr(layer, parameter)))
-        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
-            raise ValueError(
-                f"The weight of layer '{name}' contains NaN or infinite values. Start from a checkpoint whose weights "
-                "are finite."
-            )
     return layer
+
+
+def _check_weights(layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        for parameter in QAT_CLASSES[type(layer)].weight_quantizers.values():
+            weight = whole_tensor(cast(Tensor, getattr(layer, parameter)))
+            if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+                raise ValueError(
+                    f"The weight of layer '{name}' contains NaN or infinite values. Start from a checkpoint whose "
+                    "weights are finite."
+                )

@@ -7,15 +7,16 @@ model or reading a config file.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from amct_lightning.config import LayerConfig, QuantChoices, RetrainConfig
-from amct_lightning.graph.eligibility import Candidate, find_candidates
-from amct_lightning.graph.trace import InputData, Trace, Value
+from amct_lightning.graph.eligibility import NOT_TRAINED, Candidate, find_candidates
+from amct_lightning.graph.forward import Forward, InputData
+from amct_lightning.graph.trace import Call, Trace, Value
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
 
 PLAN_ATTRIBUTE = "_amct_quant_plan"
@@ -123,20 +124,19 @@ class QuantPlan:
 def make_plan(
     model: nn.Module,
     config: RetrainConfig | QuantChoices | None,
-    input_data: InputData,
-    run: nn.Module | None = None,
+    input_data: InputData | Forward,
     source: str = "config",
     allow_reuse: bool = False,
     search_n: bool = False,
 ) -> QuantPlan:
-    """Decide which layers are quantized and how, from one observed forward and the user's choices.
+    """Decide which layers are quantized and how, from an observed forward and the user's choices.
 
     Args:
         model: The float model.
         config: The user's choices; ``None`` quantizes every eligible layer with the defaults.
-        input_data: Input for which the model works. Layers that it does not reach, such as the experts that it is
-            not routed to, stay in float: the range of their inputs could only be guessed.
-        run: The module to call, if it is one that contains ``model``.
+        input_data: Input for which the model works, or how it is run if there is more to say. Layers that it does not
+            reach, such as the experts that it is not routed to, stay in float: the range of their inputs could only be
+            guessed.
         source: Where the config comes from, for messages.
         allow_reuse: Whether layers that are called several times in one forward are quantized, with one set of
             factors for all calls.
@@ -155,18 +155,26 @@ def make_plan(
         >>> [(layer.name, layer.fixed_min) for layer in plan.layers]
         [('0', False), ('2', True)]
     """
-    candidates, trace = find_candidates(model, input_data, run, allow_reuse)
+    candidates, trace = find_candidates(model, input_data, allow_reuse)
     config = QuantChoices() if config is None else config
     named = frozenset(config.layers)
-    _refuse_named(named, candidates, model, source)
+    # A configuration is made from the model in evaluation, so it may rightly list what no training ever runs.
+    untrained = frozenset(name for name, c in candidates.items() if c.reason == NOT_TRAINED)
+    _refuse_named(named - untrained, candidates, model, source)
     refused = _refused_layers(candidates, named)
-    eligible = {name: c.layer for name, c in candidates.items() if name not in refused}
-    if not eligible:
+    eligible = {name: c.layer for name, c in candidates.items() if name not in refused or name in untrained}
+    if not eligible.keys() - untrained:
         raise ValueError(_nothing_eligible(model, candidates))
-    resolved = config.resolve(eligible, source)
+    resolved = _without(untrained, config.resolve(eligible, source))
     layers = _layer_plans(resolved, candidates, trace, dict(model.named_modules()))
     ends = (trace.calls[0].name, trace.calls[-1].name)
     return QuantPlan(resolved, layers, search_n, tuple(refused.values()), ends)
+
+
+def _without(names: frozenset[str], config: RetrainConfig) -> RetrainConfig:
+    """Disable layers in a complete configuration."""
+    disabled = {name: replace(config[name], retrain_enable=False) for name in config if name in names}
+    return replace(config, layers={**config.layers, **disabled})
 
 
 def find_plan(model: nn.Module) -> tuple[nn.Module, QuantPlan] | None:
@@ -213,6 +221,7 @@ def _layer_plans(
 ) -> tuple[LayerPlan, ...]:
     enabled = {name: c for name, c in candidates.items() if name in config and config[name].retrain_enable}
     owners = _owners(config, enabled)
+    first = _first_readers(trace.calls if trace.in_training is None else trace.in_training, owners)
     planned: dict[str, LayerPlan] = {}
     for call in trace.calls:
         if call.name not in enabled or call.name in planned:
@@ -220,15 +229,24 @@ def _layer_plans(
         candidate, settings, owner = enabled[call.name], config[call.name], owners[call.name]
         planned[call.name] = LayerPlan(
             name=call.name,
-            fixed_min=_fixed_min(settings, [c.input for c in candidate.calls]),
+            fixed_min=_fixed_min(settings, [c.input for c in (*candidate.calls, *candidate.training_calls)]),
             batch_norm=_folded_batch_norm(candidate, trace, modules),
             shares_input_of=owner,
-            calibrates_input=all(other.shares_input_of != owner for other in planned.values()),
-            fixed_min_hidden=_fixed_min(settings, [c.hidden for c in candidate.calls]),
+            calibrates_input=first[owner] == call.name,
+            fixed_min_hidden=_fixed_min(settings, [c.hidden for c in (*candidate.calls, *candidate.training_calls)]),
             calls=len(candidate.calls),
             type=supported_class(candidate.layer).__name__,
         )
     return tuple(planned.values())
+
+
+def _first_readers(calls: list[Call], owners: Mapping[str, str]) -> dict[str, str]:
+    """Return which of the layers that share a quantizer runs first in training and so calibrates it, by owner."""
+    first: dict[str, str] = {}
+    for call in calls:
+        if call.name in owners:
+            first.setdefault(owners[call.name], call.name)
+    return first
 
 
 def _owners(config: RetrainConfig, enabled: dict[str, Candidate]) -> dict[str, str]:

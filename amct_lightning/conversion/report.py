@@ -123,7 +123,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     modules: dict[str, nn.Module] = dict(root.named_modules())
     rows = {layer.name: ReportRow(layer.name, layer.type, reason=layer.reason) for layer in plan.refused}
     planned = {layer.name: layer for layer in plan.layers}
-    for name in plan.config:
+    for name in (name for name in plan.config if name not in rows):
         kind = supported_class(modules[name]).__name__
         rows[name] = (
             quantized_row(planned[name], kind, plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -11,11 +11,15 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from amct_lightning.graph.float_model import check_float_model
-from amct_lightning.graph.trace import Call, InputData, Trace, observe
+from amct_lightning.graph.forward import Forward, InputData, copy_to_run, counterpart, noticed_calls
+from amct_lightning.graph.observe import observe
+from amct_lightning.graph.trace import Call, Trace
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
 from amct_lightning.modules.registry import QAT_CLASSES
 
 NOT_REACHED = "never called with the given input_data"
+NOT_TRAINED = "runs in evaluation only, so that no training batch could calibrate the range of its input"
+ONLY_TRAINED = "runs in training only, so that it is no part of the network that is deployed"
 
 
 @dataclass(frozen=True)
@@ -26,24 +30,25 @@ class Candidate:
         name: Its dotted name in the model.
         layer: The layer.
         calls: Its calls in the observed forward.
+        training_calls: Its calls on the path of training, if that was observed.
         reason: Why it cannot be quantized; ``None`` if it can.
     """
 
     name: str
     layer: nn.Module
     calls: tuple[Call, ...]
+    training_calls: tuple[Call, ...]
     reason: str | None
 
 
 def find_candidates(
-    model: nn.Module, input_data: InputData, run: nn.Module | None = None, allow_reuse: bool = False
+    model: nn.Module, input_data: InputData | Forward, allow_reuse: bool = False
 ) -> tuple[dict[str, Candidate], Trace]:
-    """Observe one forward and judge every layer of a supported type and its subclasses.
+    """Observe how the model runs and judge every layer of a supported type and its subclasses.
 
     Args:
         model: The float model.
-        input_data: Input for which ``run`` works.
-        run: The module to call, if it is one that contains ``model``.
+        input_data: Input for which ``model`` works, or how it is run if there is more to say.
         allow_reuse: Whether a layer may be called several times.
 
     Returns:
@@ -60,10 +65,9 @@ def find_candidates(
         [('0', None)]
     """
     check_float_model(model)
-    trace = _observe_layers(model, run or model, input_data)
-    calls: dict[str, list[Call]] = {}
-    for call in trace.calls:
-        calls.setdefault(call.name, []).append(call)
+    forward = input_data if isinstance(input_data, Forward) else Forward(model, input_data)
+    trace = _observe_layers(model, forward)
+    calls, training_calls = _by_name(trace.calls), _by_name(trace.in_training or [])
     modules: dict[str, nn.Module] = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, tuple(LAYER_TYPES))}
     shared = _shared_weights(layer for layer in layers.values() if type(layer) in LAYER_TYPES)
@@ -72,8 +76,20 @@ def find_candidates(
         called = calls.get(name, [])
         reason = _class_reason(layer) or _weight_reason(layer) or _call_reason(name, called, trace, allow_reuse)
         reason = reason or _use_reason(layer, called, shared)
-        candidates[name] = Candidate(name, layer, tuple(called), reason)
+        in_training = training_calls.get(name, [])
+        if reason is None and trace.in_training is not None and not in_training:
+            reason = NOT_TRAINED
+        elif reason == NOT_REACHED and in_training:
+            reason = ONLY_TRAINED
+        candidates[name] = Candidate(name, layer, tuple(called), tuple(in_training), reason)
     return candidates, trace
+
+
+def _by_name(calls: Iterable[Call]) -> dict[str, list[Call]]:
+    named: dict[str, list[Call]] = {}
+    for call in calls:
+        named.setdefault(call.name, []).append(call)
+    return named
 
 
 def eligible_layers(model: nn.Module, input_data: InputData) -> dict[str, nn.Module]:
@@ -97,12 +113,23 @@ def eligible_layers(model: nn.Module, input_data: InputData) -> dict[str, nn.Mod
     }
 
 
-def _observe_layers(model: nn.Module, run: nn.Module, input_data: InputData) -> Trace:
-    """Observe a forward around the layers of exactly the supported types; once more if the first one built some."""
-    may_become = _exact_layers(model)
-    trace = observe(model, may_become, run, input_data)
+def _observe_layers(model: nn.Module, forward: Forward) -> Trace:
+    """Observe the layers of exactly the supported types in a copy of the model, or in the model if that must be.
+
+    The model itself has to run if it cannot be copied, if its first forward builds layers, and if its copy calls
+    layers of the model.
+    """
+    own = _exact_layers(model)
+    copied = copy_to_run(forward.run)
+    if copied is not None:
+        part = counterpart(model, forward.run, copied)
+        with noticed_calls(own) as called:
+            trace = observe(part, _exact_layers(part), replace(forward, run=copied))
+        if not called and _exact_layers(part).keys() == own.keys():
+            return trace
+    trace = observe(model, own, forward)
     built = _exact_layers(model)
-    return observe(model, built, run, input_data) if built.keys() - may_become.keys() else trace
+    return observe(model, built, forward) if built.keys() - own.keys() else trace
 
 
 def _exact_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,8 @@ from amct_lightning.graph.tensors import tensors_in
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Run a block in eval mode without gradients, then restore the model and the random generators.
+def preserved(model: nn.Module, training: bool = False, with_gradients: bool = False) -> Iterator[None]:
+    """Run a block, in eval mode without gradients by default, then restore the model and the random generators.
 
     Restored are every module's training flag, the buffers (the objects and their content), tensors that a forward
     keeps in plain attributes, and the random state of Python, numpy and torch on the model's devices. Fused fast
@@ -24,13 +25,15 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: The model that the block runs.
+        training: Leave each module in the mode that it is in.
+        with_gradients: Run the block with gradients.
     """
     states = [_ModuleState(module) for module in model.modules()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    with _preserved_random_state(model), torch.no_grad():
+    with _preserved_random_state(model), torch.set_grad_enabled(with_gradients):
         torch.backends.mha.set_fastpath_enabled(False)
         for state in states:
-            state.module.training = False
+            state.module.training = state.training and training
         try:
             yield
         finally:
@@ -101,6 +104,13 @@ def _same(buffer: Tensor, content: Tensor) -> bool:
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def random_state() -> tuple[Any, ...]:
+    """Return the state of the random generators on the host, to be compared."""
+    numpy = sys.modules.get("numpy")
+    drawn = (numpy.random.get_state(legacy=False)["state"],) if numpy else ()
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), *map(repr, drawn)
 
 
 @contextmanager

@@ -1,13 +1,14 @@
-"""One observed forward: which module produced each tensor, and who read it.
+"""Observed forwards: which module produced each tensor, and who read it.
 
-The model runs once, as it is, on one input. A dispatch mode sees every operator and module hooks see every call,
+The model runs as it is, on one input. A dispatch mode sees every operator and module hooks see every call,
 so Python control flow, keyword arguments and functional code need no special treatment. Tensors are identified by
 object and version, so an in-place operation makes a new value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +17,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented way to write a dispatch mode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from amct_lightning.graph.preserve import preserved
 from amct_lightning.graph.tensors import tensors_in
-
-InputData = Tensor | tuple[Any, ...] | Mapping[str, Any]
+from amct_lightning.quantizers.activation import in_backward
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -85,57 +84,16 @@ class Trace:
         calls: Calls of the watched layers in order of execution.
         batch_norm_calls: How often each BatchNorm module was called, by name.
         read_from_outside: Names of the watched layers whose parameters were read by other code than their own.
+        in_training: Calls of the watched layers on the path that training takes; ``None`` if that was not seen.
     """
 
     calls: list[Call] = field(default_factory=list)
     batch_norm_calls: dict[str, int] = field(default_factory=dict)
     read_from_outside: set[str] = field(default_factory=set)
+    in_training: list[Call] | None = None
 
 
-def observe(model: nn.Module, watched: Mapping[str, nn.Module], run: nn.Module, input_data: InputData) -> Trace:
-    """Run ``run`` once and note the data flow around the watched layers; leave no trace in the model.
-
-    The one thing that stays are layers that only the first forward builds, such as :class:`torch.nn.LazyLinear`.
-
-    Args:
-        model: The model whose module names are used.
-        watched: The layers of interest, by name.
-        run: The module to call: ``model`` itself or one that contains it.
-        input_data: A tensor, a tuple of positional arguments or a mapping of keyword arguments. Tensors that are
-            on none of the model's devices are moved to that of its first parameter.
-
-    Returns:
-        The observed calls.
-
-    Raises:
-        RuntimeError: If the model fails on the input; the model's own error is the cause.
-    """
-    args, kwargs = _arguments(run, input_data)
-    observer = _Observer()
-    handles = [handle for name, layer in watched.items() for handle in observer.watch_layer(name, layer)] + [
-        handle
-        for name, module in model.named_modules()
-        if issubclass(getattr(module, "cls_to_become", None) or type(module), _BATCH_NORM)
-        for handle in observer.watch_batch_norm(name, module)
-    ]
-    try:
-        with preserved(run), observer, _VisibleNodes():
-            output = run(*args, **kwargs)
-        observer.read_by_user(output)
-        observer.find_outside_readers(watched)
-    except Exception as error:
-        raise RuntimeError(
-            f"{type(run).__name__} failed on the given input_data while its data flow was observed "
-            f"({_describe(input_data)}): {type(error).__name__}: {error}. Give input_data with which the model's "
-            f"forward runs: a tensor, a tuple of positional arguments or a dict of keyword arguments.{_hint(run)}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return observer.trace
-
-
-class _VisibleNodes(TorchFunctionMode):
+class VisibleNodes(TorchFunctionMode):
     """Make a new tensor of what a node of the exported graph would return unchanged."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -147,7 +105,13 @@ class _VisibleNodes(TorchFunctionMode):
         return result.view(result.shape) if func in _NODES or casts else result
 
 
-class _Observer(TorchDispatchMode):
+class Observer(TorchDispatchMode):
+    """Notes, while it is entered, which value each operator reads and makes, and which watched layer runs.
+
+    Attributes:
+        trace: What it has seen.
+    """
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
@@ -159,6 +123,8 @@ class _Observer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if in_backward():  # of gradients that the model takes itself; they are no part of its data flow
+            return func(*args, **kwargs)
         self._operators += 1
         reader = self._inside[0] if self._inside else self._operators
         if func not in _SAME_VALUE:
@@ -170,7 +136,20 @@ class _Observer(TorchDispatchMode):
             self._bind(tensor, passed_on or Value(producer=func), in_place=func._schema.is_mutable)
         return output
 
-    def watch_layer(self, name: str, layer: nn.Module) -> list[Any]:
+    @contextmanager
+    def watching(self, model: nn.Module, watched: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Hook the watched layers and the batch normalizations of a model during a block."""
+        handles = [handle for name, layer in watched.items() for handle in self._watch_layer(name, layer)]
+        for name, module in model.named_modules():
+            if issubclass(getattr(module, "cls_to_become", None) or type(module), _BATCH_NORM):
+                handles += self._watch_batch_norm(name, module)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch_layer(self, name: str, layer: nn.Module) -> list[Any]:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             given = args[0] if args else kwargs.get("input")
             read = next(iter(tensors_in([given, args, kwargs])), None)
@@ -192,7 +171,7 @@ class _Observer(TorchDispatchMode):
 
         return _around(layer, enter, leave)
 
-    def watch_batch_norm(self, name: str, module: nn.Module) -> list[Any]:
+    def _watch_batch_norm(self, name: str, module: nn.Module) -> list[Any]:
         def enter(_: nn.Module, _args: Any, _kwargs: Any) -> None:
             calls = self.trace.batch_norm_calls
             calls[name] = calls.get(name, 0) + 1
@@ -242,29 +221,3 @@ def _version(tensor: Tensor) -> int:
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _arguments(run: nn.Module, input_data: InputData) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    devices = list(dict.fromkeys(p.device for p in run.parameters()))
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor if not devices or tensor.device in devices else tensor.to(devices[0])
-
-    if isinstance(input_data, Mapping):
-        return (), tree_map_only(Tensor, move, dict(input_data))
-    moved = tree_map_only(Tensor, move, input_data)
-    return (moved if isinstance(moved, tuple) else (moved,)), {}
-
-
-def _describe(input_data: InputData) -> str:
-    shapes = [f"{tuple(t.shape)} {t.dtype}" for t in tensors_in(input_data)]
-    return "tensors of shape " + ", ".join(shapes) if shapes else "no tensors"
-
-
-def _hint(run: nn.Module) -> str:
-    if not any(p.is_meta for p in run.parameters()):
-        return ""
-    return (
-        " The model is on the meta device, where no forward works that looks at values; if this one does, convert "
-        "the model after its weights are loaded."
-    )

@@ -77,7 +77,7 @@ class QuantState:
             ValueError: If model and checkpoint are quantized differently.
         """
         if entry is not None:
-            adopt_plan(self.model, entry, source, replace=not self.is_configured)
+            adopt_plan(self._root_of(entry), entry, source, replace=not self.is_configured)
             self.missing_config = None
         elif self.is_fitting:
             raise ValueError(
@@ -85,6 +85,12 @@ class QuantState:
                 f"quantized model. Begin with its weights: QuantRetrainCallback(float_checkpoint='{source}'), and fit "
                 "without ckpt_path."
             )
+
+    def _root_of(self, entry: dict[str, Any]) -> nn.Module:
+        """Return the module that the plan of a checkpoint is for: one inside if that was converted by hand."""
+        prefix, path = f"{self.submodule}." if self.submodule else "", entry.get("submodule") or ""
+        inner = path.removeprefix(prefix) if path.startswith(prefix) else ""
+        return self.model if path == (self.submodule or "") else find_submodule(self.model, inner or None)
 
     def restore(self, entry: dict[str, Any], averages: Iterable[nn.Module]) -> None:
         """Take back a calibration in progress, once the weights are loaded.
@@ -129,13 +135,24 @@ def adopt_plan(model: nn.Module, entry: dict[str, Any], source: str, replace: bo
         revert_layers(model)
         found = None
     if found is None:
-        convert_layers(model, plan)
+        convert_layers(model, plan, weights_follow=True)
     elif found[1] != plan:
-        raise ValueError(
-            f"The checkpoint '{source}' was quantized differently from the model: "
-            f"{describe_difference(found[1], plan)}. "
-            "Leave `config` out to have it taken from the checkpoint, or start a new run with the new configuration."
-        )
+        raise different_checkpoint(source, found[1], plan)
+
+
+def different_checkpoint(source: str, model: QuantPlan, checkpoint: QuantPlan) -> ValueError:
+    """Return the error to raise for a checkpoint that was quantized in another way than the model is to be.
+
+    Args:
+        source: The checkpoint's path.
+        model: The plan of the model.
+        checkpoint: The plan in the checkpoint.
+    """
+    return ValueError(
+        f"The checkpoint '{source}' was quantized differently from the model: "
+        f"{describe_difference(model, checkpoint)}. "
+        "Leave `config` out to have it taken from the checkpoint, or start a new run with the new configuration."
+    )
 
 
 def restore_observed(model: nn.Module, entry: dict[str, Any]) -> None:

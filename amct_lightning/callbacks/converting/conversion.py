@@ -7,20 +7,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from amct_lightning.callbacks.checkpoints.state import QuantState
+from amct_lightning.callbacks.checkpoints.state import QuantState, different_checkpoint
 from amct_lightning.callbacks.checks import describe_difference
-from amct_lightning.callbacks.inputs import BatchToInput, find_input
+from amct_lightning.callbacks.converting.inputs import BatchToInput, Forwards, find_forwards
+from amct_lightning.callbacks.converting.saved_plan import checkpoint_to_load, saved_entry
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.sharding import reshard
 from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config
-from amct_lightning.conversion.convert import convert_layers
+from amct_lightning.conversion.convert import convert_layers, renew_layers
 from amct_lightning.conversion.plan import QuantPlan, find_plan, make_plan
 from amct_lightning.conversion.report import conversion_report
 from amct_lightning.layer_types import supported_class
 from amct_lightning.modules import quantized_layers
+from amct_lightning.wording import abbreviated
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,35 @@ class Conversion:
         """
         found = find_plan(state.model)
         if found is None:
-            self._convert(trainer, pl_module, state)
+            path = checkpoint_to_load(trainer)
+            entry = saved_entry(path)
+            if entry is None:
+                self._convert(trainer, pl_module, state)
+                return
+            self._adopt(pl_module, state, entry, str(path))
             return
+        renewed = renew_layers(*found)
+        if renewed:
+            rank_zero_warn(
+                f"Replaced in {type(state.model).__name__} since its conversion: {abbreviated(renewed)}. What is there "
+                "now is quantized like what was there before, and calibrates on the first batches."
+            )
         with suppress(FileNotFoundError):
             self._check_unchanged(*found, type(state.model).__name__)
         number = len(quantized_layers(state.model))
         rank_zero_info(f"QuantRetrainCallback: going on with {number} quantized layers.")
+
+    def _adopt(self, pl_module: pl.LightningModule, state: QuantState, entry: dict[str, Any], path: str) -> None:
+        """Convert the model as the checkpoint says that is about to be loaded; it need not run for that."""
+        reshard(pl_module)
+        state.adopt(entry, path)
+        with suppress(FileNotFoundError):
+            root, plan = _planned(state.model)
+            wanted = self._wanted(root, plan)
+            if wanted != plan:
+                raise different_checkpoint(path, wanted, plan)
+        number = len(quantized_layers(state.model))
+        rank_zero_info(f"QuantRetrainCallback: {number} layers are quantized as in the checkpoint '{path}'.")
 
     def _convert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: QuantState) -> None:
         model = state.model
@@ -61,29 +86,40 @@ class Conversion:
         except FileNotFoundError as error:
             state.missing_config = error  # a checkpoint that is about to be loaded may bring its own
             return
-        run, input_data = model, self.input_data
-        if input_data is None:
-            run, input_data = find_input(trainer, pl_module, model, self.batch_to_input)
-        plan = make_plan(model, config, input_data, run, source, self.allow_reuse, self.search_n)
+        inputs = find_forwards(trainer, pl_module, model, self.input_data, self.batch_to_input)
+        plan = self._with_batches(self._first_plan(model, config, source, inputs))
         reshard(pl_module)
-        plan = self._with_batches(plan)
         convert_layers(model, plan)
         report = conversion_report(model)
         rank_zero_info(f"QuantRetrainCallback: the record goes to '{state.record.path}'. {report}")
 
+    def _first_plan(self, model: nn.Module, config: Any, source: str, inputs: Forwards) -> QuantPlan:
+        """Make the plan from the first call with which the model runs."""
+        errors = []
+        for forward in inputs.calls:
+            try:
+                return make_plan(model, config, forward, source, self.allow_reuse, self.search_n)
+            except RuntimeError as error:
+                errors.append(error)
+        raise inputs.failure(errors[0])
+
     def _check_unchanged(self, root: nn.Module, plan: QuantPlan, name: str) -> None:
         """Refuse a configuration that is not the one by which a model was converted before."""
-        if self.config is None:
-            return
-        source = config_source(self.config)
-        layers = {layer: _as_float(root.get_submodule(layer)) for layer in plan.config}
-        wanted = self._with_batches(replace(plan, config=load_config(self.config).resolve(layers, source)))
+        wanted = self._wanted(root, plan)
         if wanted != plan:
             raise ValueError(
-                f"{name} is quantized already, and {source} would do it differently: "
+                f"{name} is quantized already, and {config_source(self.config)} would do it differently: "
                 f"{describe_difference(wanted, plan)} (there: as it is; here: as configured). Leave `config` out to go "
                 "on with the layers as they are, or begin with the float model."
             )
+
+    def _wanted(self, root: nn.Module, plan: QuantPlan) -> QuantPlan:
+        """Return the plan with the settings of the configuration, or as it is without one."""
+        if self.config is None:
+            return plan
+        layers = {layer: _as_float(root.get_submodule(layer)) for layer in plan.config}
+        config = load_config(self.config).resolve(layers, config_source(self.config))
+        return self._with_batches(replace(plan, config=config))
 
     def _with_batches(self, plan: QuantPlan) -> QuantPlan:
         """Let the calibrations of a plan take as many batches as the schedule says."""
@@ -91,6 +127,13 @@ class Conversion:
             return plan
         settings = plan.config.to_dict() | {"batch_num": self.schedule.calibrate_batches}
         return replace(plan, config=RetrainConfig.from_dict(settings, "QuantSchedule"))
+
+
+def _planned(model: nn.Module) -> tuple[nn.Module, QuantPlan]:
+    found = find_plan(model)
+    if found is None:
+        raise RuntimeError(f"{type(model).__name__} carries no plan although it was converted by one.")
+    return found
 
 
 def _as_float(layer: nn.Module) -> nn.Module:

@@ -1,0 +1,103 @@
+"""How a model is run so that its data flow can be seen, and a copy of it to run instead of the model itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader, Dataset
+
+InputData = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+_COPIED_BYTES = 2**30
+"""Up to this size the parameters of a model are copied with it; larger ones are shared, to spare the memory."""
+
+_SHARED = (Dataset, DataLoader)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A call that shows the data flow of a model.
+
+    Attributes:
+        run: The module to call; the model itself or one that contains it.
+        input_data: A tensor, a tuple of positional or a mapping of keyword arguments for the call.
+        method: Name of the method to call, for modules that have no forward.
+        sees_training: Whether the path that training takes is to be seen as well as that of evaluation.
+        context: Makes the context in which the module runs, such as autocast.
+        prepare: Is given the module that will be called, a copy of ``run`` where that can be copied; it returns what
+            undoes it.
+    """
+
+    run: nn.Module
+    input_data: InputData
+    method: str = "__call__"
+    sees_training: bool = False
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    prepare: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
+
+
+def copy_to_run(run: nn.Module) -> nn.Module | None:
+    """Return a copy of a module that may be run without any change to the module; ``None`` if there can be none.
+
+    Datasets are shared with the copy. So are the parameters if they take more than 1 GiB, which is safe for modules
+    that write to their buffers and attributes only.
+
+    Args:
+        run: The module.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> copied = copy_to_run(model)
+        >>> copied[0].weight is model[0].weight, bool((copied[0].weight == model[0].weight).all())
+        (False, True)
+    """
+    if any(is_lazy(parameter) for parameter in run.parameters()):
+        return None  # its first forward makes the layers that are to be quantized
+    try:
+        return copy.deepcopy(run, {id(item): item for item in _shared(run)})
+    except Exception:
+        return None  # locks, generators, sharded modules: there is no list of what cannot be copied
+
+
+def _shared(run: nn.Module) -> Iterator[Any]:
+    """Yield what a copy has in common with its module."""
+    parameters = list(run.parameters())
+    if sum(parameter.nbytes for parameter in parameters) > _COPIED_BYTES:
+        yield from parameters
+    for module in run.modules():
+        for value in vars(module).values():
+            if isinstance(value, _SHARED):
+                yield value
+            elif isinstance(value, Tensor) and not value.is_leaf:
+                yield value  # as an old weight norm leaves them; torch refuses to copy it
+
+
+def counterpart(module: nn.Module, run: nn.Module, copied: nn.Module) -> nn.Module:
+    """Return what stands for a module of ``run`` in a copy of that.
+
+    Args:
+        module: The module, ``run`` itself or one inside.
+        run: The whole.
+        copied: The copy of the whole.
+    """
+    return copied.get_submodule(next(name for name, inner in run.named_modules() if inner is module))
+
+
+@contextmanager
+def noticed_calls(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
+    """Collect the names of those modules that are called in a block."""
+    called: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, module in modules.items()
+    ]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
