@@ -74,8 +74,7 @@ class QuantRetrainCallback(Callback):
         schedule: When to start, calibrate, update and freeze: a :class:`QuantSchedule`, or its fields as a mapping.
             ``None`` calibrates on the first batches and learns all factors until the end.
         float_checkpoint: Float weights to begin with, loaded before the conversion: a checkpoint of Lightning, a
-            state_dict (``.pt``, ``.pth``) or a ``.safetensors`` file. A checkpoint that the run resumes from
-            (``ckpt_path``) replaces them, and the file may be missing then.
+            state_dict (``.pt``, ``.pth``) or a ``.safetensors`` file. Ignored in a run that resumes with ``ckpt_path``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -144,7 +143,7 @@ class QuantRetrainCallback(Callback):
         is_fitting = stage == "fit"
         state = QuantState(model, self.submodule, record, self._calibration, self.config is not None, is_fitting)
         self._state = state
-        begin_in_float(self.float_checkpoint, pl_module, state)
+        begin_in_float(self.float_checkpoint, trainer, pl_module, self.submodule)
         Conversion(
             self.config, self.schedule, self.input_data, self.batch_to_input, self.allow_reuse, self.search_n
         ).apply(trainer, pl_module, state)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from amct_lightning.amct.migrate import is_amct_state_dict
-from amct_lightning.callbacks.checkpoints.state import QuantState
+from amct_lightning.callbacks.converting.saved_plan import checkpoint_to_load
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY, read_foreign_checkpoint
 from amct_lightning.conversion.plan import find_plan
 from amct_lightning.modules.folding import is_sharded
@@ -28,23 +28,27 @@ _PARALLEL = "module."
 """What ``DistributedDataParallel`` puts before the names of a module."""
 
 
-def begin_in_float(path: str | Path | None, pl_module: pl.LightningModule, state: QuantState) -> None:
-    """Load the float weights that a run begins with, unless its module is converted already.
+def begin_in_float(
+    path: str | Path | None, trainer: pl.Trainer, pl_module: pl.LightningModule, submodule: str | None
+) -> None:
+    """Load the float weights that a run begins with, unless it goes on with others.
 
-    A checkpoint that the run resumes from brings all weights after this, so a file that is missing is an error only
-    in a run without one.
+    It does if the module is converted already, and if it resumes from a checkpoint, which has all weights (apart from
+    what modules with ``strict_loading = False`` leave out of theirs).
 
     Args:
         path: The file, ``None`` for no such weights.
+        trainer: The Trainer, in its setup phase.
         pl_module: The LightningModule.
-        state: The model in it; told if the file is missing.
+        submodule: Dotted name of the part to convert, ``None`` for all of it.
     """
-    if path is None or find_plan(state.model) is not None:
+    if path is None or find_plan(pl_module) is not None:
         return
-    try:
-        load_float_weights(pl_module, path, state.submodule)
-    except FileNotFoundError as error:
-        state.missing_config = error
+    checkpoint = checkpoint_to_load(trainer)
+    if checkpoint is not None and pl_module.strict_loading:
+        rank_zero_info(f"QuantRetrainCallback: '{path}' is not loaded, the weights come from '{checkpoint}'.")
+        return
+    load_float_weights(pl_module, path, submodule)
 
 
 def load_float_weights(model: nn.Module, path: str | Path, submodule: str | None = None) -> None:

@@ -28,7 +28,7 @@ class QuantState:
         calibration: How far its calibration has come.
         is_configured: Whether a configuration was given, so that the plan of a checkpoint cannot replace it.
         is_fitting: Whether optimizers go on from checkpoints, too.
-        missing_config: The file that was missing, of configuration or weights, which a checkpoint may bring instead.
+        missing_config: Why the model could not be converted: a checkpoint may bring what its configuration is missing.
     """
 
     model: nn.Module

@@ -143,6 +143,25 @@ class TestARunThatGoesOn:
         again.fit(resumed, loader(), ckpt_path=tmp_path / "half.ckpt")
         assert_equal(resumed.state_dict(), whole.state_dict())
 
+    def test_is_given_what_its_checkpoint_leaves_out(
+        self, make_trainer: TrainerFactory, trained: Net, tmp_path: Path
+    ) -> None:
+        class Part(Net):
+            def __init__(self) -> None:
+                super().__init__()
+                self.strict_loading = False
+
+            def on_save_checkpoint(self, checkpoint: State) -> None:
+                del checkpoint["state_dict"]["net.0.bias"]
+
+        callback = QuantRetrainCallback(float_checkpoint=tmp_path / "float.ckpt")
+        trainer = make_trainer(max_epochs=1, callbacks=[callback])
+        trainer.fit(Part(), loader())
+        trainer.save_checkpoint(tmp_path / "half.ckpt")
+        model = Part()
+        make_trainer(callbacks=[callback]).validate(model, loader(), ckpt_path=tmp_path / "half.ckpt", verbose=False)
+        assert torch.equal(model.net[0].bias, trained.net[0].bias)
+
     def test_a_second_fit_does_not_begin_anew(self, make_trainer: TrainerFactory, trained: Net, tmp_path: Path) -> None:
         callback, model = QuantRetrainCallback(float_checkpoint=tmp_path / "float.ckpt"), Net()
         make_trainer(callbacks=[callback]).fit(model, loader())
