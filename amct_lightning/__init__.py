@@ -4,6 +4,7 @@
 # and with the other order jsonargparse reads `limit_train_batches=1` as 1.0, which is all batches.
 import lightning.pytorch  # noqa: F401
 
+from amct_lightning.amct.export import save_quant_retrain_model
 from amct_lightning.amct.migrate import convert_amct_state_dict
 from amct_lightning.api import (
     create_quant_retrain_config,
@@ -39,4 +40,5 @@ __all__ = [
     "prepare_qat",
     "quantized_layers",
     "restore_quant_retrain_model",
+    "save_quant_retrain_model",
 ]

@@ -196,9 +196,9 @@ def prepare_qat(
 
     Args:
         model: The float model.
-        config: What to quantize and how: a :class:`RetrainConfig` or :class:`QuantChoices`, the path of a JSON,
-            ``.cfg`` or YAML file, or the content of a JSON or YAML one as a dict. ``None`` quantizes every layer that
-            can be, with AMCT's defaults.
+        config: What to quantize and how: a preset such as ``"INT8"`` or ``"A4W4"``, the path of a JSON, ``.cfg`` or
+            YAML file, the content of a JSON or YAML one as a mapping, or a :class:`RetrainConfig` or
+            :class:`QuantChoices`. ``None`` quantizes every layer that can be, with AMCT's defaults.
         input_data: Input for which the model works: a tensor, a tuple of positional arguments or a mapping of
             keyword arguments. It only shows the data flow; layers that it does not reach stay in float.
         inplace: Convert ``model`` itself instead of a copy.

@@ -1,4 +1,4 @@
-"""Words for terminals and log files: lists that are cut off, the name that was probably meant, tables as plain text.
+"""Words for terminals, log files and notebooks: lists that are cut off, the name that was probably meant, tables.
 
 Imports nothing of the package.
 """
@@ -6,9 +6,10 @@ Imports nothing of the package.
 from __future__ import annotations
 
 import difflib
+import html
 import io
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -80,3 +81,26 @@ def as_text(renderable: RenderableType) -> str:
     with console.capture() as capture:
         console.print(renderable)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def as_html(head: str, titles: Sequence[str], rows: Iterable[Sequence[str]], notes: Iterable[str] = ()) -> str:
+    """Return a table as HTML for a notebook; whatever is in the texts is shown and never interpreted.
+
+    Args:
+        head: A line above the table.
+        titles: The titles of its columns.
+        rows: The cells of its rows.
+        notes: Lines below it.
+
+    Example:
+        >>> as_html("All.", ["Layer"], [["a<b"]])
+        '<p>All.</p><table><thead><tr><th>Layer</th></tr></thead><tbody><tr><td>a&lt;b</td></tr></tbody></table>'
+    """
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    below = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    table = f"<table><thead>{line(titles, 'th')}</thead><tbody>{body}</tbody></table>"
+    return f"<p>{html.escape(head)}</p>{table}{below}"

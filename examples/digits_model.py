@@ -40,17 +40,14 @@ class Digits(pl.LightningModule):
 
     Args:
         lr: Learning rate at the start of the cosine schedule.
-        float_weights: Checkpoint of a float training to begin with.
     """
 
-    def __init__(self, lr: float = 1e-2, float_weights: str | None = None) -> None:
+    def __init__(self, lr: float = 1e-2) -> None:
         super().__init__()
         self.net = network()
         self.lr = lr
         self.accuracy = MulticlassAccuracy(10, average="micro")
         self.example_input_array = torch.zeros(1, 1, 8, 8)
-        if float_weights is not None:
-            self.load_state_dict(torch.load(float_weights, weights_only=True)["state_dict"])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the class scores."""

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import lightning.pytorch as pl
 import pytest
@@ -283,3 +284,22 @@ class TestLog:
         assert message.startswith(
             f"QuantRetrainCallback: the record goes to '{tmp_path / 'record.txt'}'. 2 of 2 layers"
         )
+
+
+def test_at_a_prompt_and_in_a_notebook_it_shows_the_table() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module("<img src=x>", nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.get_submodule("<img src=x>")(x)
+
+    report = conversion_report(prepare_qat(Named(), None, torch.ones(1, 4)))
+    assert repr(report) == str(report)
+    page = ElementTree.fromstring(f"<body>{report._repr_html_()}</body>")
+    head, table, *notes = page
+    assert (head.text or "").startswith("1 of 1 layers are quantized (A8W8: ")
+    assert [note.text for note in notes] == [f"Note: {warning}." for warning in report.warnings] != []
+    cells = [[cell.text or "" for cell in row] for row in table.iter("tr")]
+    assert cells == [["Layer", "Type", "Quantized", "Notes"], ["<img src=x>", "Linear", "A8W8 ARQ", ""]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.conversion.plan import QuantPlan, find_plan
 from amct_lightning.modules import activation_quantizers
-from amct_lightning.wording import abbreviated
+from amct_lightning.wording import abbreviated, cut_off
 
 
 def find_submodule(pl_module: nn.Module, name: str | None) -> nn.Module:
@@ -50,7 +51,7 @@ def check_neighbours(callbacks: Sequence[object], callback: object) -> None:
 def check_arguments(callback: Any) -> None:
     """Refuse arguments of the callback that have a wrong type or value."""
     config, input_data, on_nonfinite = callback.config, callback.input_data, callback.on_nonfinite
-    for name in ("record_file", "submodule"):
+    for name in ("record_file", "submodule", "float_checkpoint"):
         value = getattr(callback, name)
         if value is not None and (not isinstance(value, (str, Path)) or not str(value)):
             raise TypeError(f"QuantRetrainCallback({name}={value!r}): must be a non-empty text or None.")
@@ -61,8 +62,8 @@ def check_arguments(callback: Any) -> None:
         raise TypeError("QuantRetrainCallback(batch_to_input=...) must be a function of a batch, or None.")
     if config is not None and not isinstance(config, (str, Path, RetrainConfig, QuantChoices, Mapping)):
         raise TypeError(
-            "QuantRetrainCallback(config=...) must be the path of a .json, .cfg or .yaml file, a dict, RetrainConfig, "
-            f"QuantChoices or None, got {type(config).__name__}."
+            'QuantRetrainCallback(config=...) must be a preset such as "INT8", the path of a .json, .cfg or .yaml '
+            f"file, a dict, RetrainConfig, QuantChoices or None, got {type(config).__name__}."
         )
     if input_data is not None and not isinstance(input_data, (Tensor, tuple, Mapping)):
         raise TypeError(
@@ -107,17 +108,40 @@ def explain_matrices_only(exception: BaseException) -> None:
 
 
 def describe_difference(model: QuantPlan, checkpoint: QuantPlan) -> str:
-    """Say in what two plans differ."""
-    for name in dict.fromkeys([*model.config, *checkpoint.config]):
-        if model.config.get(name) != checkpoint.config.get(name):
-            return f"layer '{name}' is {checkpoint.config.get(name)} there and {model.config.get(name)} here"
-    for key in ("batch_num", "fakequant_precision_mode"):
-        here, there = getattr(model.config, key), getattr(checkpoint.config, key)
-        if here != there:
-            return f"{key} is {there} there and {here} here"
-    if model.search_n != checkpoint.search_n:
-        return f"search_n is {checkpoint.search_n} there and {model.search_n} here"
-    return "the data flow between the layers is not the same"
+    """Say in what two plans differ: only the settings that do, of the first layer where some do."""
+    for aspect in (_settings, _data_flow):
+        here, there = aspect(model), aspect(checkpoint)
+        for owner in dict.fromkeys([*there, *here]):
+            ours, theirs = here.get(owner), there.get(owner)
+            if ours is None or theirs is None:
+                return f"{owner}it is missing {'here' if ours is None else 'there'}"
+            different = [key for key in theirs if theirs[key] != ours.get(key)]
+            if different:
+                return owner + cut_off(f"{key} is {theirs[key]} there and {ours.get(key)} here" for key in different)
+    return "the layers do not run in the same order"
+
+
+def _settings(plan: QuantPlan) -> dict[str, dict[str, Any]]:
+    """Return the configuration of a plan by layer, with what belongs to no layer under an empty name."""
+    config = plan.config
+    run = {"batch_num": config.batch_num, "fakequant_precision_mode": config.fakequant_precision_mode}
+    layers = {f"layer '{name}': ": _flat(asdict(layer)) for name, layer in config.items()}
+    return layers | {"": run | {"search_n": plan.search_n}}
+
+
+def _data_flow(plan: QuantPlan) -> dict[str, dict[str, Any]]:
+    """Return what a plan says of the data flow, by layer."""
+    return {
+        f"data flow of layer '{layer.name}': ": {k: v for k, v in asdict(layer).items() if k not in ("name", "type")}
+        for layer in plan.layers
+    }
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": value}
+    return flat
 
 
 def warn_spawned(trainer: pl.Trainer) -> None:

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from amct_lightning.callbacks.averaging import averaged_modules
 from amct_lightning.callbacks.calibration_count import CalibrationCount
+from amct_lightning.callbacks.checkpoints.float_weights import begin_in_float
 from amct_lightning.callbacks.checkpoints.io import RecordCheckpointIO
 from amct_lightning.callbacks.checkpoints.records import RecordFile, copy_records_of_links, present_record, record_text
 from amct_lightning.callbacks.checkpoints.state import QuantState
@@ -54,17 +55,14 @@ class QuantRetrainCallback(pl.Callback):
     the record, so resuming and testing from it needs no config file and continues to the bit.
 
     Args:
-        config: What to quantize: the path of a JSON configuration, of AMCT's simple configuration (``.cfg``) or of a
-            YAML file with choices, the content of a JSON or YAML one as a dict, or an object
-            (:class:`RetrainConfig`, :class:`QuantChoices`). ``None`` quantizes every layer that can be, with AMCT's
-            defaults.
+        config: What to quantize: a preset such as ``"INT8"``, the path of a JSON, ``.cfg`` or YAML file, what is in one
+            as a mapping, a :class:`RetrainConfig` or :class:`QuantChoices`. ``None`` is ``"INT8"``, AMCT's defaults.
         record_file: The file for the quantization factors; ``None`` means ``record.txt`` in the Trainer's
             ``default_root_dir``.
-        input_data: Input for the converted module that shows its data flow: a tensor, a tuple of positional or a
-            mapping of keyword arguments. ``None`` takes ``example_input_array`` or the first batch of the
-            dataloader.
-        submodule: Dotted name of the part of the LightningModule to convert, e.g. ``"net.backbone"``; layer names
-            in the config and the record are relative to it. ``None`` converts all of it.
+        input_data: Input that shows the data flow of the converted module: a tensor, a tuple of positional or a mapping
+            of keyword arguments. ``None`` takes ``example_input_array`` or the first batch of the dataloader.
+        submodule: Dotted name of the part to convert, such as ``"net.backbone"``, where layer names in the config and
+            the record begin. ``None`` converts all of the LightningModule.
         batch_to_input: Turns a batch into the arguments of ``forward``, for batches that are neither a tensor, nor
             ``(x, ...)``, nor a mapping with the names of its parameters.
         quant_lr_scale: Factor of the learning rate for the learned clips.
@@ -74,8 +72,9 @@ class QuantRetrainCallback(pl.Callback):
         allow_reuse: Also quantize layers that are called several times in one forward.
         search_n: Search the shifts of the int32 sums in evaluation passes; see :func:`amct_lightning.prepare_qat`.
         schedule: When to start, calibrate, update and freeze: a :class:`QuantSchedule`, or its fields as a mapping.
-            ``None`` calibrates on the first batches and learns all factors until the end. The phase is logged as
-            ``quant_phase`` (0 float, 1 calibrating, 2 learning, 3 frozen) and shown in the progress bar.
+            ``None`` calibrates on the first batches and learns all factors until the end.
+        float_checkpoint: Float weights to begin with, loaded before the conversion: a checkpoint of Lightning, a
+            state_dict (``.pt``, ``.pth``) or a ``.safetensors`` file. Ignored in a run that resumes with ``ckpt_path``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -86,14 +85,12 @@ class QuantRetrainCallback(pl.Callback):
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> from amct_lightning import QuantRecord, QuantRetrainCallback
         >>> import tempfile
-        >>> folder = tempfile.mkdtemp()
-        >>> callback = QuantRetrainCallback(record_file=folder + "/record.txt")
         >>> trainer = Trainer(
-        ...     callbacks=[callback], max_steps=2, accelerator="cpu", logger=False, default_root_dir=folder,
-        ...     enable_progress_bar=False, enable_model_summary=False,
+        ...     callbacks=[QuantRetrainCallback()], max_steps=2, accelerator="cpu", logger=False,
+        ...     default_root_dir=tempfile.mkdtemp(), enable_progress_bar=False, enable_model_summary=False,
         ... )
         >>> trainer.fit(BoringModel())
-        >>> list(QuantRecord.load(folder + "/record.txt"))
+        >>> list(QuantRecord.load(trainer.default_root_dir + "/record.txt"))
         ['layer']
     """
 
@@ -110,6 +107,7 @@ class QuantRetrainCallback(pl.Callback):
         allow_reuse: bool = False,
         search_n: bool = False,
         schedule: dict[str, Any] | QuantSchedule | None = None,
+        float_checkpoint: str | Path | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -123,6 +121,7 @@ class QuantRetrainCallback(pl.Callback):
         self.allow_reuse = allow_reuse
         self.search_n = search_n
         self.schedule = schedule if schedule is None else QuantSchedule.of(schedule)
+        self.float_checkpoint = float_checkpoint
         check_arguments(self)
         self._calibration = CalibrationCount()
         self._state: QuantState | None = None
@@ -144,6 +143,7 @@ class QuantRetrainCallback(pl.Callback):
         is_fitting = stage == "fit"
         state = QuantState(model, self.submodule, record, self._calibration, self.config is not None, is_fitting)
         self._state = state
+        begin_in_float(self.float_checkpoint, trainer, pl_module, self.submodule)
         Conversion(
             self.config, self.schedule, self.input_data, self.batch_to_input, self.allow_reuse, self.search_n
         ).apply(trainer, pl_module, state)

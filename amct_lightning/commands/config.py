@@ -74,7 +74,9 @@ class ConfigCommand(ParsedCommand):
         )
         parser.add_argument("--submodule", metavar="NAME", help="Quantize this part of the model only.")
         parser.add_argument(
-            "--choices", metavar="FILE", help="Begin with these choices (.yaml, .cfg, .json) and not with INT8 for all."
+            "--choices",
+            metavar="FILE|PRESET",
+            help="Begin with these choices (.yaml, .cfg, .json, or a preset such as A4W4), not with INT8 for all.",
         )
         parser.add_argument("--format", choices=["json", "cfg", "yaml"], default="json", help="Format of the result.")
         parser.add_argument(

@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
-from amct_lightning.checkpoint_file import CHECKPOINT_KEY, read_foreign_checkpoint
+from amct_lightning.callbacks.checkpoints.float_weights import load_float_weights
 from amct_lightning.commands.base import UserError
 from amct_lightning.graph.forward import InputData
 
@@ -33,7 +33,8 @@ def make_model(model: str, init_args: Sequence[str], checkpoint: str | None) -> 
         The model.
 
     Raises:
-        UserError: If the checkpoint does not fit.
+        RuntimeError: If the checkpoint does not fit, or is none.
+        ValueError: If it is of a quantized model.
         argparse.ArgumentError: If there is no such class, or it does not take the arguments.
 
     Example:
@@ -52,7 +53,7 @@ def make_model(model: str, init_args: Sequence[str], checkpoint: str | None) -> 
     if callable(configure):
         configure()  # a LightningModule may make its layers there
     if checkpoint is not None:
-        _load(made, checkpoint)
+        load_float_weights(made, checkpoint)
     return made
 
 
@@ -69,20 +70,6 @@ def _from_run(model: str) -> str:
     if not isinstance(section, (str, Mapping)) or (isinstance(section, Mapping) and "class_path" not in section):
         raise UserError(f"--model {model}: the file has no 'model' with a class_path, as the YAML of a run has it.")
     return section if isinstance(section, str) else json.dumps(section)
-
-
-def _load(model: nn.Module, path: str) -> None:
-    content, _ = read_foreign_checkpoint(path)
-    if CHECKPOINT_KEY in content:
-        raise UserError(
-            f"'{path}' is the checkpoint of a quantized model, which has its configuration with it. Give that of the "
-            "float model, or leave --ckpt out."
-        )
-    state = content.get("state_dict", content)
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"'{path}' does not fit {type(model).__name__}: {error}") from error
 
 
 def make_input(shapes: Sequence[str], model: nn.Module) -> InputData:

@@ -13,6 +13,7 @@ _FIT = """\
 examples:
   amct-lightning fit --model my_module.Classifier --data my_module.Digits --trainer.max_epochs 5
   amct-lightning fit --config run.yaml
+  amct-lightning fit --config run.yaml --quant.config A4W4
   amct-lightning fit --config run.yaml --quant.config choices.yaml --quant.record_file out/record.txt
   amct-lightning fit --config run.yaml --quant.schedule.start=1 --quant.schedule.freeze_bn=0.5
   amct-lightning fit --config run.yaml --ckpt_path lightning_logs/version_0/checkpoints/last.ckpt

@@ -41,9 +41,11 @@ def load_config(config: object) -> Any:
 
     Args:
         config: A :class:`RetrainConfig` or :class:`QuantChoices`, which is returned; the content of a JSON file as
-            a dict (it has the key ``version``) or choices as a dict; or the path of a file. A ``.json`` file is
-            JSON, ``.cfg`` AMCT's simple configuration, ``.yaml`` or ``.yml`` choices; any other is JSON if it
-            begins with ``{`` and a simple configuration if not. ``None`` chooses AMCT's defaults for every layer.
+            a mapping (it has the key ``version``) or choices as a mapping; the name of a preset as text, in capitals
+            or small letters; or the path of a file. A ``.json`` file is JSON, ``.cfg`` AMCT's simple configuration,
+            ``.yaml`` or ``.yml`` choices; any other is JSON if it begins with ``{`` and a simple configuration if
+            not. A file that is called like a preset is meant by a ``Path`` or by ``./INT8``. ``None`` chooses AMCT's
+            defaults for every layer.
 
     Returns:
         A :class:`RetrainConfig` or :class:`QuantChoices`, whose ``resolve(eligible, source)`` gives the settings of
@@ -57,10 +59,12 @@ def load_config(config: object) -> Any:
     Example:
         >>> load_config({"skip_layers": ["head"]}).skip_layers
         ('head',)
+        >>> load_config("a4w4").defaults.retrain_weight_config.dst_type
+        'INT4'
     """
     raise TypeError(
-        "A configuration must be a RetrainConfig, QuantChoices, a dict, the path of a .json, .cfg or .yaml file, or "
-        f"None, found {found(config)}."
+        'A configuration must be a RetrainConfig, QuantChoices, a dict, a preset such as "INT8", the path of a .json, '
+        f".cfg or .yaml file, or None, found {found(config)}."
     )
 
 

@@ -12,7 +12,8 @@
     skip_layers: [head]
     skip_types: [ConvTranspose2d]
 
-Everything may be left out. The words inside ``activations`` and ``weights`` are those of the JSON form. An entry of
+Everything may be left out. The words inside ``activations`` and ``weights`` are those of the JSON form; types may be
+written in small letters. Mappings and sequences may be of any class, such as those of OmegaConf. An entry of
 ``types`` or ``layers`` gives only what differs from the ``activations`` and ``weights`` at the top; in a ``.cfg``
 file it would replace them completely. ``null`` stands for AMCT's default, also against a value at the top. Which
 entry counts, and what is skipped: see :class:`QuantChoices`.
@@ -21,7 +22,7 @@ entry counts, and what is skipped: see :class:`QuantChoices`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def parse_choices(raw: object, source: str = "config") -> QuantChoices:
         check_keys(raw, KEYS, ". The content of a JSON configuration needs the key 'version'")
         for key in ("skip_layers", "skip_types"):
             names = given.get(key, [])
-            if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            is_list = isinstance(names, Sequence) and not isinstance(names, str)
+            if not is_list or not all(isinstance(name, str) for name in names):
                 raise wrong_type(key, 'a list of names such as ["head"], each of them text', names)
             given[key] = tuple(names)
     defaults = _settings(given, before)
@@ -138,7 +140,7 @@ def _settings(entry: Mapping[str, Any], before: str) -> _Settings:
                 raise wrong_type(section, f"a mapping with keys such as '{keys[-1]}'", raw)
         with found_in(f"{before}{section}."):
             check_keys(raw, keys)
-        settings[section] = {key: _as_float(value) if key in _CLIPS else value for key, value in raw.items()}
+        settings[section] = {key: _spelled(key, value) for key, value in raw.items()}
     return settings
 
 
@@ -156,6 +158,9 @@ def _layer(settings: _Settings, before: str) -> LayerConfig:
     return make_layer(data, weight, SECTIONS, before)
 
 
-def _as_float(value: object) -> object:
+def _spelled(key: str, value: object) -> object:
+    """Spell a value as the settings want it: clip values as floats, types in capitals."""
+    if key == "dst_type" and isinstance(value, str):
+        return value.upper()
     is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    return float(value) if is_number else value  # type: ignore[arg-type]
+    return float(value) if key in _CLIPS and is_number else value  # type: ignore[arg-type]

@@ -134,8 +134,8 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
         """Work out what a few choices mean for a model.
 
         Args:
-            choices: A dict or the path of a YAML file as shown in ``amct_lightning.config.friendly``, or any other
-                form of a configuration, see ``load_config``.
+            choices: A mapping or the path of a YAML file as shown in ``amct_lightning.config.friendly``, a preset, or
+                any other form of a configuration, see ``load_config``.
             model: The float model.
             input_data: Input for which the model works, see :meth:`from_simple_config`.
 

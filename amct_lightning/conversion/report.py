@@ -13,11 +13,12 @@ from torch import nn
 from amct_lightning.conversion.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.graph.eligibility import NOT_REACHED
 from amct_lightning.layer_types import supported_class
-from amct_lightning.wording import TEXT_BOX, abbreviated, as_text, cut_off
+from amct_lightning.wording import TEXT_BOX, abbreviated, as_html, as_text, cut_off
 
 _NARROW = 17
 _NOTES_WIDTH = 22
 _GAP = 2
+_TITLES = ("Layer", "Type", "Quantized", "Notes")
 _LEGEND = "A8W8: bits of activations and weights; ARQ, ULQ: weight scales, /ch: per channel"
 
 
@@ -55,9 +56,9 @@ class ReportRow:
         return self.reason is None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ConversionReport:
-    """The result of a conversion; ``print`` shows it as a table, rich in colours.
+    """The result of a conversion; it shows itself as a table, in a notebook as HTML, in rich in colours.
 
     Attributes:
         rows: One per layer of a supported type, in module order.
@@ -72,15 +73,28 @@ class ConversionReport:
 
     def __rich__(self) -> RenderableType:
         """Give rich what it shows."""
-        quantized = sum(row.quantized for row in self.rows)
-        head = f"{quantized} of {len(self.rows)} layers are quantized ({_LEGEND}).\n"
-        head += f"{beside(self.float_parts)}.\n" if self.float_parts else ""
-        notes = "\n".join(f"Note: {warning}." for warning in self.warnings)
-        return Group(Text(head), _LayerTable(self.rows), *([Text(f"\n{notes}", style="yellow")] if notes else []))
+        notes = "\n".join(self._notes)
+        table = _LayerTable(self.rows)
+        return Group(Text(f"{self._head}\n"), table, *([Text(f"\n{notes}", style="yellow")] if notes else []))
 
     def __str__(self) -> str:
         """Give the table as plain text that fits the terminal."""
         return as_text(self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Give the table to a notebook."""
+        return as_html(self._head, _TITLES, map(_cells, self.rows), self._notes)
+
+    @property
+    def _head(self) -> str:
+        head = f"{sum(row.quantized for row in self.rows)} of {len(self.rows)} layers are quantized ({_LEGEND})."
+        return f"{head}\n{beside(self.float_parts)}." if self.float_parts else head
+
+    @property
+    def _notes(self) -> list[str]:
+        return [f"Note: {warning}." for warning in self.warnings]
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:
@@ -90,7 +104,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
         model: A converted model, or a wrapper around one such as a LightningModule.
 
     Returns:
-        The report; ``print`` it.
+        The report, which shows itself as a table.
 
     Raises:
         ValueError: If the model is not converted.
@@ -167,7 +181,7 @@ class _LayerTable:
     """The rows as a table that breaks names at their dots where the width demands it."""
 
     def __init__(self, rows: tuple[ReportRow, ...]) -> None:
-        self.cells = [(row.name, row.type, _settings(row), _notes(row)) for row in rows]
+        self.cells = [_cells(row) for row in rows]
         self.quantized = [row.quantized for row in rows]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -175,12 +189,16 @@ class _LayerTable:
         free = options.max_width - max(longest[1], 4) - max(longest[2], 9) - 3 * _GAP
         notes = min(longest[3], max(_NOTES_WIDTH, free - longest[0]))
         table = Table(box=TEXT_BOX, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0))
-        for title in ("Layer", "Type", "Quantized"):
+        for title in _TITLES[:-1]:
             table.add_column(title, no_wrap=True)
-        table.add_column("Notes", overflow="fold")
+        table.add_column(_TITLES[-1], overflow="fold")
         for (name, *others), quantized in zip(self.cells, self.quantized, strict=True):
             table.add_row(*map(Text, (_broken(name, free - notes), *others)), style=None if quantized else "dim")
         yield table
+
+
+def _cells(row: ReportRow) -> tuple[str, str, str, str]:
+    return row.name, row.type, _settings(row), _notes(row)
 
 
 def _broken(name: str, width: int) -> str:

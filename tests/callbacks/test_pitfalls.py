@@ -18,8 +18,9 @@ from amct_lightning import (
     prepare_qat,
     quantized_layers,
 )
-from amct_lightning.callbacks.checks import warn_spawned
+from amct_lightning.callbacks.checks import describe_difference, warn_spawned
 from amct_lightning.config import DataConfig, LayerConfig
+from amct_lightning.conversion.plan import make_plan
 from amct_lightning.modules import activation_quantizers
 from tests.callbacks.conftest import Net, TrainerFactory, loader
 
@@ -119,6 +120,33 @@ class TestConfigurationOfTheCheckpoint:
         trainer = make_trainer(callbacks=[QuantRetrainCallback(config=config)], max_epochs=3)
         with pytest.raises(ValueError, match="fakequant_precision_mode is DEFAULT there and FORCE_FP16_QUANT here"):
             trainer.fit(Net(), loader(), ckpt_path=checkpoint)
+
+
+class TestAnotherConfigurationOnAConvertedModel:
+    @pytest.mark.parametrize(
+        ("config", "difference"),
+        [
+            ("A4W4", "layer 'net.0': retrain_data_config.dst_type is INT16 there and INT4 here, "
+             "retrain_weight_config.dst_type is INT8 there and INT4 here"),
+            ({"skip_layers": ["net.0"], "activations": {"dst_type": "INT16"}},
+             "layer 'net.0': retrain_enable is True there and False here"),
+            ({"skip_layers": ["net.4"], "layers": {"net.0": {"activations": {"dst_type": "int16"}}}, "batch_num": 5},
+             "batch_num is 1 there and 5 here"),
+        ],
+    )  # fmt: skip
+    def test_only_what_differs_is_named(self, make_trainer: TrainerFactory, config: Any, difference: str) -> None:
+        model = Net()
+        make_trainer(callbacks=[QuantRetrainCallback(config=INT16)]).fit(model, loader())
+        with pytest.raises(ValueError) as caught:
+            make_trainer(callbacks=[QuantRetrainCallback(config=config)]).fit(model, loader())
+        assert f"would do it differently: {difference} (there: as it is" in str(caught.value)
+
+    def test_another_data_flow_is_named(self) -> None:
+        x, linear = torch.ones(1, 4), torch.nn.Linear(4, 4)
+        plans = [
+            make_plan(torch.nn.Sequential(first, linear), None, x) for first in (torch.nn.ReLU(), torch.nn.Identity())
+        ]
+        assert describe_difference(*plans) == "data flow of layer '1': fixed_min is False there and True here"
 
 
 def test_resuming_from_the_float_model_s_checkpoint_is_refused_with_the_remedy(

@@ -150,6 +150,7 @@ def test_the_model_of_a_run_is_taken_from_its_yaml(folder: Folder) -> None:
         (["--init-arg", "width"], "--init-arg width: must be key=value"),
         (["--submodule", "body"], "has no such module; its children are 'net'"),
         (["--choices", "no.yaml"], "No such config file"),
+        (["--choices", "INT2"], "Neither a preset"),
         (["--ckpt", "demo_module.py"], "cannot be read as a checkpoint"),
         (["--format", "xml"], "invalid choice: 'xml'"),
     ],

@@ -56,9 +56,9 @@ def test_every_help_has_examples(folder: Folder, command: str) -> None:
 
 def test_the_help_of_fit_explains_the_options_of_the_callback(folder: Folder) -> None:
     out = " ".join(folder("fit", "--help").out.split())
-    for option in ("config", "record_file", "schedule", "submodule", "quant_lr_scale", "enabled"):
+    for option in ("config", "record_file", "schedule", "submodule", "quant_lr_scale", "float_checkpoint", "enabled"):
         assert f"--quant.{option} " in out
-    assert "What to quantize: the path of a JSON configuration" in out
+    assert "What to quantize: a preset such as" in out
 
 
 def test_version(folder: Folder) -> None:

@@ -61,6 +61,19 @@ def test_choices_come_inline_from_a_file_or_from_options(folder: Folder) -> None
         assert {layer: factors.wts_type for layer, factors in record.items()} == {"net.4": "INT4"}
 
 
+def test_a_preset_comes_from_yaml_and_from_an_option(folder: Folder) -> None:
+    runs = {
+        "yaml": ("fit", "--config", folder.run_yaml("a.yaml", quant={"config": "A4W4"})),
+        "option": ("fit", "--config", folder.run_yaml("b.yaml"), "--quant.config=a4w4"),
+    }
+    for name, arguments in runs.items():
+        assert folder(*arguments, "--quant.record_file", f"{name}.txt", "--trainer.max_epochs=1").status == 0
+        assert QuantRecord.load(folder / f"{name}.txt")["net.4"].wts_type == "INT4"
+    finished = folder("fit", "--config", "b.yaml", "--quant.config", "A4W5")
+    assert finished.status == 2
+    assert re.search(r"Neither a preset \(INT8, A8W8.*nor a config file\. Did you mean 'A4W4'", finished.err)
+
+
 def test_the_schedule_comes_inline_and_from_options_which_win(folder: Folder) -> None:
     run = folder.run_yaml(quant={"schedule": {"start": 1, "freeze_bn": 0.5, "layers": {"net.4": {"freeze_data": 1}}}})
     (callback,) = quant_callbacks(trainer_with(folder, run, "--quant.schedule.freeze_weights=1"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import UserDict, UserList
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,58 @@ def test_a_folder_is_an_os_error(tmp_path: Path):
 def test_other_types_are_refused(config: Any):
     with pytest.raises(TypeError, match=r"^A configuration must be a RetrainConfig.*found"):
         load_config(config)
+
+
+def foreign(value: Any) -> Any:
+    """Give dicts and lists as classes of the same kinds that are not dict and list, as OmegaConf has them."""
+    if isinstance(value, dict):
+        return UserDict({key: foreign(item) for key, item in value.items()})
+    return UserList(map(foreign, value)) if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        full_raw(),
+        {"skip_layers": ["head", "net.0"], "types": {"Linear": {"weights": {"dst_type": "INT4"}}}},
+        {"batch_num": 2, "layers": {"a": {"activations": {"clip_max": 1, "clip_min": -1}}}},
+    ],
+)
+def test_mappings_and_lists_of_any_class_mean_what_dicts_and_lists_do(content: dict[str, Any]):
+    loaded = load_config(foreign(content))
+    assert loaded == load_config(content)
+    assert not isinstance(loaded, QuantChoices) or type(loaded.skip_layers) is tuple
+
+
+@pytest.mark.parametrize(
+    ("preset", "data", "weight"),
+    [("INT8", 8, 8), ("int8", 8, 8), ("A8W8", 8, 8), ("a16w8", 16, 8), ("A8W4", 8, 4), ("a4w4", 4, 4)],
+)
+def test_a_preset_gives_every_layer_its_types(preset: str, data: int, weight: int):
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(2, 2))
+    config = RetrainConfig.from_choices(preset, model, torch.ones(1, 2, 3, 3))
+    bits = {(x.retrain_data_config.num_bits, x.retrain_weight_config.num_bits) for x in config.values()}
+    assert (len(config), bits) == (2, {(data, weight)})
+
+
+def test_what_is_neither_a_preset_nor_a_file_is_told_with_the_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    presets = r"\(INT8, A8W8, A16W8, A8W4, A4W4\)"
+    with pytest.raises(FileNotFoundError, match=rf"preset {presets} nor a config file\. Did you mean 'A4W4'.*'a4w5'"):
+        load_config("a4w5")
+    (tmp_path / "a4w5").write_text(SIMPLE)
+    assert load_config("a4w5").batch_num == 7
+
+
+def test_a_file_that_is_called_like_a_preset_is_meant_by_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "INT8").write_text(SIMPLE)
+    assert [load_config(config).batch_num for config in ("INT8", "./INT8", Path("INT8"))] == [1, 7, 7]
+
+
+def test_types_may_be_written_in_small_letters():
+    small = {"activations": {"dst_type": "int16"}, "layers": {"a": {"activations": {"dst_type": "int8"}}}}
+    assert load_config(small) == load_config(json.loads(json.dumps(small).replace('"int', '"INT')))
 
 
 def test_the_source_is_the_path_or_a_general_word():

@@ -52,7 +52,7 @@ def test_a_yaml_file_quantizes_the_float_checkpoint_of_the_demo_equal_to_the_bit
     uninterrupted: tuple[Path, str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, _, _ = uninterrupted
-    weights = f"--model.init_args.float_weights={out / 'fp32' / 'last.ckpt'}"
+    weights = f"--quant.float_checkpoint={out / 'fp32' / 'last.ckpt'}"
     fit(monkeypatch, tmp_path, "digits_finetune", weights, "--trainer.max_epochs=2")
     record = tmp_path / "runs" / "digits_finetune" / "record.txt"
     assert record.read_bytes() == (out / "int8.record.txt").read_bytes()

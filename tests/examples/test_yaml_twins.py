@@ -58,6 +58,20 @@ def test_the_student_learns_in_int4_while_its_teacher_stays_in_float(
     assert (twin / "distilled.record.txt").read_bytes() == (out / "distilled.record.txt").read_bytes()
 
 
+def test_a_model_with_dict_batches_is_quantized_from_its_checkpoint_and_its_twin_is_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "runs" / "hugging_face"
+    printed = run(command("hugging_face.py", out, "--epochs", "4", "--qat-epochs", "1"))
+    ((float_accuracy,), (quantized,)) = (printed_accuracies(printed, row) for row in ("FP32", "INT8"))
+    assert quantized > max(30, float_accuracy - 4)
+    assert len(QuantRecord.load(out / "int8.record.txt")) == 13
+
+    fit(monkeypatch, tmp_path, "hugging_face", "--trainer.max_epochs=1")
+    twin = tmp_path / "runs" / "hugging_face_yaml"
+    assert (twin / "int8.record.txt").read_bytes() == (out / "int8.record.txt").read_bytes()
+
+
 def test_one_yaml_run_goes_from_float_to_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(monkeypatch, tmp_path, "digits", "--trainer.max_epochs=5")
     folder = tmp_path / "runs" / "digits_yaml"

@@ -82,7 +82,8 @@ class QuantState:
         elif self.is_fitting:
             raise ValueError(
                 f"'{source}' was written without QuantRetrainCallback, so the state of its optimizer does not fit the "
-                "quantized model. Load the float weights into the LightningModule, and fit without ckpt_path."
+                f"quantized model. Begin with its weights: QuantRetrainCallback(float_checkpoint='{source}'), and fit "
+                "without ckpt_path."
             )
 
     def _root_of(self, entry: dict[str, Any]) -> nn.Module:

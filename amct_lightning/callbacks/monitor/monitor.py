@@ -118,7 +118,7 @@ class QuantMonitor(Callback):
         self._has_warned = False
 
     def summary(self, limit: int | None = None) -> MonitorSummary:
-        """Return the findings of the last interval; ``print`` shows them as a table, the worst layers first.
+        """Return the findings of the last interval, which show themselves as a table, the worst layers first.
 
         Args:
             limit: Number of layers that the table shows, ``None`` for all.

@@ -10,14 +10,17 @@ from rich.table import Table
 from rich.text import Text
 
 from amct_lightning.monitor_format import LayerReading
-from amct_lightning.wording import TEXT_BOX, as_text
+from amct_lightning.wording import TEXT_BOX, as_html, as_text
 
+_TITLES = ("Input\nSQNR", "Weight\nSQNR", "Range", "Clipped", "Levels\nused", "Range\ndrift", "Scale\ndrift")
 _LEGEND = "SQNR: signal to quantization noise ratio; drift: change since the calibration"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MonitorSummary:
-    """The findings of an interval; ``print`` shows them as a table, the layers with the noisiest input first.
+    """The findings of an interval; it shows itself as a table, the layers with the noisiest input first.
+
+    In a notebook the table is HTML.
 
     Attributes:
         step: The Trainer's ``global_step`` at the end of the interval.
@@ -41,34 +44,51 @@ class MonitorSummary:
 
     def __rich__(self) -> RenderableType:
         """Give rich what it shows."""
-        shown = self.worst_first[: self.limit]
-        count = f"the worst {len(shown)} of {len(self.readings)}" if len(shown) < len(self.readings) else "all"
-        head = f"Quantization at step {self.step}, {count} layers ({_LEGEND}).\n"
-        return Group(Text(head), _table(shown))
+        return Group(Text(f"{self._head}\n"), _table(self._shown))
 
     def __str__(self) -> str:
         """Give the table as plain text that fits the terminal."""
         return as_text(self)
 
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Give the table to a notebook."""
+        titles = ["Layer", *(title.replace("\n", " ") for title in _TITLES)]
+        return as_html(self._head, titles, map(_cells, self._shown))
+
+    @property
+    def _shown(self) -> list[LayerReading]:
+        return self.worst_first[: self.limit]
+
+    @property
+    def _head(self) -> str:
+        shown, all_ = len(self._shown), len(self.readings)
+        count = f"the worst {shown} of {all_}" if shown < all_ else "all"
+        return f"Quantization at step {self.step}, {count} layers ({_LEGEND})."
+
 
 def _table(readings: list[LayerReading]) -> Table:
     table = Table(box=TEXT_BOX, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("Layer", overflow="fold")
-    titles = ("Input\nSQNR", "Weight\nSQNR", "Range", "Clipped", "Levels\nused", "Range\ndrift", "Scale\ndrift")
-    for title in titles:
+    for title in _TITLES:
         table.add_column(title, justify="right", no_wrap=True)
     for reading in readings:
-        table.add_row(
-            Text(reading.layer),
-            _decibels(reading.sqnr_input_db),
-            _decibels(reading.sqnr_weight_db),
-            _range(reading.clip_min, reading.clip_max),
-            _percent(reading.saturation, 2),
-            _percent(reading.utilisation),
-            _percent(reading.clip_drift, 1),
-            _percent(reading.weight_scale_drift, 1),
-        )
+        table.add_row(*map(Text, _cells(reading)))
     return table
+
+
+def _cells(reading: LayerReading) -> tuple[str, ...]:
+    return (
+        reading.layer,
+        _decibels(reading.sqnr_input_db),
+        _decibels(reading.sqnr_weight_db),
+        _range(reading.clip_min, reading.clip_max),
+        _percent(reading.saturation, 2),
+        _percent(reading.utilisation),
+        _percent(reading.clip_drift, 1),
+        _percent(reading.weight_scale_drift, 1),
+    )
 
 
 def _decibels(value: float | None) -> str:

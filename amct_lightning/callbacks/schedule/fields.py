@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from amct_lightning.wording import closest
@@ -84,6 +84,26 @@ def check_names(values: Mapping[str, Any], allowed: Iterable[str], where: str) -
             raise ValueError(
                 f"{where}: there is no field '{name}'.{closest(name, allowed, 1)} The fields are {', '.join(allowed)}."
             )
+
+
+def plain(value: Any) -> Any:
+    """Give mappings and sequences of any class as dicts and lists, at any depth, and other values as they are.
+
+    So are OmegaConf's ``DictConfig`` and ``ListConfig`` taken, whose interpolations this resolves.
+
+    Args:
+        value: What a user gave.
+
+    Example:
+        >>> from collections import UserDict, UserList
+        >>> plain(UserDict({"calibrate": UserList([0, 3])}))
+        {'calibrate': [0, 3]}
+    """
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)):
+        return [plain(item) for item in value]
+    return value
 
 
 def _check_moment(moment: Any, where: str) -> None:

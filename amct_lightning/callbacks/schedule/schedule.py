@@ -10,7 +10,7 @@ from enum import IntEnum
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from amct_lightning.callbacks.schedule.fields import check_exceptions, check_fields, check_names
+from amct_lightning.callbacks.schedule.fields import check_exceptions, check_fields, check_names, plain
 
 Epoch = int | float
 """An epoch counted from 0 as an int, or a share of ``max_epochs`` as a float between 0 and 1."""
@@ -121,6 +121,7 @@ class QuantSchedule:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.calibrate, self.layers = plain(self.calibrate), plain(self.layers)
         check_fields(vars(self))
         check_exceptions(self.layers)
 

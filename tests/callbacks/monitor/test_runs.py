@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -107,3 +108,18 @@ def test_watched_layers_can_be_read_as_objects(make_trainer: TrainerFactory) -> 
     readings: Iterable[Any] = watch.summary().readings
     assert [reading.layer for reading in readings] == ["net.0", "net.4"]
     assert watch.summary().step == 2 * BATCHES
+
+
+def test_at_a_prompt_and_in_a_notebook_the_summary_shows_the_table() -> None:
+    readings = (
+        LayerReading("<b>", sqnr_input_db=20.0),
+        LayerReading("a", sqnr_input_db=9.0, saturation_low=0.0, saturation_high=0.01),
+    )
+    summary = MonitorSummary(7, readings, limit=1)
+    assert repr(summary) == str(summary)
+    head, table = ElementTree.fromstring(f"<body>{summary._repr_html_()}</body>")
+    assert (head.text or "").startswith("Quantization at step 7, the worst 1 of 2 layers (SQNR: ")
+    titles, row = ([cell.text for cell in line] for line in table.iter("tr"))
+    assert dict(zip(titles, row, strict=True))["Clipped"] == "1.00%"
+    assert (titles[:2], row[:2]) == (["Layer", "Input SQNR"], ["a", "9.0 dB"])
+    assert "&lt;b&gt;" in MonitorSummary(7, readings)._repr_html_()

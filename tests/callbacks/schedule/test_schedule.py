@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import UserDict, UserList
 from dataclasses import fields
 from typing import Any
 
@@ -18,6 +19,13 @@ from amct_lightning.callbacks.schedule.table import schedule_table
 
 def at(epoch: int, **kwargs: Any) -> Position:
     return Position(epoch, **{"max_epochs": 10, **kwargs})
+
+
+def test_mappings_and_lists_of_any_class_mean_what_dicts_and_lists_do() -> None:
+    layers = UserDict({"a.*": UserDict({"calibrate": UserList([2, 4])})})
+    schedule = QuantSchedule.of(UserDict({"calibrate": UserList([0, 3]), "layers": layers}))
+    assert schedule == QuantSchedule(calibrate=[0, 3], layers={"a.*": {"calibrate": [2, 4]}})
+    assert (schedule.for_layer("a.0").calibration_epochs(10), schedule.calibration_epochs(10)) == ([2, 4], [0, 3])
 
 
 class TestEpochs:
