@@ -78,8 +78,7 @@ class _ShiftHook:
     def __call__(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         search = cast(ShiftSearch, self.layer.shift_search)
         if self.layer.training:
-            if not search.stale:
-                search.stale = True
+            search.stale = True
         elif not self.layer.runs_in_float:
             weight = current_weight(self.layer)
             scale = deployed_scale(self.layer.weight_quantizer, weight, self.batch_norm)
