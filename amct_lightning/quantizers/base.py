@@ -60,3 +60,8 @@ class Quantizer(nn.Module):
 
     def _after_load(self) -> None:
         """Bring derived Python state in line with newly loaded tensors."""
+
+
+def is_exporting() -> bool:
+    """Tell whether a graph is made of the model by ``torch.export``: nothing is evaluated then, nor can be read."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()  # torch 2.6 has no way to tell
