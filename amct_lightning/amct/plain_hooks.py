@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from amct_lightning.conversion.plan import QuantPlan, find_plan
 from amct_lightning.files import write_text
-from amct_lightning.modules import QATLayer, activation_quantizers
+from amct_lightning.modules import QATLayer, activation_quantizers, quantized_layers
 from amct_lightning.modules.calibration import Agreement, take_nonfinite
 from amct_lightning.modules.shift_hook import shift_searches
+from amct_lightning.modules.skipped import SkippedLayers
 from amct_lightning.quantizers import ShiftSearch, WeightQuantizer, is_exporting
 from amct_lightning.quantizers.shift_search import best_shifts
 from amct_lightning.record import QuantRecord
@@ -35,7 +36,9 @@ def install_hooks(model: nn.Module, record_file: str) -> None:
     """
     found = find_plan(model)
     quantizers = list(activation_quantizers(model).values())
-    hook = _PlainHook(record_file, Agreement(quantizers, found[1].config.batch_num if found else 1))
+    agreement = Agreement(quantizers, found[1].config.batch_num if found else 1)
+    layers = [cast(QATLayer, layer) for layer in quantized_layers(model).values()]
+    hook = _PlainHook(record_file, agreement, SkippedLayers(layers))
     model.register_forward_hook(hook)
 
 
@@ -45,15 +48,16 @@ class _PlainHook:
     A deep copy of the model agrees on its calibration as well, but writes no record: the file is the original's.
     """
 
-    def __init__(self, record_file: str | None, agreement: Agreement) -> None:
+    def __init__(self, record_file: str | None, agreement: Agreement, skipped: SkippedLayers) -> None:
         self.record_file = record_file
         self.agreement = agreement
+        self.skipped = skipped
         self.written_text = ""
         self.seen_state: tuple[int, ...] | None = None
         self.seen_factors: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _PlainHook:
-        return _PlainHook(None, copy.deepcopy(self.agreement, memo))
+        return _PlainHook(None, copy.deepcopy(self.agreement, memo), copy.deepcopy(self.skipped, memo))
 
     def __call__(self, model: nn.Module, _args: Any, _output: Any) -> None:
         if is_exporting():
@@ -65,10 +69,16 @@ class _PlainHook:
             self.seen_state = None  # whatever the training changes, and however: the next evaluation looks anew
         if not self.agreement.done:
             self._end_batch(model)
+        if dist.is_available() and dist.is_initialized():
+            self._catch_up()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end_batch(self, model: nn.Module) -> None:
         self.agreement.end_batch(model)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _catch_up(self) -> None:
+        self.skipped.catch_up()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _write_record(self, model: nn.Module) -> None:

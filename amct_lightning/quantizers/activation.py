@@ -194,6 +194,10 @@ class ActivationQuantizer(Quantizer):
             self.batches = -self.batch_num
             self.observed = []
 
+    def repair(self) -> None:
+        """Take over the clips in use, and keep them for later repairs, as every training forward does."""
+        self._store(*self.usable_clips())
+
     @torch.no_grad()
     def freeze(self, frozen: bool = True) -> None:
         """Let training leave the clips alone, or learn them again; a calibration goes on in any case.
@@ -202,7 +206,7 @@ class ActivationQuantizer(Quantizer):
             frozen: Whether to leave them alone.
         """
         if frozen and not self.frozen:
-            self._store(*self.usable_clips())
+            self.repair()
         self.frozen = frozen
 
     @torch.no_grad()

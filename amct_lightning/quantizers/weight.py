@@ -184,7 +184,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
             weight: The weight of the layer.
         """
         if self.starting:
-            self._begin(weight)
+            self.begin(weight)
 
     def refresh(self, weight: Tensor) -> None:
         """Do nothing: learned scales do not follow the weight."""
@@ -202,11 +202,17 @@ class LearnedWeightQuantizer(WeightQuantizer):
     @torch.no_grad()
     def _start(self, weight: Tensor) -> None:
         if self.training:
-            self._begin(weight)
+            self.begin(weight)
         else:
             self.scale.copy_(self.max_abs_scale(weight))
 
-    def _begin(self, weight: Tensor) -> None:
+    @torch.no_grad()
+    def begin(self, weight: Tensor) -> None:
+        """Set the scales to the max-abs ones of ``weight``, from where they are learned.
+
+        Args:
+            weight: The weight of the layer.
+        """
         self.scale.copy_(self.max_abs_scale(weight))
         self.initialized.fill_(1)
         self.starting = False

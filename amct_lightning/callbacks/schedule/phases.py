@@ -15,6 +15,7 @@ from amct_lightning.callbacks.schedule.schedule import LayerPhase, Phase, Positi
 from amct_lightning.conversion.plan import find_plan
 from amct_lightning.modules import QATLayer
 from amct_lightning.modules.folding import current_weight
+from amct_lightning.modules.skipped import SkippedLayers
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, WeightQuantizer
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -56,6 +57,7 @@ class PhaseRunner:
         self.observing: frozenset[ActivationQuantizer] = frozenset()
         self._frozen_norms: dict[nn.Module, FrozenNorm] = {}
         self._waiting: list[ActivationQuantizer] = []  # to be frozen as soon as they are calibrated
+        self._skipped = SkippedLayers(self.layers.values())
         self._holder = Holder()
         self._holder.watch(optimizers)
         self._at: Position | None = None
@@ -99,6 +101,7 @@ class PhaseRunner:
         Args:
             optimizer: The optimizer that is about to step.
         """
+        self._skipped.catch_up()
         for quantizer in [quantizer for quantizer in self._waiting if not quantizer.calibrating]:
             quantizer.freeze()
             self._holder.hold([quantizer.clip_max, quantizer.clip_min], also=True)

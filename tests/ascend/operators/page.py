@@ -63,7 +63,7 @@ that it was given. Where this happens, beyond what the same training of a float 
 | interval of QuantMonitor | once | a read of the statistics of all layers; Lightning logs some numbers |
 | first batch of an epoch, change of phase | at most once | Lightning copies `quant_phase` to the device |
 | evaluation, also with `search_n` | never | |
-| evaluation of a model from AMCT's functions | every forward | whether the factors are those of the record that was written |
+| evaluation of a model from AMCT's functions | every forward | whether the factors are those in the record |
 | checkpoint | for every layer | the factors for the record; the state, as for any model |
 | beginning and end of a training | once | the model moves |
 
