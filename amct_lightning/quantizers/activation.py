@@ -7,16 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from amct_lightning.quantizers.base import Quantizer
+from amct_lightning.quantizers.base import in_backward
+from amct_lightning.quantizers.flags import FlaggedQuantizer
 from amct_lightning.quantizers.functional import (
     activation_scale_offset,
     fake_quantize_activation,
     repair_clips,
 )
-from amct_lightning.quantizers.ifmr import ifmr
+from amct_lightning.quantizers.ifmr import has_values, ifmr
 
 
-class ActivationQuantizer(Quantizer):
+class ActivationQuantizer(FlaggedQuantizer):
     """Fake-quantize a tensor into a range whose two ends are learned.
 
     Until it has seen ``batch_num`` training batches it calibrates: it quantizes with the range of the current
@@ -38,7 +39,8 @@ class ActivationQuantizer(Quantizer):
         recalibrating: Whether it calibrates although it has clips from before, with which it is evaluated meanwhile.
         frozen: Whether training leaves the stored clips alone.
         fresh: Whether a calibration has ended since the processes agreed on the clips.
-        poison: 0, or NaN once a NaN or infinite value was seen in training, 0-d float32.
+        waits: Whether batches without values (see :func:`~amct_lightning.quantizers.ifmr.has_values`) are not counted,
+            which the host then waits to hear.
 
     Example:
         >>> quantizer = ActivationQuantizer(num_bits=8, clip=(2.55, -1e-9), fixed_min=True)
@@ -62,6 +64,7 @@ class ActivationQuantizer(Quantizer):
         self.fixed_min = fixed_min
         self.batch_num = batch_num
         self.clip = clip
+        self.waits = False
         self.clip_max = nn.Parameter(torch.zeros((), dtype=torch.float32))
         self.clip_min = nn.Parameter(torch.zeros((), dtype=torch.float32))
         self.register_buffer("clip_max_previous", torch.zeros((), dtype=torch.float32))
@@ -77,8 +80,7 @@ class ActivationQuantizer(Quantizer):
         self.batches = self.batch_num if self.clip else 0
         self.frozen = False
         self.observed: list[Tensor] = []
-        # Not a buffer: DDP would overwrite every rank's flag with that of rank zero.
-        self.poison = torch.zeros((), device=self.clip_max.device)
+        self.reset_flags(self.clip_max.device)
 
     @property
     def batches(self) -> int:
@@ -177,13 +179,15 @@ class ActivationQuantizer(Quantizer):
         )
 
     @torch.no_grad()
-    def finish_calibration(self, clip_max: Tensor, clip_min: Tensor) -> None:
+    def finish_calibration(self, clip_max: Tensor, clip_min: Tensor, degenerate: Tensor | None = None) -> None:
         """Take over a calibrated range and stop observing.
 
         Args:
             clip_max: Upper clip, 0-d.
             clip_min: Lower clip, 0-d.
+            degenerate: The flag of that name, 0-d float32.
         """
+        self.degenerate = degenerate
         self._store(*repair_clips(clip_max, clip_min, clip_max, clip_min, self.fixed_min))
         self.batches = self.batch_num + 1
         self.observed = []
@@ -233,52 +237,28 @@ class ActivationQuantizer(Quantizer):
             [upper, lower, upper, lower],
         )
 
-    @property
-    def nonfinite(self) -> Tensor:
-        """Whether a NaN or infinite value was seen in training, 0-d bool; :meth:`forget_nonfinite` resets it."""
-        return torch.isnan(self.poison)
-
-    @torch.no_grad()
-    def forget_nonfinite(self) -> None:
-        """Start anew to look for NaN and infinite values."""
-        self.poison.zero_()
-
-    @torch.no_grad()
-    def watch(self, values: Tensor, upper: Tensor | None = None, lower: Tensor | None = None) -> None:
-        """Poison the quantizer's flag, without reading it, if a value is NaN or infinite.
-
-        Args:
-            values: Floating tensor on the quantizer's device.
-            upper: Upper clip that belongs to it.
-            lower: Lower clip.
-        """
-        if values.numel() == 0:
-            return
-        smallest, largest = torch.aminmax(values)
-        width = largest.float() - smallest.float()
-        if upper is not None and lower is not None:
-            width = width.add_(upper).sub_(lower)
-        self.poison.add_(width.mul_(0))  # 0 times anything is 0, but for infinity and NaN, of which it is NaN
-
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _observe(self, values: Tensor, observe: bool, preview: Tensor) -> tuple[Tensor, Tensor]:
         # A single NaN would make the range NaN for good; it is told by the flag and left out here.
         values, preview = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in (values, preview))
-        if observe and values.numel() and not in_backward():
+        if observe and values.numel() and not in_backward() and self._counts(values):
             self.observed.append(values)  # a copy: the model may rewrite its activations in place
             if len(self.observed) < self.batch_num:
                 self.batches = len(self.observed) - (self.batch_num if self.recalibrating else 0)
             else:
                 result = ifmr(self.observed, self.num_bits)
-                self.finish_calibration(result.clip_max, result.clip_min)
+                self.finish_calibration(result.clip_max, result.clip_min, result.degenerate)
         if not self.calibrating or values.numel() == 0:
             return self.usable_clips()
         lower, upper = torch.aminmax(preview)
         return repair_clips(upper, lower, upper, lower, self.fixed_min)
 
+    def _counts(self, values: Tensor) -> bool:
+        return not self.waits or has_values(values, self.num_bits)
+
     def _move_extra(self, move: Callable[[Tensor], Tensor]) -> None:
-        self.poison = move(self.poison)
+        super()._move_extra(move)
         self.observed = [move(batch) for batch in self.observed]
 
     def _after_load(self) -> None:
@@ -290,8 +270,3 @@ class ActivationQuantizer(Quantizer):
         """Show the settings in ``print(model)``."""
         state = "calibrating" if self.calibrating else "calibrated"
         return f"num_bits={self.num_bits}, fixed_min={self.fixed_min}, {state}"
-
-
-def in_backward() -> bool:
-    """Tell whether this forward repeats an earlier one for the backward pass, as gradient checkpointing does."""
-    return torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself goes by

@@ -65,3 +65,8 @@ class Quantizer(nn.Module):
 def is_exporting() -> bool:
     """Tell whether a graph is made of the model by ``torch.export``: nothing is evaluated then, nor can be read."""
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()  # torch 2.6 has no way to tell
+
+
+def in_backward() -> bool:
+    """Tell whether this forward repeats an earlier one for the backward pass, as gradient checkpointing does."""
+    return torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself goes by

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from amct_lightning.conversion.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
+from amct_lightning.modules import activation_quantizers
+from amct_lightning.modules.degenerate import warn_degenerate
 from amct_lightning.modules.folding import current_weight, deployed_scale
 from amct_lightning.modules.layers import QATLayer
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, ShiftSearch, WeightQuantizer
@@ -55,8 +57,27 @@ def derive_layers(model: nn.Module) -> dict[str, LayerRecord]:
             f"Train for at least {plan.config.batch_num} batch(es) that reach them, or call "
             "amct_lightning.calibrate(model, batches)."
         )
+    warn_degenerate(root)
+    _warn_small_ranges(root)
     _warn_unusable_scales(layers)
     return {layer.name: _derive(root, layers[layer.name], layer, plan) for layer in plan.layers}
+
+
+@torch.no_grad()
+def _warn_small_ranges(model: nn.Module) -> None:
+    """Tell of ranges that are given or have become so small that their scale is 1, as in AMCT."""
+    found = []
+    for name, quantizer in activation_quantizers(model).items():
+        upper, lower = quantizer.usable_clips()
+        if bool(torch.maximum(upper, -lower) < quantizer.scale):  # a scale of its own is smaller than the range
+            found.append(f"'{name}' ({lower.item():.2g} to {upper.item():.2g})")
+    if found:
+        warnings.warn(
+            f"The range of the input is too small for a scale of its own in {cut_off(found)}; the scale is 1 as in "
+            "AMCT, with which all below 0.5 is rounded to 0. Give a larger clip_max, train with a smaller learning "
+            "rate (quant_lr_scale in QuantRetrainCallback), or scale the input.",
+            stacklevel=2,
+        )
 
 
 def _warn_unusable_scales(layers: Mapping[str, QATLayer]) -> None:
