@@ -21,6 +21,7 @@ from amct_lightning.conversion.report import conversion_report
 from amct_lightning.files import check_writable, write_text
 from amct_lightning.graph.float_model import check_float_model
 from amct_lightning.graph.forward import InputData
+from amct_lightning.modules.degenerate import OnDegenerate, check_on_degenerate, set_on_degenerate
 
 _logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def create_quant_retrain_model(
     *,
     allow_reuse: bool = False,
     search_n: bool = False,
+    on_degenerate: OnDegenerate = "amct",
 ) -> nn.Module:
     r"""Make a copy of a model that trains with quantization, as a configuration file says.
 
@@ -87,6 +89,7 @@ def create_quant_retrain_model(
         input_data: Input for which the model works, see :func:`create_quant_retrain_config`.
         allow_reuse: See :func:`prepare_qat`.
         search_n: See :func:`prepare_qat`.
+        on_degenerate: See :func:`prepare_qat`.
 
     Returns:
         The converted copy, in the training mode that ``model`` is in.
@@ -110,7 +113,8 @@ def create_quant_retrain_model(
     """
     texts = {"config_file": (config_file, str), "record_file": (record_file, str)}
     _check_arguments("create_quant_retrain_model", model, input_data, texts)
-    converted = _convert(config_file, model, record_file, input_data, allow_reuse, search_n)
+    options = {"allow_reuse": allow_reuse, "search_n": search_n, "on_degenerate": on_degenerate}
+    converted = _convert(config_file, model, record_file, input_data, options)
     _start_record(converted, record_file)
     return wrap_like(converted, model)
 
@@ -125,6 +129,7 @@ def restore_quant_retrain_model(
     *,
     allow_reuse: bool = False,
     search_n: bool = False,
+    on_degenerate: OnDegenerate = "amct",
 ) -> nn.Module:
     r"""Make a converted copy of a model, as :func:`create_quant_retrain_model` does, and load a saved state into it.
 
@@ -142,6 +147,7 @@ def restore_quant_retrain_model(
         state_dict_name: The entry of the file that holds the state_dict; ``None`` if the file is the state_dict.
         allow_reuse: See :func:`prepare_qat`.
         search_n: See :func:`prepare_qat`.
+        on_degenerate: See :func:`prepare_qat`.
 
     Returns:
         The converted copy with the saved state, in the training mode that ``model`` is in.
@@ -174,7 +180,8 @@ def restore_quant_retrain_model(
     _check_arguments("restore_quant_retrain_model", model, input_data, texts)
     _refuse_same_file(record_file, pth_file, "checkpoint")
     state_dict = select_state_dict(read_checkpoint(pth_file), state_dict_name, pth_file)
-    converted = _convert(config_file, model, record_file, input_data, allow_reuse, search_n)
+    options = {"allow_reuse": allow_reuse, "search_n": search_n, "on_degenerate": on_degenerate}
+    converted = _convert(config_file, model, record_file, input_data, options)
     restore_state(converted, state_dict, pth_file)
     _start_record(converted, record_file)
     return wrap_like(converted, model)
@@ -189,6 +196,7 @@ def prepare_qat(
     source: str = "",
     allow_reuse: bool = False,
     search_n: bool = False,
+    on_degenerate: OnDegenerate = "amct",
 ) -> nn.Module:
     """Convert a model for quantization-aware training.
 
@@ -207,6 +215,9 @@ def prepare_qat(
             all their calls. AMCT leaves them in float.
         search_n: Search, in evaluation passes, by how many bits the hardware has to shift the int32 sums of each
             convolution and linear layer to keep them in int16; the record carries the result as ``shift_bit``.
+        on_degenerate: What a calibration does with a batch in which nothing but 0, or nearly so, reaches a layer: with
+            ``"amct"`` it counts, the scale becomes 1 as in AMCT and a warning says so; with ``"wait"`` it does not
+            count, and the layer calibrates on until a batch has values. It is no part of the state.
 
     Returns:
         The converted model.
@@ -226,29 +237,23 @@ def prepare_qat(
           (weight_quantizer): WeightQuantizer(num_bits=8, channel_wise=False)
         )
     """
+    check_on_degenerate(on_degenerate, "prepare_qat")
     check_float_model(model)
-    plan = make_plan(
-        model,
-        load_config(config),
-        input_data,
-        source=source or config_source(config),
-        allow_reuse=allow_reuse,
-        search_n=search_n,
-    )
+    source = source or config_source(config)
+    plan = make_plan(model, load_config(config), input_data, source, allow_reuse, search_n)
     target = model if inplace else _copy(model)
     convert_layers(target, plan)
+    set_on_degenerate(target, on_degenerate)
     return target
 
 
 def _convert(
-    config_file: str, model: nn.Module, record_file: str, input_data: InputData, allow_reuse: bool, search_n: bool
+    config_file: str, model: nn.Module, record_file: str, input_data: InputData, options: dict[str, Any]
 ) -> nn.Module:
     config = RetrainConfig.from_json(config_file)
     check_writable(record_file, "record file")
     _refuse_same_file(record_file, config_file, "configuration file")
-    return prepare_qat(
-        unwrap(model), config, input_data, source=config_file, allow_reuse=allow_reuse, search_n=search_n
-    )
+    return prepare_qat(unwrap(model), config, input_data, source=config_file, **options)
 
 
 def _copy(model: nn.Module) -> nn.Module:

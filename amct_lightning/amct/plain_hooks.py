@@ -9,16 +9,20 @@ import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from amct_lightning.conversion.plan import find_plan
-from amct_lightning.modules import activation_quantizers
+from amct_lightning.conversion.plan import QuantPlan, find_plan
+from amct_lightning.files import write_text
+from amct_lightning.modules import QATLayer, activation_quantizers, quantized_layers
 from amct_lightning.modules.calibration import Agreement, take_nonfinite
-from amct_lightning.quantizers import WeightQuantizer
+from amct_lightning.modules.shift_hook import shift_searches
+from amct_lightning.modules.skipped import SkippedLayers
+from amct_lightning.quantizers import ShiftSearch, WeightQuantizer, is_exporting
+from amct_lightning.quantizers.shift_search import best_shifts
 from amct_lightning.record import QuantRecord
 from amct_lightning.wording import cut_off
 
@@ -32,7 +36,9 @@ def install_hooks(model: nn.Module, record_file: str) -> None:
     """
     found = find_plan(model)
     quantizers = list(activation_quantizers(model).values())
-    hook = _PlainHook(record_file, Agreement(quantizers, found[1].config.batch_num if found else 1))
+    agreement = Agreement(quantizers, found[1].config.batch_num if found else 1)
+    layers = [cast(QATLayer, layer) for layer in quantized_layers(model).values()]
+    hook = _PlainHook(record_file, agreement, SkippedLayers(layers))
     model.register_forward_hook(hook)
 
 
@@ -42,35 +48,42 @@ class _PlainHook:
     A deep copy of the model agrees on its calibration as well, but writes no record: the file is the original's.
     """
 
-    def __init__(self, record_file: str | None, agreement: Agreement) -> None:
+    def __init__(self, record_file: str | None, agreement: Agreement, skipped: SkippedLayers) -> None:
         self.record_file = record_file
         self.agreement = agreement
-        self.written_state: tuple[int, ...] | None = None
+        self.skipped = skipped
+        self.written_text = ""
+        self.seen_state: tuple[int, ...] | None = None
+        self.seen_factors: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _PlainHook:
-        return _PlainHook(None, copy.deepcopy(self.agreement, memo))
+        return _PlainHook(None, copy.deepcopy(self.agreement, memo), copy.deepcopy(self.skipped, memo))
 
     def __call__(self, model: nn.Module, _args: Any, _output: Any) -> None:
+        if is_exporting():
+            return
         if not model.training:
             self._write_record(model)
             return
-        if self.written_state is not None:
-            self.written_state = None  # whatever the training changes, and however: the next evaluation writes
+        if self.seen_state is not None:
+            self.seen_state = None  # whatever the training changes, and however: the next evaluation looks anew
         if not self.agreement.done:
             self._end_batch(model)
+        if dist.is_available() and dist.is_initialized():
+            self._catch_up()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _end_batch(self, model: nn.Module) -> None:
         self.agreement.end_batch(model)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _catch_up(self) -> None:
+        self.skipped.catch_up()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _write_record(self, model: nn.Module) -> None:
-        if self.record_file is None or not all(
-            quantizer.has_range for quantizer in activation_quantizers(model).values()
-        ):
-            return
-        state = tuple(number for tensor in _factors_of(model) for number in (id(tensor), tensor._version))
-        if (state == self.written_state and Path(self.record_file).exists()) or find_plan(model) is None:
+        found = find_plan(model)
+        if self.record_file is None or found is None or not self._has_changed(*found):
             return
         nonfinite = take_nonfinite(activation_quantizers(model))
         if nonfinite:
@@ -80,16 +93,49 @@ class _PlainHook:
                 stacklevel=2,
             )
         if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
-            QuantRecord.from_model(model).save(self.record_file)
-        self.written_state = state
+            text = QuantRecord.from_model(model).to_text()
+            if text != self.written_text or not Path(self.record_file).exists():
+                write_text(self.record_file, text)
+                self.written_text = text
+
+    @torch.no_grad()
+    def _has_changed(self, root: nn.Module, plan: QuantPlan) -> bool:
+        """Tell whether the record may differ from the last one, and take note of what it depends on."""
+        if not all(quantizer.has_range for quantizer in activation_quantizers(root).values()):
+            return False
+        state, factors = tuple(_state_of(root)), _factors_of(root, plan)
+        before, known = self.seen_state, self.seen_factors
+        self.seen_state, self.seen_factors = state, factors
+        if state != before or not Path(str(self.record_file)).exists():
+            return True
+        # Weights can change without a trace on the host: p.data.copy_(average). So the factors are compared, too.
+        return known is None or not torch.equal(known, factors)
 
 
-def _factors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Yield all state that the record depends on; a change in place, by an optimizer or by loading, raises its version.
+def _state_of(model: nn.Module) -> Iterator[int]:
+    """Yield what changes on the host with the state that the record depends on, in place or by another tensor.
 
-    The scales that a weight quantizer notes in every forward follow from the weight and are left out.
+    The scales that a weight quantizer notes in every forward follow from the weight and are left out, as are the sums
+    of the search of the shifts, which grow with every batch.
     """
-    yield from model.parameters()
+    tensors: list[Tensor] = list(model.parameters())
     for module in model.modules():
-        if not isinstance(module, WeightQuantizer):
-            yield from module.buffers(recurse=False)
+        if not isinstance(module, (WeightQuantizer, ShiftSearch)):
+            tensors += module.buffers(recurse=False)
+    for tensor in tensors:
+        yield from (id(tensor), tensor._version, tensor.data_ptr())
+
+
+def _factors_of(root: nn.Module, plan: QuantPlan) -> Tensor:
+    """Return the numbers of which the record is made, 1-d, as this forward has left them; nothing is read."""
+    factors: list[Tensor] = []
+    for layer_plan in plan.layers:
+        layer = cast(QATLayer, root.get_submodule(layer_plan.name))
+        for name in layer.activation_quantizers:
+            factors += layer.get_quantizer(name).usable_clips()
+        factors += [cast(WeightQuantizer, getattr(layer, name)).scale for name in layer.weight_quantizers]
+        if layer_plan.batch_norm is not None:
+            norm = root.get_submodule(layer_plan.batch_norm)
+            factors += [factor for factor in (norm.weight, norm.running_var) if isinstance(factor, Tensor)]
+    factors += [best_shifts(search.errors) for search in shift_searches(root)]
+    return torch.cat([factor.detach().flatten().to(factors[0].device, torch.float32) for factor in factors])

@@ -8,11 +8,20 @@ from torch import nn
 
 from amct_lightning.conversion.plan import find_plan
 from amct_lightning.modules.calibration import Agreement
+from amct_lightning.modules.degenerate import OnDegenerate, set_on_degenerate
 from amct_lightning.quantizers import ActivationQuantizer
 
 
 class CalibrationCount(Agreement):
-    """The count of calibration batches in the trainings of a callback; it outlives each of them."""
+    """The count of calibration batches in the trainings of a callback; it outlives each of them.
+
+    Args:
+        on_degenerate: What the calibrations do with batches without values.
+    """
+
+    def __init__(self, on_degenerate: OnDegenerate = "amct") -> None:
+        super().__init__()
+        self.on_degenerate = on_degenerate
 
     def begin(self, model: nn.Module) -> None:
         """Prepare for a training; a calibration in progress goes on.
@@ -22,6 +31,7 @@ class CalibrationCount(Agreement):
         """
         found = find_plan(model)
         self.batch_num = found[1].config.batch_num if found else 1
+        set_on_degenerate(model, self.on_degenerate)
 
     def start_batch(self, observing: Set[ActivationQuantizer], anew: bool) -> None:
         """Note whose calibrations count.

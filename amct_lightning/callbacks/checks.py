@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.conversion.plan import QuantPlan, find_plan
 from amct_lightning.modules import activation_quantizers
+from amct_lightning.modules.degenerate import check_on_degenerate
 from amct_lightning.wording import abbreviated, cut_off
 
 
@@ -78,6 +79,7 @@ def check_arguments(callback: Any) -> None:
             raise ValueError(f"QuantRetrainCallback({name}={value!r}): must be a finite number >= 0.")
     if on_nonfinite not in ("warn", "raise"):
         raise ValueError(f"QuantRetrainCallback(on_nonfinite={on_nonfinite!r}): must be 'warn' or 'raise'.")
+    check_on_degenerate(callback.on_degenerate, "QuantRetrainCallback")
 
 
 def warn_left_out(optimizers: Iterable[torch.optim.Optimizer], clips: list[nn.Parameter]) -> None:
@@ -160,9 +162,11 @@ def warn_unfinished(model: nn.Module, steps: int, record: Path) -> None:
     waiting = [name for name, quantizer in quantizers.items() if not quantizer.has_range]
     found = find_plan(model)
     if waiting and found is not None:
+        waits = any(quantizers[name].waits for name in waiting)
+        remedy = "let more than zeros reach them (on_degenerate='wait')" if waits else "lower batch_num"
         old = " The file that is there is an older one." if record.exists() else ""
         rank_zero_warn(
             f"No record was written: {len(waiting)} of {len(quantizers)} activation quantizers are not calibrated "
             f"after {steps} training batches ({abbreviated(waiting)}); batch_num is "
-            f"{found[1].config.batch_num}. Train longer, or lower batch_num.{old}"
+            f"{found[1].config.batch_num}. Train longer, or {remedy}.{old}"
         )

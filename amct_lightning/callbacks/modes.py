@@ -24,7 +24,7 @@ def attach_gate(gate: TrainingGate, pl_module: nn.Module, model: nn.Module) -> N
         model: The converted module.
     """
     for quantizer in quantizers_of(model):
-        quantizer.belong_to_model()
+        quantizer.is_copy = False  # the model itself may have been copied before
     for module in pl_module.modules():
         if isinstance(module, Quantizer):
             module.gate = gate

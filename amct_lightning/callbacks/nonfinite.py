@@ -1,4 +1,7 @@
-"""Report NaN and infinite activations with layer and step, reading the device only at the logging interval."""
+"""Report NaN and infinite activations with layer and step, and ranges without values.
+
+The device is read at the logging interval and when a calibration ends, once for all.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from amct_lightning.modules import activation_quantizers
+from amct_lightning.modules.degenerate import degenerate_message, flags_of, take_degenerate
 from amct_lightning.wording import cut_off
 
 
@@ -22,6 +26,7 @@ class NonfiniteWatch:
     """
 
     def __init__(self, model: nn.Module, interval: int, reaction: Literal["warn", "raise"]) -> None:
+        self.model = model
         self.quantizers = activation_quantizers(model)
         self.interval = max(1, interval)
         self.reaction = reaction
@@ -52,7 +57,11 @@ class NonfiniteWatch:
         if not self.quantizers or not self.steps:
             return
         counted = self._ages + self._flags() if interval_goes_on else self._ages.expand(len(self.quantizers))
-        ages = [int(age) for age in counted.tolist()]
+        degenerate = take_degenerate(self.model)
+        if degenerate:
+            counted = torch.cat((counted, flags_of(degenerate, counted.device)))
+        numbers = counted.tolist()
+        ages = [int(age) for age in numbers[: len(self.quantizers)]]
         found = {
             name: self.steps[max(0, len(self.steps) - age)]
             for name, age in zip(self.quantizers, ages, strict=True)
@@ -63,6 +72,9 @@ class NonfiniteWatch:
         self._ages = torch.zeros_like(self._ages)
         for quantizer in self.quantizers.values():
             quantizer.forget_nonfinite()
+        message = degenerate_message(degenerate, numbers[len(self.quantizers) :])
+        if message:
+            rank_zero_warn(message)
         if found:
             self.reported.update(found)
             self._report(found)

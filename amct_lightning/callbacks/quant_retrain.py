@@ -37,8 +37,8 @@ from amct_lightning.callbacks.sharding import build_layers, check_complete, chec
 from amct_lightning.callbacks.training import Training
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY
 from amct_lightning.config import QuantChoices, RetrainConfig
-from amct_lightning.modules import quantized_layers
-from amct_lightning.modules.convert import leave_out_of_broadcast
+from amct_lightning.modules import leave_out_of_broadcast, quantized_layers
+from amct_lightning.modules.degenerate import OnDegenerate
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.modules.shift_hook import synchronize_shift_search
 from amct_lightning.quantizers.gate import TrainingGate
@@ -75,6 +75,8 @@ class QuantRetrainCallback(pl.Callback):
             ``None`` calibrates on the first batches and learns all factors until the end.
         float_checkpoint: Float weights to begin with, loaded before the conversion: a checkpoint of Lightning, a
             state_dict (``.pt``, ``.pth``) or a ``.safetensors`` file. Ignored in a run that resumes with ``ckpt_path``.
+        on_degenerate: What to do when only 0, or nearly so, reaches a layer in calibration: ``"amct"`` gives it scale 1
+            as AMCT does, and warns; ``"wait"`` does not count the batch. See :func:`amct_lightning.prepare_qat`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -108,6 +110,7 @@ class QuantRetrainCallback(pl.Callback):
         search_n: bool = False,
         schedule: dict[str, Any] | QuantSchedule | None = None,
         float_checkpoint: str | Path | None = None,
+        on_degenerate: OnDegenerate = "amct",
     ) -> None:
         super().__init__()
         self.config = config
@@ -122,8 +125,9 @@ class QuantRetrainCallback(pl.Callback):
         self.search_n = search_n
         self.schedule = schedule if schedule is None else QuantSchedule.of(schedule)
         self.float_checkpoint = float_checkpoint
+        self.on_degenerate = on_degenerate
         check_arguments(self)
-        self._calibration = CalibrationCount()
+        self._calibration = CalibrationCount(on_degenerate)
         self._state: QuantState | None = None
         self._modules: list[nn.Module] = []
         self._max_epochs: int | None = None
@@ -141,17 +145,17 @@ class QuantRetrainCallback(pl.Callback):
         model = find_submodule(pl_module, self.submodule)
         record = RecordFile.of(trainer, self.record_file, self.config)
         is_fitting = stage == "fit"
-        state = QuantState(model, self.submodule, record, self._calibration, self.config is not None, is_fitting)
-        self._state = state
+        self._state = state = QuantState(
+            model, self.submodule, record, self._calibration, self.config is not None, is_fitting
+        )
         begin_in_float(self.float_checkpoint, trainer, pl_module, self.submodule)
         Conversion(
             self.config, self.schedule, self.input_data, self.batch_to_input, self.allow_reuse, self.search_n
         ).apply(trainer, pl_module, state)
         leave_out_of_broadcast(pl_module)  # the module that DDP wraps
-        # The sanity check and the model summary run the layers before any batch could calibrate them.
         self._gate = TrainingGate(pl_module)
         attach_gate(self._gate, pl_module, model)
-        expect_float(model, is_fitting)
+        expect_float(model, is_fitting)  # sanity check and model summary run the layers before any calibration
         self._late_layers = LateLayers(model)
         warn_spawned(trainer)
         trainer.strategy.checkpoint_io = RecordCheckpointIO(trainer.strategy.checkpoint_io, state)
@@ -322,13 +326,10 @@ class QuantRetrainCallback(pl.Callback):
             self._late_layers.warn(hooks)
 
     def _finish_shift_search(self, trainer: pl.Trainer) -> None:
-        if trainer.sanity_checking:
-            return
-        synchronize_shift_search(self._converted())
+        if not trainer.sanity_checking:
+            synchronize_shift_search(self._converted())
         if self.search_n and not self._run.is_fitting:
             self._write_record(trainer)
 
     def _write_record(self, trainer: pl.Trainer) -> None:
-        text = present_record(trainer, self._converted())
-        if trainer.is_global_zero:
-            self._run.record.write(text)
+        self._run.record.write(present_record(trainer, self._converted()))  # nothing on other ranks

@@ -143,7 +143,8 @@ def _matches(
     found: dict[str, str] = {}
     for pattern in patterns:
         exact = choices.amct_rules
-        names = [name for name in eligible if name == pattern or (not exact and fnmatchcase(name, pattern))]
+        fits = [] if exact else [name for name in eligible if fnmatchcase(name, pattern)]
+        names = [pattern] if pattern in eligible else fits  # a name may hold brackets, and is no pattern then
         if not names:
             reason = "the model has no such layer, or it cannot be quantized"
             raise ValueError(

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from amct_lightning.graph.float_parts import FloatParts
 from amct_lightning.graph.tensors import tensors_in
-from amct_lightning.quantizers.activation import in_backward
+from amct_lightning.quantizers.base import in_backward
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from amct_lightning.modules.convert import activation_quantizers
+from amct_lightning.modules.degenerate import warn_degenerate
 from amct_lightning.quantizers import ActivationQuantizer
 from amct_lightning.wording import abbreviated, cut_off
 
@@ -64,6 +65,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             module.training = training
         for quantizer, gate in gates:
             quantizer.gate = gate
+    warn_degenerate(model)
     nonfinite = take_nonfinite(waiting)
     if nonfinite:
         raise ValueError(
@@ -74,7 +76,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     if left:
         raise ValueError(
             f"The batches ended before these layers were calibrated: {cut_off(left)}. Give at least `batch_num` "
-            "batches that reach every quantized layer."
+            "batches that reach every quantized layer (with on_degenerate='wait': in which it gets more than zeros)."
         )
 
 
@@ -104,7 +106,7 @@ def synchronize_calibration(model: nn.Module) -> None:
         counts = table[:, 2].tolist()
         for quantizer, row, count in zip(quantizers, table, counts, strict=True):
             if count:
-                quantizer.finish_calibration(row[0] / count, row[1] / count)
+                quantizer.finish_calibration(row[0] / count, row[1] / count, row[3])
     for quantizer in quantizers:
         quantizer.settle()
 
@@ -156,7 +158,9 @@ class Agreement:
 
 
 def _row(quantizer: ActivationQuantizer) -> Tensor:
-    row = torch.stack((quantizer.clip_max, quantizer.clip_min, torch.ones_like(quantizer.clip_max)))
+    one = torch.ones_like(quantizer.clip_max)
+    degenerate = torch.zeros_like(one) if quantizer.degenerate is None else quantizer.degenerate
+    row = torch.stack((quantizer.clip_max, quantizer.clip_min, one, degenerate))
     return row if quantizer.fresh else torch.zeros_like(row)
 
 

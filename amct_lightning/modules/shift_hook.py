@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from amct_lightning.modules.folding import current_weight, deployed_scale
 from amct_lightning.modules.layers import QATLayer
-from amct_lightning.quantizers import ShiftSearch
+from amct_lightning.quantizers import ShiftSearch, is_exporting
 
 
 def install_shift_search(layer: QATLayer, batch_norm: nn.Module | None) -> None:
@@ -78,9 +78,8 @@ class _ShiftHook:
     def __call__(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
         search = cast(ShiftSearch, self.layer.shift_search)
         if self.layer.training:
-            if not search.stale:
-                search.stale = True
-        elif not self.layer.runs_in_float:
+            search.stale = True
+        elif not (self.layer.runs_in_float or is_exporting()):
             weight = current_weight(self.layer)
             scale = deployed_scale(self.layer.weight_quantizer, weight, self.batch_norm)
             search.update(output, scale * self.layer.input_quantizer.scale)

@@ -1,7 +1,7 @@
 """How a tensor is quantized: formulas, quantizer modules and calibration. Imports torch only."""
 
 from amct_lightning.quantizers.activation import ActivationQuantizer
-from amct_lightning.quantizers.base import Quantizer
+from amct_lightning.quantizers.base import Quantizer, is_exporting
 from amct_lightning.quantizers.shift_search import ShiftSearch
 from amct_lightning.quantizers.weight import LearnedWeightQuantizer, WeightQuantizer
 from amct_lightning.quantizers.weight_functional import ChannelLayout
@@ -13,4 +13,5 @@ __all__ = [
     "Quantizer",
     "ShiftSearch",
     "WeightQuantizer",
+    "is_exporting",
 ]

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from amct_lightning.quantizers.base import Quantizer
+from amct_lightning.quantizers.base import in_backward
+from amct_lightning.quantizers.flags import FlaggedQuantizer
 from amct_lightning.quantizers.functional import activation_scale_offset, fake_quantize_activation, repair_clips
-from amct_lightning.quantizers.ifmr import ifmr
+from amct_lightning.quantizers.ifmr import has_values, ifmr
 
 
-class ActivationQuantizer(Quantizer):
+class ActivationQuantizer(FlaggedQuantizer):
     """Fake-quantize a tensor into a range whose two ends are learned.
 
     Until it has seen ``batch_num`` training batches it calibrates: it quantizes with the range of the current
@@ -35,7 +36,8 @@ class ActivationQuantizer(Quantizer):
         recalibrating: Whether it calibrates although it has clips from before, with which it is evaluated meanwhile.
         frozen: Whether training leaves the stored clips alone.
         fresh: Whether a calibration has ended since the processes agreed on the clips.
-        poison: 0, or NaN once a NaN or infinite value was seen in training, 0-d float32.
+        waits: Whether batches without values (see :func:`~amct_lightning.quantizers.ifmr.has_values`) are not counted,
+            which the host then waits to hear.
 
     Example:
         >>> quantizer = ActivationQuantizer(num_bits=8, clip=(2.55, -1e-9), fixed_min=True)
@@ -61,6 +63,7 @@ class ActivationQuantizer(Quantizer):
         self.batch_num = batch_num
         self.calls = calls
         self.clip = clip
+        self.waits = False
         self.clip_max = nn.Parameter(torch.zeros((), dtype=torch.float32))
         self.clip_min = nn.Parameter(torch.zeros((), dtype=torch.float32))
         self.register_buffer("clip_max_previous", torch.zeros((), dtype=torch.float32))
@@ -77,8 +80,7 @@ class ActivationQuantizer(Quantizer):
         self.frozen = False
         self.observed: list[Tensor] = []
         self._batch_of_gate, self._begun, self._calls_now = -1, 0, 0
-        # Not a buffer: DDP would overwrite every rank's flag with that of rank zero.
-        self.poison = torch.zeros((), device=self.clip_max.device)
+        self.reset_flags(self.clip_max.device)
 
     @property
     def batches(self) -> int:
@@ -114,7 +116,8 @@ class ActivationQuantizer(Quantizer):
 
     def catch_up(self) -> None:
         """Take note of a calibration that was copied into the buffers, as averages of weights copy those of a model."""
-        self._note(min(int(self.calibrated_batches), self.batch_num))
+        if not self.calibrated_batches.is_meta:
+            self._note(min(int(self.calibrated_batches), self.batch_num))
 
     @property
     def has_range(self) -> bool:
@@ -181,13 +184,15 @@ class ActivationQuantizer(Quantizer):
         )
 
     @torch.no_grad()
-    def finish_calibration(self, clip_max: Tensor, clip_min: Tensor) -> None:
+    def finish_calibration(self, clip_max: Tensor, clip_min: Tensor, degenerate: Tensor | None = None) -> None:
         """Take over a calibrated range and stop observing.
 
         Args:
             clip_max: Upper clip, 0-d.
             clip_min: Lower clip, 0-d.
+            degenerate: The flag of that name, 0-d float32.
         """
+        self.degenerate = degenerate
         self._store(*repair_clips(clip_max, clip_min, clip_max, clip_min, self.fixed_min))
         self.batches = self.batch_num + 1
         self.observed = []
@@ -198,6 +203,10 @@ class ActivationQuantizer(Quantizer):
             self.batches = -self.batch_num
             self.observed = []
 
+    def repair(self) -> None:
+        """Take over the clips in use, and keep them for later repairs, as every training forward does."""
+        self._store(*self.usable_clips())
+
     @torch.no_grad()
     def freeze(self, frozen: bool = True) -> None:
         """Let training leave the clips alone, or learn them again; a calibration goes on in any case.
@@ -206,7 +215,7 @@ class ActivationQuantizer(Quantizer):
             frozen: Whether to leave them alone.
         """
         if frozen != self.frozen:
-            self._store(*self.usable_clips())
+            self.repair()
         self.frozen = frozen
 
     @torch.no_grad()
@@ -238,45 +247,21 @@ class ActivationQuantizer(Quantizer):
             [upper, lower, upper, lower],
         )
 
-    @property
-    def nonfinite(self) -> Tensor:
-        """Whether a NaN or infinite value was seen in training, 0-d bool; :meth:`forget_nonfinite` resets it."""
-        return torch.isnan(self.poison)
-
-    @torch.no_grad()
-    def forget_nonfinite(self) -> None:
-        """Start anew to look for NaN and infinite values."""
-        self.poison.zero_()
-
-    @torch.no_grad()
-    def watch(self, values: Tensor, upper: Tensor | None = None, lower: Tensor | None = None) -> None:
-        """Poison the quantizer's flag, without reading it, if a value is NaN or infinite.
-
-        Args:
-            values: Floating tensor on the quantizer's device.
-            upper: Upper clip that belongs to it.
-            lower: Lower clip.
-        """
-        if values.numel() == 0:
-            return
-        smallest, largest = torch.aminmax(values)
-        width = largest.float() - smallest.float()
-        if upper is not None and lower is not None:
-            width = width.add_(upper).sub_(lower)
-        self.poison.add_(width.mul_(0))  # 0 times anything is 0, but for infinity and NaN, of which it is NaN
-
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _observe(self, values: Tensor, observe: bool, preview: Tensor) -> tuple[Tensor, Tensor]:
         # A single NaN would make the range NaN for good; it is told by the flag and left out here.
         values, preview = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in (values, preview))
-        if observe and values.numel() and not in_backward():
+        if observe and values.numel() and not in_backward() and self._counts(values):
             self.observed.append(values)  # a copy: the model may rewrite its activations in place
             self._count()
         if not self.calibrating or values.numel() == 0:
             return self.usable_clips()
         lower, upper = torch.aminmax(preview)
         return repair_clips(upper, lower, upper, lower, self.fixed_min)
+
+    def _counts(self, values: Tensor) -> bool:
+        return not self.waits or has_values(values, self.num_bits)
 
     def end_batch(self) -> None:
         """End a calibration whose last batch is over, though it has made fewer calls than expected."""
@@ -301,10 +286,10 @@ class ActivationQuantizer(Quantizer):
     def _end_calibration(self) -> None:
         if self.calibrating:
             result = ifmr(self.observed, self.num_bits)
-            self.finish_calibration(result.clip_max, result.clip_min)
+            self.finish_calibration(result.clip_max, result.clip_min, result.degenerate)
 
     def _move_extra(self, move: Callable[[Tensor], Tensor]) -> None:
-        self.poison = move(self.poison)
+        super()._move_extra(move)
         self.observed = [move(batch) for batch in self.observed]
 
     def _after_load(self) -> None:
@@ -313,14 +298,9 @@ class ActivationQuantizer(Quantizer):
             with torch.no_grad():
                 self._store(*self._repaired())
         self.observed = []
-        self.poison = torch.zeros((), device=self.clip_max.device)
+        self.reset_flags(self.clip_max.device)
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(model)``."""
         state = "calibrating" if self.calibrating else "calibrated"
         return f"num_bits={self.num_bits}, fixed_min={self.fixed_min}, {state}"
-
-
-def in_backward() -> bool:
-    """Tell whether this forward repeats an earlier one for the backward pass, as gradient checkpointing does."""
-    return torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself goes by

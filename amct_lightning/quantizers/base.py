@@ -23,6 +23,7 @@ class Quantizer(nn.Module):
     Attributes:
         keeps_whole: Tells strategies that shard parameters to leave those of a quantizer whole on every rank.
         gate: Tells which forwards belong to a training step; ``None`` where the mode of the quantizer does.
+        is_copy: Whether it is a copy of a quantizer that a conversion has made, and not of the model that is trained.
     """
 
     keeps_whole: ClassVar[bool] = True
@@ -30,22 +31,17 @@ class Quantizer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate: TrainingGate | None = None
-        self._made_as = id(self)
+        self.is_copy = False
 
-    @property
-    def is_copy(self) -> bool:
-        """Whether it is a copy of a quantizer that a conversion has made."""
-        return self._made_as != id(self)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.is_copy = True
 
     @property
     def learns(self) -> bool:
         """Whether a forward now may calibrate and move ranges: if it is one of a training step."""
         gate = self.gate
         return self.training if gate is None else gate.admits(self.training, guest=self.is_copy)
-
-    def belong_to_model(self) -> None:
-        """Count as an original from now on, as the quantizers of a copied model that is trained do."""
-        self._made_as = id(self)
 
     def reset_parameters(self) -> None:
         """Set the state to what it is before training."""
@@ -83,3 +79,13 @@ class Quantizer(nn.Module):
 
     def _after_load(self) -> None:
         """Bring derived Python state in line with newly loaded tensors."""
+
+
+def is_exporting() -> bool:
+    """Tell whether a graph is made of the model by ``torch.export``: nothing is evaluated then, nor can be read."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()  # torch 2.6 has no way to tell
+
+
+def in_backward() -> bool:
+    """Tell whether this forward repeats an earlier one for the backward pass, as gradient checkpointing does."""
+    return torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself goes by

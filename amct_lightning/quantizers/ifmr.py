@@ -26,6 +26,8 @@ from amct_lightning.quantizers.weight_functional import symmetric_divisor
 _ELEMENTS_AT_ONCE = 1 << 20
 """Candidates x values held at once; 4 MiB of float32 stays in the caches of a CPU core."""
 
+_PERCENTILE = 0.999999
+
 
 class IfmrResult(NamedTuple):
     """Outcome of :func:`ifmr`; all tensors are float32, 0-d unless said otherwise.
@@ -36,6 +38,7 @@ class IfmrResult(NamedTuple):
         clip_max: Upper clip of the best scale.
         clip_min: Lower clip of the best scale.
         losses: Mean squared error of every candidate, 1-d.
+        degenerate: 1 if the values are so small that the scale is 1 in place of their own, else 0.
     """
 
     scale: Tensor
@@ -43,6 +46,7 @@ class IfmrResult(NamedTuple):
     clip_max: Tensor
     clip_min: Tensor
     losses: Tensor
+    degenerate: Tensor
 
 
 def ifmr(
@@ -50,8 +54,8 @@ def ifmr(
     num_bits: int,
     *,
     symmetric: bool = True,
-    max_percentile: float = 0.999999,
-    min_percentile: float = 0.999999,
+    max_percentile: float = _PERCENTILE,
+    min_percentile: float = _PERCENTILE,
     search: tuple[float, float, float] = (0.7, 1.3, 0.01),
 ) -> IfmrResult:
     """Search the clip range with the smallest quantization error.
@@ -78,8 +82,7 @@ def ifmr(
     values = [batch.detach().reshape(-1).float() for batch in batches if batch.numel()]
     if not values:
         raise ValueError("Calibration got no values: every observed batch is empty.")
-    upper = _kth_largest(values, max_percentile).clamp(min=0)
-    lower = -_kth_largest([-v for v in values], min_percentile).clamp(min=0)
+    upper, lower = _ends(values, max_percentile, min_percentile)
     if symmetric:
         ends = upper.abs(), lower.abs()
         high = _scaled(torch.maximum(*ends), search)
@@ -89,9 +92,33 @@ def ifmr(
         low = lower.expand_as(high)
         scale, _ = activation_scale_offset(high, low, num_bits)
     losses = _losses(values, high, low, scale)
-    best = scale.index_select(0, losses.argmin().view(1)).squeeze(0)
+    chosen = losses.argmin().view(1)
+    best = scale.index_select(0, chosen).squeeze(0)
     offset = torch.zeros_like(best) if symmetric else -torch.round(lower / best) - half_range(num_bits)
-    return IfmrResult(best, offset, *range_ends(best, num_bits, offset), losses)
+    # Only a scale of 1 in place of one that is too small is larger than the range itself.
+    degenerate = torch.maximum(high, -low).index_select(0, chosen).squeeze(0) < best
+    return IfmrResult(best, offset, *range_ends(best, num_bits, offset), losses, degenerate.float())
+
+
+def has_values(values: Tensor, num_bits: int) -> bool:
+    """Tell whether values are large enough for a range of their own; the host waits for the answer.
+
+    Args:
+        values: Activations of any shape, not empty.
+        num_bits: 4, 8 or 16.
+
+    Example:
+        >>> has_values(torch.zeros(3), 8), has_values(torch.full((3,), 1e-8), 8), has_values(torch.ones(3), 8)
+        (False, False, True)
+    """
+    upper, lower = _ends([values.detach().reshape(-1).float()], _PERCENTILE, _PERCENTILE)
+    return bool(torch.maximum(upper, -lower) >= half_range(num_bits) * EPS)
+
+
+def _ends(values: Sequence[Tensor], max_percentile: float, min_percentile: float) -> tuple[Tensor, Tensor]:
+    """Return the upper and the lower end of the values, not below and not above 0."""
+    upper = _kth_largest(values, max_percentile).clamp(min=0)
+    return upper, -_kth_largest([-v for v in values], min_percentile).clamp(min=0)
 
 
 def _scaled(end: Tensor, search: tuple[float, float, float]) -> Tensor:

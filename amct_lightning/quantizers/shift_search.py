@@ -67,8 +67,7 @@ class ShiftSearch(Quantizer):
 
     Attributes:
         errors: Summed errors, float32, shifts on axis 0 and channels on axis 1.
-        batches: Number of batches seen, 0-d int64.
-        stale: Whether the next batch starts anew.
+        batches: Number of batches seen, 0-d int64; negative while ``stale``, which is part of the state in this way.
         enabled: Whether batches are counted.
 
     Example:
@@ -85,8 +84,20 @@ class ShiftSearch(Quantizer):
         super().__init__()
         self.register_buffer("errors", torch.zeros(MAX_SHIFT, channels))
         self.register_buffer("batches", torch.tensor(0))
-        self.stale = False
+        self._stale = False
         self.enabled = True
+
+    @property
+    def stale(self) -> bool:
+        """Whether the next batch starts anew, as the layer was trained; until then the shifts are the old ones."""
+        return self._stale
+
+    @stale.setter
+    def stale(self, stale: bool) -> None:
+        if stale != self._stale:
+            with torch.no_grad():
+                self.batches.neg_()
+            self._stale = stale
 
     @torch.no_grad()
     def update(self, y: Tensor, scale: Tensor) -> None:
@@ -108,7 +119,7 @@ class ShiftSearch(Quantizer):
         """Forget all batches."""
         self.errors.zero_()
         self.batches.zero_()
-        self.stale = False
+        self._stale = False
 
     def reset_parameters(self) -> None:
         """Forget all batches, as :meth:`reset` does."""
@@ -117,3 +128,6 @@ class ShiftSearch(Quantizer):
     def shift_bit(self) -> list[int]:
         """Return the best shifts, or nothing if no batch was seen."""
         return best_shifts(self.errors).tolist() if int(self.batches) else []
+
+    def _after_load(self) -> None:
+        self._stale = bool(self.batches < 0)

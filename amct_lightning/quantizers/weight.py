@@ -148,6 +148,8 @@ class LearnedWeightQuantizer(WeightQuantizer):
         scale: Learned scales, 1-d float32 parameter: one per output channel, or a single one.
         offset: Their offsets, always 0, 1-d float32.
         starting: Whether the first training forward is still to come.
+        degenerate: How many scales began with 1, as their weights were too small, 0-d float32; ``None`` if nobody needs
+            to look.
 
     Example:
         >>> weight = torch.tensor([[1.27, 0.014]])
@@ -163,6 +165,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
         super().__init__(num_bits, channel_wise, layout, weight)
         self.gradient_factor = scale_gradient_factor(elements, num_bits)
         self.starting = True
+        self.degenerate: Tensor | None = None
         self.register_buffer("initialized", torch.tensor(0, device=weight.device))
 
     def _make_scale(self, scale: Tensor) -> None:
@@ -184,7 +187,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
             weight: The weight of the layer.
         """
         if self.starting:
-            self._begin(weight)
+            self.begin(weight)
 
     def refresh(self, weight: Tensor) -> None:
         """Do nothing: learned scales do not follow the weight."""
@@ -202,12 +205,21 @@ class LearnedWeightQuantizer(WeightQuantizer):
     @torch.no_grad()
     def _start(self, weight: Tensor) -> None:
         if self.learns:
-            self._begin(weight)
+            self.begin(weight)
         else:
             self.scale.copy_(self.max_abs_scale(weight))
 
-    def _begin(self, weight: Tensor) -> None:
+    @torch.no_grad()
+    def begin(self, weight: Tensor) -> None:
+        """Set the scales to the max-abs ones of ``weight``, from where they are learned.
+
+        Args:
+            weight: The weight of the layer.
+        """
         self.scale.copy_(self.max_abs_scale(weight))
+        view = self.layout.view(weight.detach().float().abs())
+        largest = view.amax(self.layout.reduced_dims(view, self.channel_wise)).flatten()
+        self.degenerate = (largest < self.scale).sum().float()  # a scale of their own is smaller than the weights
         self.initialized.fill_(1)
         self.starting = False
 

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from amct_lightning.conversion.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
+from amct_lightning.modules import activation_quantizers
+from amct_lightning.modules.degenerate import warn_degenerate
 from amct_lightning.modules.folding import current_weight, deployed_scale
 from amct_lightning.modules.layers import QATLayer
-from amct_lightning.quantizers import LearnedWeightQuantizer, ShiftSearch, WeightQuantizer
-from amct_lightning.quantizers.functional import EPS
+from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, ShiftSearch, WeightQuantizer
+from amct_lightning.quantizers.functional import EPS, half_range
 from amct_lightning.record.layer_record import LayerRecord
 from amct_lightning.wording import abbreviated, cut_off
 
@@ -55,8 +57,27 @@ def derive_layers(model: nn.Module) -> dict[str, LayerRecord]:
             f"Train for at least {plan.config.batch_num} batch(es) that reach them, or call "
             "amct_lightning.calibrate(model, batches)."
         )
+    warn_degenerate(root)
+    _warn_small_ranges(root)
     _warn_unusable_scales(layers)
     return {layer.name: _derive(root, layers[layer.name], layer, plan) for layer in plan.layers}
+
+
+@torch.no_grad()
+def _warn_small_ranges(model: nn.Module) -> None:
+    """Tell of ranges that are given or have become so small that their scale is 1, as in AMCT."""
+    found = []
+    for name, quantizer in activation_quantizers(model).items():
+        upper, lower = quantizer.usable_clips()
+        if bool(torch.maximum(upper, -lower) < quantizer.scale):  # a scale of its own is smaller than the range
+            found.append(f"'{name}' ({lower.item():.2g} to {upper.item():.2g})")
+    if found:
+        warnings.warn(
+            f"The range of the input is too small for a scale of its own in {cut_off(found)}; the scale is 1 as in "
+            "AMCT, with which all below 0.5 is rounded to 0. Give a larger clip_max, train with a smaller learning "
+            "rate (quant_lr_scale in QuantRetrainCallback), or scale the input.",
+            stacklevel=2,
+        )
 
 
 def _warn_unusable_scales(layers: Mapping[str, QATLayer]) -> None:
@@ -82,15 +103,14 @@ def _warn_unusable_scales(layers: Mapping[str, QATLayer]) -> None:
 def _derive(root: nn.Module, layer: QATLayer, layer_plan: LayerPlan, plan: QuantPlan) -> LayerRecord:
     config = plan.config[layer_plan.name]
     batch_norm = None if layer_plan.batch_norm is None else root.get_submodule(layer_plan.batch_norm)
-    factors = _activation_factors(layer, "input_quantizer", "d")
+    fp16 = plan.config.fakequant_precision_mode == "FORCE_FP16_QUANT"
+    factors = _activation_factors(layer, "input_quantizer", "d", fp16)
     factors |= _weight_factors(layer, "weight_quantizer", "w", batch_norm)
     if "hidden_quantizer" in layer.activation_quantizers:
-        factors |= _activation_factors(layer, "hidden_quantizer", "h")
+        factors |= _activation_factors(layer, "hidden_quantizer", "h", fp16)
         factors |= _weight_factors(layer, "recurrent_weight_quantizer", "r")
     _check_finite(layer_plan.name, factors)
     values: dict[str, Any] = {name: value.tolist() for name, value in factors.items()}
-    if plan.config.fakequant_precision_mode == "FORCE_FP16_QUANT":
-        values.update({name: _fp16_scale(values[name]) for name in ("scale_d", "scale_h") if name in values})
     return LayerRecord(
         **{name: _integers(value) if name.startswith("offset") else value for name, value in values.items()},
         act_type=config.retrain_data_config.dst_type,
@@ -99,9 +119,22 @@ def _derive(root: nn.Module, layer: QATLayer, layer_plan: LayerPlan, plan: Quant
     )
 
 
-def _activation_factors(layer: QATLayer, quantizer: str, suffix: str) -> dict[str, Tensor]:
+def _activation_factors(layer: QATLayer, quantizer: str, suffix: str, fp16: bool) -> dict[str, Tensor]:
     found = layer.get_quantizer(quantizer)
-    return {f"scale_{suffix}": found.scale, f"offset_{suffix}": found.offset}
+    scale, offset = found.scale, found.offset
+    if fp16 and bool(torch.isfinite(scale)):
+        scale, offset = _fp16_factors(scale, offset, found)
+    return {f"scale_{suffix}": scale, f"offset_{suffix}": offset}
+
+
+def _fp16_factors(scale: Tensor, offset: Tensor, quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor]:
+    """Round a scale to float16, and take the offset that the lower clip has with it: training knows neither."""
+    rounded = torch.full_like(scale, _fp16_scale(scale.item()))
+    if torch.equal(rounded, scale):
+        return scale, offset
+    h = half_range(quantizer.num_bits)
+    lower = quantizer.usable_clips()[1].clamp(max=0)
+    return rounded, torch.round(-h - lower / rounded).clamp_(-h, h - 1)
 
 
 def _weight_factors(

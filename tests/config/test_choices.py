@@ -74,6 +74,17 @@ def test_of_several_patterns_the_last_written_counts():
     }
 
 
+def test_the_name_of_a_layer_is_no_pattern():
+    layers = {"conv[1]": nn.Linear(8, 8), "conv1": nn.Linear(8, 8)}
+    assert enabled(QuantChoices(skip_layers=("conv[1]",)), layers) == ["conv1"]
+    config = QuantChoices(layers={"conv[1]": INT16}).resolve(layers)
+    assert [layer.retrain_data_config.dst_type for layer in config.values()] == ["INT16", "INT8"]
+
+
+def test_what_is_no_name_is_a_pattern_with_brackets():
+    assert enabled(QuantChoices(skip_layers=("blocks.[01].fc1",))) == ["stem", "blocks.0.fc2", "head"]
+
+
 def test_layers_are_skipped_by_name_pattern_and_type():
     assert enabled(QuantChoices(skip_layers=("head", "*.0.*"))) == ["stem", "blocks.1.fc1"]
     assert enabled(QuantChoices(skip_types=("Linear",))) == ["stem"]

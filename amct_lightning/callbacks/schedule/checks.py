@@ -48,7 +48,7 @@ def check_patterns(schedule: QuantSchedule, names: Iterable[str]) -> None:
     """
     names = list(names)
     for pattern in schedule.layers:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"QuantSchedule.layers: the pattern '{pattern}' fits no quantized layer and no batch normalization. "
                 f"There are {abbreviated(names)}.{closest(pattern, names)}"

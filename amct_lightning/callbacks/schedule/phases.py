@@ -15,6 +15,7 @@ from amct_lightning.callbacks.schedule.schedule import LayerPhase, Phase, Positi
 from amct_lightning.conversion.plan import find_plan
 from amct_lightning.modules import QATLayer
 from amct_lightning.modules.folding import current_weight
+from amct_lightning.modules.skipped import SkippedLayers
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, WeightQuantizer
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -40,13 +41,13 @@ class PhaseRunner:
     def __init__(self, schedule: QuantSchedule, model: nn.Module, at: Position) -> None:
         found = find_plan(model)
         root, layers = (model, ()) if found is None else (found[0], found[1].layers)
-        self.schedule = schedule
         self.layers = {layer.name: cast(QATLayer, root.get_submodule(layer.name)) for layer in layers}
         self.owners = {layer.name: layer.shares_input_of for layer in layers}
         norms = {name: module for name, module in root.named_modules() if isinstance(module, BATCH_NORMS)}
         folded = {layer.batch_norm: layer.name for layer in layers if layer.batch_norm is not None}
         check_contradictions(schedule, at.max_epochs)
         check_patterns(schedule, [*self.layers, *norms])
+        self.schedule = schedule = schedule.with_names({*self.layers, *norms})
         self.batch_norms = [
             (name if schedule.pattern_of(name) is not None else folded.get(name, name), module)
             for name, module in norms.items()
@@ -55,6 +56,7 @@ class PhaseRunner:
         self.observing: frozenset[ActivationQuantizer] = frozenset()
         self._frozen_norms: dict[nn.Module, FrozenNorm] = {}
         self._waiting: list[ActivationQuantizer] = []  # to be frozen as soon as they are calibrated
+        self._skipped = SkippedLayers(self.layers.values())
         self._holder = Holder()
         self._at: Position | None = None
         self._apply_norms(at, [])
@@ -98,6 +100,7 @@ class PhaseRunner:
         Args:
             optimizer: The optimizer that is about to step.
         """
+        self._skipped.catch_up()
         for quantizer in [quantizer for quantizer in self._waiting if not quantizer.calibrating]:
             quantizer.freeze()
             self._holder.hold([quantizer], also=True)
@@ -154,13 +157,16 @@ class PhaseRunner:
     @property
     def text(self) -> str:
         """The phase in words, for people."""
-        phase = self.phase
-        frozen = [word for word, flag in (("ranges", "data"), ("weights", "weights"), ("bn", "bn")) if self._all(flag)]
-        text = phase.name.lower()
-        return f"{text}, {' and '.join(frozen)} frozen" if phase is Phase.LEARNING and frozen else text
+        phase, frozen = self.phase, []
+        if phase is Phase.LEARNING:  # of layers that are not quantized yet nothing else can be said
+            frozen += [word for word, part in (("ranges", "data"), ("weights", "weights")) if self._all(part)]
+        if self._frozen_norms:
+            count, total = len(self._frozen_norms), len(self.batch_norms)
+            frozen.append("bn" if count == total else f"{count} of {total} bn")
+        return phase.name.lower() + (f", {' and '.join(frozen)} frozen" if frozen else "")
 
     def _all(self, part: str) -> bool:
-        return bool(self.phases) and all(getattr(phase, f"{part}_frozen") for phase in self.phases.values())
+        return all(getattr(phase, f"{part}_frozen") for phase in self.phases.values())
 
     def _phase_of(self, name: str) -> Phase:
         layer, phase = self.layers[name], self.phases.get(name)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import glob
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from fnmatch import fnmatchcase
 from typing import Any, Literal
+
+from typing_extensions import Self
 
 from amct_lightning.callbacks.schedule.fields import check_exceptions, check_fields, check_names, plain
 
@@ -189,7 +193,26 @@ class QuantSchedule:
 
     def pattern_of(self, layer: str) -> str | None:
         """Return the last pattern of ``layers`` that fits a name, or ``None``."""
-        return next((pattern for pattern in reversed(self.layers) if fnmatchcase(layer, pattern)), None)
+        fitting = (pattern for pattern in reversed(self.layers) if layer == pattern or fnmatchcase(layer, pattern))
+        return next(fitting, None)
+
+    def with_names(self, names: Collection[str]) -> Self:
+        """Return this schedule for a model: what is a name there fits nothing else, whatever it says as a pattern.
+
+        Args:
+            names: All names that patterns are for.
+
+        Example:
+            >>> schedule = QuantSchedule(layers={"block[1]": {"start": 3}}).with_names(["block[1]", "block1"])
+            >>> schedule.pattern_of("block[1]"), schedule.pattern_of("block1")
+            ('block[[]1]', None)
+        """
+        layers = {glob.escape(key) if key in names else key: value for key, value in self.layers.items()}
+        if layers == self.layers:
+            return self
+        twin = copy.copy(self)
+        twin.layers = layers
+        return twin
 
     def calibration_epochs(self, max_epochs: int | None) -> list[int]:
         """Return the epochs with a calibration, rising.

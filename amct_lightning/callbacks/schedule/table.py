@@ -36,7 +36,7 @@ def schedule_table(schedule: QuantSchedule, layers: Iterable[str], max_epochs: i
     table = Table(box=TEXT_BOX, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for title in ("Epochs", "Layers", "Quantized", "Ranges", "Weight scales", "Batch norm"):
         table.add_column(title, overflow="fold")
-    states = _states(schedule, names, max_epochs)
+    states = _states(schedule.with_names(names), names, max_epochs)
     for index, (first, state) in enumerate(states):
         end = states[index + 1][0] if index + 1 < len(states) else max_epochs
         for cells, members in state.items():

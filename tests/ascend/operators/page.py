@@ -58,11 +58,12 @@ that it was given. Where this happens, beyond what the same training of a float 
 | place | how often | what |
 |---|---|---|
 | training step | never | |
-| end of a calibration | once | a read of the NaN flags; with several processes one more, of the ranges |
+| end of a calibration | once | a read of the flags; with several processes one more, of the ranges |
 | logging interval (`log_every_n_steps`) | once | a read of the NaN flags of all layers |
 | interval of QuantMonitor | once | a read of the statistics of all layers; Lightning logs some numbers |
 | first batch of an epoch, change of phase | at most once | Lightning copies `quant_phase` to the device |
 | evaluation, also with `search_n` | never | |
+| evaluation of a model from AMCT's functions | every forward | whether the factors are those in the record |
 | checkpoint | for every layer | the factors for the record; the state, as for any model |
 | beginning and end of a training | once | the model moves |
 

@@ -240,6 +240,35 @@ class TestWhatIsShown:
             "epoch 3, batch 0: frozen",
         ]
 
+    @pytest.mark.parametrize(
+        ("schedule", "words"),
+        [
+            ({"freeze_bn": 0}, "learning, bn frozen"),
+            ({"freeze_bn": 0, "start": 9}, "float, bn frozen"),
+            ({"freeze_bn": 0, "freeze_data": 0, "freeze_weights": 0}, "frozen, bn frozen"),
+            ({"freeze_data": 0, "layers": {"net.1": {"freeze_bn": 0}}}, "learning, ranges and 1 of 2 bn frozen"),
+            ({"freeze_data": 0, "layers": {"net.0": {"freeze_bn": 0}}}, "learning, ranges and 1 of 2 bn frozen"),
+        ],
+    )
+    def test_batch_norms_that_are_frozen_and_no_others(
+        self, make_trainer: TrainerFactory, caplog: pytest.LogCaptureFixture, schedule: Any, words: str
+    ) -> None:
+        model = Net()
+        model.net.append(nn.BatchNorm1d(3))
+        with caplog.at_level("INFO"):
+            make_trainer(callbacks=[QuantRetrainCallback(schedule=schedule)], max_epochs=1).fit(model, loader())
+        told = [r.getMessage() for r in caplog.records if "batch" in r.getMessage()][-1]
+        assert told.endswith(f": {words}")
+
+    def test_a_model_without_batch_norm_has_none_frozen(
+        self, make_trainer: TrainerFactory, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model = Net()
+        model.net[1] = nn.Identity()
+        with caplog.at_level("INFO"):
+            make_trainer(callbacks=[QuantRetrainCallback(schedule={"freeze_bn": 0})]).fit(model, loader())
+        assert "bn frozen" not in caplog.text
+
     @pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
     def test_the_progress_bar(self, make_trainer: TrainerFactory, bar: Any, capfd: pytest.CaptureFixture[str]) -> None:
         progress = bar(refresh_rate=1)

@@ -87,6 +87,14 @@ class TestPhase:
         assert schedule.for_layer("a.1").freeze_data is None
         assert (schedule.for_layer("a.0").freeze_data, schedule.for_layer("a.0").freeze_bn) == (1, 0)
 
+    def test_the_name_of_a_layer_is_no_pattern(self) -> None:
+        names, schedule = ["conv[1]", "conv1"], QuantSchedule(layers={"conv[1]": {"freeze_data": 0}})
+        check_patterns(schedule, names)
+        assert schedule.phase("conv[1]", at(0)).data_frozen
+        assert [schedule.with_names(names).phase(name, at(0)).data_frozen for name in names] == [True, False]
+        rows = schedule_table(schedule, names, 1).splitlines()[2:]
+        assert [row.split()[1] for row in rows] == ["'conv[1]'", "'conv1'"]
+
     def test_rules_of_ones_own(self) -> None:
         class Odd(QuantSchedule):
             def should_freeze(self, part: Part, layer: str, at: Position) -> bool:
