@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from amct_lightning.conversion.plan import find_plan
+from amct_lightning.files import is_file
 from amct_lightning.modules import activation_quantizers
 from amct_lightning.modules.calibration import Agreement, take_nonfinite
 from amct_lightning.quantizers import WeightQuantizer
@@ -70,7 +70,7 @@ class _PlainHook:
         ):
             return
         state = tuple(number for tensor in _factors_of(model) for number in (id(tensor), tensor._version))
-        if (state == self.written_state and Path(self.record_file).exists()) or find_plan(model) is None:
+        if (state == self.written_state and is_file(self.record_file)) or find_plan(model) is None:
             return
         nonfinite = take_nonfinite(activation_quantizers(model))
         if nonfinite:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.conversion.plan import QuantPlan, find_plan
+from amct_lightning.files import Location, is_file
 from amct_lightning.modules import activation_quantizers
 from amct_lightning.wording import abbreviated
 
@@ -114,13 +115,13 @@ def warn_spawned(trainer: pl.Trainer) -> None:
         )
 
 
-def warn_unfinished(model: nn.Module, steps: int, record: Path) -> None:
+def warn_unfinished(model: nn.Module, steps: int, record: Location) -> None:
     """Say at the end of a training why there is no record."""
     quantizers = activation_quantizers(model)
     waiting = [name for name, quantizer in quantizers.items() if not quantizer.has_range]
     found = find_plan(model)
     if waiting and found is not None:
-        old = " The file that is there is an older one." if record.exists() else ""
+        old = " The file that is there is an older one." if is_file(record) else ""
         rank_zero_warn(
             f"No record was written: {len(waiting)} of {len(quantizers)} activation quantizers are not calibrated "
             f"after {steps} training batches ({abbreviated(waiting)}); batch_num is "

@@ -57,8 +57,8 @@ class QuantRetrainCallback(Callback):
             YAML file with choices, the content of a JSON or YAML one as a dict, or an object
             (:class:`RetrainConfig`, :class:`QuantChoices`). ``None`` quantizes every layer that can be, with AMCT's
             defaults.
-        record_file: The file for the quantization factors; ``None`` means ``record.txt`` in the Trainer's
-            ``default_root_dir``.
+        record_file: The file for the quantization factors, which may be remote (``"s3://bucket/record.txt"``);
+            ``None`` means ``record.txt`` in the Trainer's ``default_root_dir``.
         input_data: Input for the converted module that shows its data flow: a tensor, a tuple of positional or a
             mapping of keyword arguments. ``None`` takes ``example_input_array`` or the first batch of the
             dataloader.

@@ -43,12 +43,12 @@ The report needs matplotlib and jinja2: pip install 'amct-lightning[report]'
     @override
     def run(self, options: Namespace) -> int:
         """Write the report."""
-        source, output = Path(options.source), Path(options.output)
+        source = Path(options.source).expanduser()
         if not source.exists():
             raise UserError(f"there is no folder or checkpoint '{source}'. Give the log_dir of a run or a .ckpt file.")
-        check_output(output, options.force, "report")
+        check_output(options.output, options.force, "report")
         try:
-            written = write_report(source, output)
+            written = write_report(source, options.output)
         except ImportError as error:
             raise UserError(str(error)) from error
         sys.stdout.write(f"Wrote the report to '{written}'.\n")

@@ -121,7 +121,7 @@ def load_run(source: str | Path) -> Run:
         RuntimeError: If ``source`` is a file, but no checkpoint.
         ValueError: If ``source`` is a checkpoint that was written without QuantRetrainCallback.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"There is no file or folder '{path}'. Give the folder of a run, or a .ckpt file.")
     run = Run(path)

@@ -13,7 +13,7 @@ from typing_extensions import override
 from amct_lightning.callbacks.checkpoints.records import put_record, record_of, record_path
 from amct_lightning.callbacks.checkpoints.state import QuantState
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY
-from amct_lightning.files import atomic_path
+from amct_lightning.files import atomic_path, location, read_bytes
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -32,10 +32,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Save like :class:`TorchCheckpointIO`, atomically."""
-        if not _is_local(path):
+        if isinstance(location(path), str):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with atomic_path(path, mode=None) as temporary:
+        with atomic_path(path) as temporary:
             super().save_checkpoint(checkpoint, temporary, storage_options)
 
 
@@ -81,8 +81,7 @@ class RecordCheckpointIO(CheckpointIO):
     @rank_zero_only
     def _write_record(self, text: str | None, path: Any) -> None:
         self.state.record.write(text)
-        if _is_local(path):
-            put_record(path, text)
+        put_record(path, text)
 
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -101,8 +100,7 @@ class RecordCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint and its record."""
         self.inner.remove_checkpoint(path)
-        if _is_local(path):
-            put_record(path, None)
+        put_record(path, None)
 
     @override
     def teardown(self) -> None:
@@ -114,11 +112,8 @@ class RecordCheckpointIO(CheckpointIO):
 def _heal_record(path: Any, checkpoint: dict[str, Any]) -> None:
     """Write the record beside a checkpoint again if a kill between the two writes has left another one there."""
     text = checkpoint.get(CHECKPOINT_KEY, {}).get("record")
-    record = record_path(path)
-    if text is not None and _is_local(path) and record.exists() and record.read_bytes() != text.encode():
-        with suppress(OSError):  # a folder that may only be read is no reason not to load from it
+    if text is None or isinstance(location(path), str):  # a remote one may be public, and cost a request
+        return
+    with suppress(OSError):  # a folder that may only be read is no reason not to load from it
+        if read_bytes(record_path(path)) not in (None, text.encode()):
             put_record(path, text)
-
-
-def _is_local(path: Any) -> bool:
-    return "://" not in str(path)
