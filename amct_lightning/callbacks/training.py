@@ -13,8 +13,10 @@ from amct_lightning.callbacks.averaging import Averages
 from amct_lightning.callbacks.calibration_count import CalibrationCount
 from amct_lightning.callbacks.modes import compile_anew
 from amct_lightning.callbacks.nonfinite import NonfiniteWatch
+from amct_lightning.callbacks.schedule.checks import number_of_epochs, warn_beyond_end
 from amct_lightning.callbacks.schedule.phases import PhaseRunner
 from amct_lightning.callbacks.schedule.schedule import Phase, Position, QuantSchedule
+from amct_lightning.callbacks.schedule.scores import begins_to_quantize, restart_scores
 from amct_lightning.monitor_format import PHASE_METRIC
 
 
@@ -47,6 +49,7 @@ class Training:
         self.max_epochs = max_epochs
         begin = Position(trainer.current_epoch, max_epochs=max_epochs)
         self.phases = PhaseRunner(schedule, model, trainer.optimizers, begin)
+        warn_beyond_end(schedule, max_epochs, number_of_epochs(trainer, max_epochs))
         self.calibration.begin(model)
         self.averages = Averages(trainer, model)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -65,6 +68,9 @@ class Training:
         """
         at = Position(trainer.current_epoch, batch, trainer.global_step, self.max_epochs)
         self.averages.start_batch()
+        schedule = self.phases.schedule
+        if schedule.restart_scores and begins_to_quantize(schedule, self.phases.layers, at):
+            restart_scores(trainer)
         anew = self.phases.start_batch(at)
         self.calibration.start_batch(self.model, self.phases.observing, anew)
         self._watch.start_batch(trainer.global_step)

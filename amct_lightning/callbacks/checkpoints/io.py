@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from amct_lightning.callbacks.checkpoints.records import put_record, record_of, record_path
-from amct_lightning.callbacks.checkpoints.state import QuantState
+from amct_lightning.callbacks.checkpoints.state import QuantState, warn_of_float_phase
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY
 from amct_lightning.files import atomic_path, location, read_bytes
 
@@ -55,6 +55,7 @@ class RecordCheckpointIO(CheckpointIO):
         own: CheckpointIO = inner.inner if isinstance(inner, RecordCheckpointIO) else inner
         self.inner: CheckpointIO = AtomicCheckpointIO() if type(own) is TorchCheckpointIO else own
         self.state = state
+        self._saved: set[str] = set()
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -66,6 +67,7 @@ class RecordCheckpointIO(CheckpointIO):
             entry["record"] = record_of(model, submodule, checkpoint.get("state_dict", {}), entry["record"])
         text = entry.get("record")
         self._write_record(text, path)
+        self._saved.add(str(path))
         self.inner.save_checkpoint(checkpoint, path, storage_options)
 
     def complete(self, checkpoint: dict[str, Any]) -> None:
@@ -92,7 +94,10 @@ class RecordCheckpointIO(CheckpointIO):
             if isinstance(error, FileNotFoundError):
                 raise
             raise RuntimeError(f"The checkpoint '{path}' cannot be read: {type(error).__name__}: {error}") from error
-        self.state.adopt(checkpoint.get(CHECKPOINT_KEY), str(path))
+        entry = checkpoint.get(CHECKPOINT_KEY)
+        self.state.adopt(entry, str(path))
+        if entry is not None and str(path) not in self._saved:  # a search puts back what it has saved before
+            warn_of_float_phase(entry, str(path))
         _heal_record(path, checkpoint)
         return checkpoint
 
