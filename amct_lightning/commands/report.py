@@ -27,7 +27,8 @@ examples:
   amct-lightning report lightning_logs/version_0 -o report.html
   amct-lightning report lightning_logs/version_0/checkpoints/last.ckpt -o report.html
 
-Curves are drawn from what CSVLogger wrote, trajectories and SQNR from what the callback QuantMonitor wrote, as with
+Curves are drawn from what CSVLogger or TensorBoardLogger wrote, trajectories and SQNR from what the callback
+QuantMonitor wrote, as with
   amct-lightning fit --config run.yaml --trainer.logger CSVLogger --trainer.logger.save_dir logs \\
       --trainer.callbacks QuantMonitor
 The report needs matplotlib and jinja2: pip install 'amct-lightning[report]'

@@ -14,8 +14,8 @@ def write_report(source: str | Path, output: str | Path) -> Path:
 
     Args:
         source: The folder of a run, searched with all folders below for ``metrics.csv`` (CSVLogger),
-            ``quant_monitor.csv`` (QuantMonitor), checkpoints and records; or one checkpoint. Of several runs the newest
-            is shown; what was logged by resumptions of it is joined.
+            TensorBoard's event files, ``quant_monitor.csv`` (QuantMonitor), checkpoints and records; or one checkpoint.
+            Of several runs the newest is shown; what was logged by resumptions of it is joined.
         output: The file to write, ``.html``; missing folders are created, an existing file is replaced.
 
     Returns:
