@@ -18,7 +18,7 @@ from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load
 from amct_lightning.conversion.convert import convert_layers
 from amct_lightning.conversion.plan import make_plan
 from amct_lightning.conversion.report import conversion_report
-from amct_lightning.files import check_writable, write_text
+from amct_lightning.files import check_writable, is_file, location, write_text
 from amct_lightning.graph.float_model import check_float_model
 from amct_lightning.graph.forward import InputData
 from amct_lightning.modules.degenerate import OnDegenerate, check_on_degenerate, set_on_degenerate
@@ -269,14 +269,14 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _refuse_same_file(record_file: str, other: str, what: str) -> None:
-    if Path(record_file).resolve() == Path(other).resolve():
+    if Path(location(record_file)).resolve() == Path(location(other)).resolve():
         raise ValueError(
             f"record_file '{record_file}' is the {what}, which would be overwritten. Give the record a path of its own."
         )
 
 
 def _start_record(converted: nn.Module, record_file: str) -> None:
-    if Path(record_file).exists():
+    if is_file(record_file):
         _logger.warning("Overwriting the existing record file '%s'.", record_file)
     write_text(record_file, "")
     install_hooks(converted, record_file)

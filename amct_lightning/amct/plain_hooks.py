@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from amct_lightning.conversion.plan import QuantPlan, find_plan
-from amct_lightning.files import write_text
+from amct_lightning.files import is_file, write_text
 from amct_lightning.modules import QATLayer, activation_quantizers, quantized_layers
 from amct_lightning.modules.calibration import Agreement, take_nonfinite
 from amct_lightning.modules.shift_hook import shift_searches
@@ -94,7 +93,7 @@ class _PlainHook:
             )
         if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
             text = QuantRecord.from_model(model).to_text()
-            if text != self.written_text or not Path(self.record_file).exists():
+            if text != self.written_text or not is_file(self.record_file):
                 write_text(self.record_file, text)
                 self.written_text = text
 
@@ -106,7 +105,7 @@ class _PlainHook:
         state, factors = tuple(_state_of(root)), _factors_of(root, plan)
         before, known = self.seen_state, self.seen_factors
         self.seen_state, self.seen_factors = state, factors
-        if state != before or not Path(str(self.record_file)).exists():
+        if state != before or not is_file(str(self.record_file)):
             return True
         # Weights can change without a trace on the host: p.data.copy_(average). So the factors are compared, too.
         return known is None or not torch.equal(known, factors)

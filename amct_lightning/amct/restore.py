@@ -34,7 +34,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         >>> read_checkpoint(path)
         {'weight': tensor([1.])}
     """
-    with Path(path).open("rb") as file:
+    with Path(path).expanduser().open("rb") as file:
         content = _load(file, path, map_location)
     if not isinstance(content, dict):
         raise RuntimeError(

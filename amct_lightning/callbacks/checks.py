@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.conversion.plan import QuantPlan, find_plan
+from amct_lightning.files import Location, is_file
 from amct_lightning.modules import activation_quantizers
 from amct_lightning.modules.degenerate import check_on_degenerate
 from amct_lightning.wording import abbreviated, cut_off
@@ -156,7 +157,7 @@ def warn_spawned(trainer: pl.Trainer) -> None:
         )
 
 
-def warn_unfinished(model: nn.Module, steps: int, record: Path) -> None:
+def warn_unfinished(model: nn.Module, steps: int, record: Location) -> None:
     """Say at the end of a training why there is no record."""
     quantizers = activation_quantizers(model)
     waiting = [name for name, quantizer in quantizers.items() if not quantizer.has_range]
@@ -164,7 +165,7 @@ def warn_unfinished(model: nn.Module, steps: int, record: Path) -> None:
     if waiting and found is not None:
         waits = any(quantizers[name].waits for name in waiting)
         remedy = "let more than zeros reach them (on_degenerate='wait')" if waits else "lower batch_num"
-        old = " The file that is there is an older one." if record.exists() else ""
+        old = " The file that is there is an older one." if is_file(record) else ""
         rank_zero_warn(
             f"No record was written: {len(waiting)} of {len(quantizers)} activation quantizers are not calibrated "
             f"after {steps} training batches ({abbreviated(waiting)}); batch_num is "

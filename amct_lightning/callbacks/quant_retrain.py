@@ -57,8 +57,8 @@ class QuantRetrainCallback(pl.Callback):
     Args:
         config: What to quantize: a preset such as ``"INT8"``, the path of a JSON, ``.cfg`` or YAML file, what is in one
             as a mapping, a :class:`RetrainConfig` or :class:`QuantChoices`. ``None`` is ``"INT8"``, AMCT's defaults.
-        record_file: The file for the quantization factors; ``None`` means ``record.txt`` in the Trainer's
-            ``default_root_dir``.
+        record_file: The file for the quantization factors, which may be remote (``"s3://bucket/record.txt"``);
+            ``None`` means ``record.txt`` in the Trainer's ``default_root_dir``.
         input_data: Input that shows the data flow of the converted module: a tensor, a tuple of positional or a mapping
             of keyword arguments. ``None`` takes ``example_input_array`` or the first batch of the dataloader.
         submodule: Dotted name of the part to convert, such as ``"net.backbone"``, where layer names in the config and

@@ -15,8 +15,10 @@ from amct_lightning.callbacks.calibration_count import CalibrationCount
 from amct_lightning.callbacks.modes import compile_anew
 from amct_lightning.callbacks.nonfinite import NonfiniteWatch
 from amct_lightning.callbacks.optimizers.param_groups import ClipGroups
+from amct_lightning.callbacks.schedule.checks import number_of_epochs, warn_beyond_end
 from amct_lightning.callbacks.schedule.phases import PhaseRunner
 from amct_lightning.callbacks.schedule.schedule import Phase, Position, QuantSchedule
+from amct_lightning.callbacks.schedule.scores import begins_to_quantize, restart_scores
 from amct_lightning.monitor_format import PHASE_METRIC
 
 
@@ -52,6 +54,7 @@ class Training:
         self.groups = groups
         begin = Position(trainer.current_epoch, max_epochs=max_epochs)
         self.phases = PhaseRunner(schedule, model, begin)
+        warn_beyond_end(schedule, max_epochs, number_of_epochs(trainer, max_epochs))
         self.calibration.begin(model)
         self.averages = Averages(trainer, model)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -71,6 +74,9 @@ class Training:
         self.groups.follow(trainer.optimizers)
         at = Position(trainer.current_epoch, batch, trainer.global_step, self.max_epochs)
         self.averages.start_batch()
+        schedule = self.phases.schedule
+        if schedule.restart_scores and begins_to_quantize(schedule, self.phases.layers, at):
+            restart_scores(trainer)
         anew = self.phases.start_batch(at)
         self.calibration.start_batch(self.phases.observing, anew)
         self._watch.start_batch(trainer.global_step)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
@@ -107,7 +106,7 @@ class ConfigCommand(ParsedCommand):
     def run(self, options: Namespace) -> int:
         """Make the configuration."""
         if options.output is not None:
-            check_output(Path(options.output), options.force, "configuration")
+            check_output(options.output, options.force, "configuration")
         with short_warnings():
             part, plan = _plan(options)
             text = _text(part, plan, options)

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from amct_lightning.commands.base import UserError
-from amct_lightning.files import check_writable, write_text
+from amct_lightning.files import check_writable, is_file, write_text
 
 _UNLIMITED = 10_000
 
 
-def check_output(path: Path, force: bool, what: str) -> None:
+def check_output(path: str | Path, force: bool, what: str) -> None:
     """Make sure, before any work, that a file may be written.
 
     Args:
@@ -31,7 +31,7 @@ def check_output(path: Path, force: bool, what: str) -> None:
         UserError: If it exists and may not be replaced.
         OSError: If it cannot be written.
     """
-    if path.is_file() and not force:
+    if is_file(path) and not force:
         raise UserError(f"'{path}' exists. Give another path, or --force to replace it.")
     check_writable(path, what)
 
@@ -48,7 +48,7 @@ def deliver(text: str, path: str | None, force: bool, what: str) -> None:
     if path is None:
         sys.stdout.write(text if text.endswith("\n") or not text else f"{text}\n")
         return
-    check_output(Path(path), force, what)
+    check_output(path, force, what)
     write_text(path, text)
     sys.stdout.write(f"Wrote the {what} to '{path}'.\n")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +16,7 @@ from typing_extensions import override
 # the Trainer by name, so that `--trainer.accelerator` and `--trainer.strategy` take them.
 from amct_lightning.callbacks import QuantRetrainCallback
 from amct_lightning.commands.base import UserError
-from amct_lightning.files import write_text
+from amct_lightning.files import Location, beside, numbered, read_bytes, write_text
 
 _OFF = ("false", "null", "none", "off")
 
@@ -55,28 +54,28 @@ class KeepConfigCallback(SaveConfigCallback):
         """Write the file; Lightning calls this on rank zero."""
         if self._folder is None:
             return
-        if "://" in self._folder or self.multifile or self.overwrite:
-            path = f"{self._folder}/{self.config_filename}"
-            self.parser.save(self.config, path, skip_none=False, overwrite=self.overwrite, multifile=self.multifile)
+        path = beside(self._folder, self.config_filename)
+        if self.multifile or self.overwrite:
+            self.parser.save(
+                self.config, str(path), skip_none=False, overwrite=self.overwrite, multifile=self.multifile
+            )
             return
-        self.write(Path(self._folder, self.config_filename), self.parser.dump(self.config, skip_none=False))
+        self.write(path, self.parser.dump(self.config, skip_none=False))
 
     @staticmethod
-    def write(path: Path, text: str) -> None:
+    def write(path: Location, text: str) -> None:
         """Write a configuration, under another name if there is a different one.
 
         Args:
             path: Where it belongs.
             text: The configuration.
         """
-        number = 0
-        target = path
-        while target.exists():
-            if target.read_text() == text:
+        for target in numbered(path):
+            there = read_bytes(target)
+            if there is None:
+                write_text(target, text)
+            if there in (None, text.encode()):
                 return
-            number += 1
-            target = path.with_stem(f"{path.stem}-{number}")
-        write_text(target, text)
 
 
 class QuantCLI(LightningCLI):

@@ -27,7 +27,8 @@ examples:
   amct-lightning report lightning_logs/version_0 -o report.html
   amct-lightning report lightning_logs/version_0/checkpoints/last.ckpt -o report.html
 
-Curves are drawn from what CSVLogger wrote, trajectories and SQNR from what the callback QuantMonitor wrote, as with
+Curves are drawn from what CSVLogger or TensorBoardLogger wrote, trajectories and SQNR from what the callback
+QuantMonitor wrote, as with
   amct-lightning fit --config run.yaml --trainer.logger CSVLogger --trainer.logger.save_dir logs \\
       --trainer.callbacks QuantMonitor
 The report needs matplotlib and jinja2: pip install 'amct-lightning[report]'
@@ -43,12 +44,12 @@ The report needs matplotlib and jinja2: pip install 'amct-lightning[report]'
     @override
     def run(self, options: Namespace) -> int:
         """Write the report."""
-        source, output = Path(options.source), Path(options.output)
+        source = Path(options.source).expanduser()
         if not source.exists():
             raise UserError(f"there is no folder or checkpoint '{source}'. Give the log_dir of a run or a .ckpt file.")
-        check_output(output, options.force, "report")
+        check_output(options.output, options.force, "report")
         try:
-            written = write_report(source, output)
+            written = write_report(source, options.output)
         except ImportError as error:
             raise UserError(str(error)) from error
         sys.stdout.write(f"Wrote the report to '{written}'.\n")

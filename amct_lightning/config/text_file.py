@@ -46,7 +46,7 @@ def read_text(path: str | Path, remedy: str) -> str:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"The config file must be given as a path, found {found(path)}.")
     try:
-        with Path(path).open("rb") as file:
+        with Path(path).expanduser().open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise ValueError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so it is no configuration; check the path.")

@@ -34,7 +34,7 @@ class Quantizer(nn.Module):
         self.is_copy = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.is_copy = True
 
     @property

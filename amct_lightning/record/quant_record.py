@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from amct_lightning.files import write_text
+from amct_lightning.files import read_bytes, write_text
 from amct_lightning.record import proto_text
 from amct_lightning.record.checks import check_text
 from amct_lightning.record.compare import Difference, compare
@@ -85,13 +85,12 @@ class QuantRecord(Mapping[str, LayerRecord]):
             >>> len(QuantRecord.load(path))
             0
         """
-        try:
-            content = Path(path).read_bytes()
-        except FileNotFoundError as error:
+        content = read_bytes(path)
+        if content is None:
             raise FileNotFoundError(
                 f"There is no record file '{path}'. It is written during quantization-aware training; "
                 f"check the path, or write it with QuantRecord.from_model(model).save('{path}')."
-            ) from error
+            )
         return cls.from_text(content, source=str(path))
 
     @classmethod

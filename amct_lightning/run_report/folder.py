@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from amct_lightning.run_report.logs import EVENT_FILES, METRICS_FILE, Columns
 from amct_lightning.wording import cut_off
 
 _VERSION = re.compile(r"version_(\d+)")
+_AT_ONCE = 60.0  # seconds between the last writing of two loggers of one Trainer
 
 StepsOf = Callable[[Path], Sequence[int]]
 """Gives all steps that the log files in a folder have, ascending."""
@@ -28,6 +31,60 @@ def find_files(folder: Path, *patterns: str) -> list[Path]:
         patterns: Names with wildcards.
     """
     return newest_first({path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()})
+
+
+def find_log_folders(folder: Path) -> list[Path]:
+    """Return the folders in a folder and below that loggers have written metrics to, newest first.
+
+    Args:
+        folder: The folder.
+    """
+    places = list(dict.fromkeys(path.parent for path in find_files(folder, METRICS_FILE, EVENT_FILES)))
+    # A metric with several values makes TensorBoard write folders below its own.
+    parts = {place for place in places if any(above in places for above in place.parents)}
+    return [place for place in places if place not in parts or (place / METRICS_FILE).exists()]
+
+
+def same_runs(metrics: Mapping[Path, Columns]) -> dict[Path, list[Path]]:
+    """Find the folders that several loggers of one Trainer wrote to: they hold the same values.
+
+    Args:
+        metrics: Folder -> what was logged there, newest first.
+
+    Returns:
+        For each run a folder -> all of its folders, that one first. With ``metrics.csv``, which is more exact, before
+        others.
+    """
+    found: dict[Path, list[Path]] = {}
+    for place in sorted(metrics, key=lambda place: not (place / METRICS_FILE).exists()):
+        first = next((other for other in found if _is_same_run(other, place, metrics)), place)
+        found.setdefault(first, []).append(place)
+    order = list(metrics)
+    return dict(sorted(found.items(), key=lambda item: min(map(order.index, item[1]))))
+
+
+def _is_same_run(one: Path, other: Path, metrics: Mapping[Path, Columns]) -> bool:
+    mine, theirs = metrics[one], metrics[other]
+    names = [name for name in mine if name in theirs and name != "epoch"]
+    is_alike = (one / METRICS_FILE).exists() == (other / METRICS_FILE).exists()
+    if is_alike and abs(_changed(one) - _changed(other)) > _AT_ONCE:
+        return False  # the same training twice gives the same values, too
+    for name in names:
+        steps = mine[name].keys() & theirs[name].keys()
+        # Of a run that was killed one logger may have kept less than the other.
+        if not steps or (is_alike and mine[name].keys() != theirs[name].keys()):
+            return False
+        if not all(_is_float32_of(mine[name][step], theirs[name][step]) for step in steps):
+            return False
+    return bool(names)
+
+
+def _changed(log_folder: Path) -> float:
+    return max(path.stat().st_mtime for pattern in (METRICS_FILE, EVENT_FILES) for path in log_folder.glob(pattern))
+
+
+def _is_float32_of(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=2**-23, abs_tol=2**-126) or (math.isnan(one) and math.isnan(other))
 
 
 def choose_log_folders(found: Sequence[Path], steps_of: StepsOf, notes: list[str]) -> list[Path]:

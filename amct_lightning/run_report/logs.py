@@ -1,4 +1,4 @@
-"""Reading the two CSV files of a run, ``metrics.csv`` and ``quant_monitor.csv``, and joining those of resumed runs."""
+"""Reading the logs of a run, of CSVLogger, TensorBoard and QuantMonitor, and joining those of resumed runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 METRICS_FILE = "metrics.csv"
+EVENT_FILES = "events.out.tfevents.*"
 
 Series = dict[int, float]
 """The values of one quantity by training step, in ascending order; NaN and infinity as they were logged."""
@@ -18,6 +19,8 @@ Monitor = dict[str, Columns]
 """What a ``quant_monitor.csv`` holds: by layer, in the order of first appearance, the columns."""
 
 _LARGEST_STEP = 2**53
+_PLACEHOLDER = "hp_metric"
+"""What Lightning's TensorBoardLogger logs as -1 beside hyper parameters."""
 
 
 def finite(series: Series) -> Series:
@@ -83,6 +86,47 @@ def read_metrics(path: Path, notes: list[str]) -> Columns:
     columns: Columns = {}
     for step, row in _rows(path, notes):
         _add_row(columns, step, row)
+    return columns
+
+
+def read_log_folder(folder: Path, notes: list[str]) -> Columns:
+    """Read the metrics that a logger left in a folder: ``metrics.csv``, else TensorBoard's event files.
+
+    Args:
+        folder: The folder.
+        notes: Takes what the reader of the report has to know.
+
+    Returns:
+        The metrics, and ``epoch``.
+    """
+    path = folder / METRICS_FILE
+    columns = read_metrics(path, notes) if path.exists() else {}
+    return columns or (_read_events(folder, notes) if any(folder.glob(EVENT_FILES)) else {})
+
+
+def _read_events(folder: Path, notes: list[str]) -> Columns:
+    try:
+        # Not among the requirements: who has such files usually has it.
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415
+    except ImportError:
+        notes.append(
+            f"{folder}: TensorBoard's event files are not read, because tensorboard is not installed: "
+            "pip install tensorboard."
+        )
+        return {}
+    # Of scalars all, of what is not shown as little as there can be; a run that was resumed is cut by `_add`.
+    few = {"tensors": 1, "distributions": 1, "histograms": 1, "images": 1, "audio": 1}
+    events = EventAccumulator(str(folder), {"scalars": 0, **few}, purge_orphaned_data=False)
+    columns: Columns = {}
+    try:
+        events.Reload()
+        for name in events.Tags()["scalars"]:
+            for event in events.Scalars(name):
+                _add(columns.setdefault(name, {}), int(event.step), float(event.value))
+    except Exception as error:  # whatever a damaged file makes of its reader
+        notes.append(f"{folder}: TensorBoard's event files are damaged ({type(error).__name__}: {error}).")
+    if list(columns.get(_PLACEHOLDER, {}).values()) == [-1.0]:
+        del columns[_PLACEHOLDER]
     return columns
 
 

@@ -15,8 +15,9 @@ from amct_lightning.conversion.report import ReportRow
 from amct_lightning.monitor_format import COLUMNS, FILE_NAME, PHASE_METRIC, PREFIX, LayerReading
 from amct_lightning.record import LayerRecord, QuantRecord
 from amct_lightning.run_report.checkpoint import CheckpointFacts, read_facts, scales_of_record
-from amct_lightning.run_report.folder import choose_log_folders, find_files
+from amct_lightning.run_report.folder import choose_log_folders, find_files, find_log_folders, same_runs
 from amct_lightning.run_report.logs import (
+    EVENT_FILES,
     METRICS_FILE,
     Columns,
     Monitor,
@@ -25,12 +26,14 @@ from amct_lightning.run_report.logs import (
     finite,
     join,
     join_monitors,
-    read_metrics,
+    read_log_folder,
     read_monitor,
 )
 
 T = TypeVar("T")
 _TRIES = 5
+_LATER_FILES = FILE_NAME.replace(".", "-*.")
+"""What QuantMonitor writes where there is a file of another run."""
 
 
 @dataclass
@@ -121,7 +124,7 @@ def load_run(source: str | Path) -> Run:
         RuntimeError: If ``source`` is a file, but no checkpoint.
         ValueError: If ``source`` is a checkpoint that was written without QuantRetrainCallback.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"There is no file or folder '{path}'. Give the folder of a run, or a .ckpt file.")
     run = Run(path)
@@ -135,8 +138,8 @@ def load_run(source: str | Path) -> Run:
 
 
 def _take_folder(run: Run, folder: Path) -> None:
-    logs = _take_metrics(run, find_files(folder, METRICS_FILE))
-    logs += _take_monitor(run, find_files(folder, FILE_NAME), logs)
+    logs, others = _take_metrics(run, find_log_folders(folder))
+    logs += _take_monitor(run, find_files(folder, FILE_NAME, _LATER_FILES), logs, others)
     checkpoint = _first_usable(run, _near(logs, find_files(folder, "*.ckpt")), lambda path: read_facts(path, run.notes))
     if checkpoint:
         _take_checkpoint(run, *checkpoint)
@@ -149,36 +152,49 @@ def _take_folder(run: Run, folder: Path) -> None:
         said = "".join(f"\n{note}" for note in run.notes)
         raise FileNotFoundError(
             f"'{folder}' holds nothing to report. Looked for, in it and below: {METRICS_FILE} (of CSVLogger), "
-            f"{FILE_NAME} (of QuantMonitor), *.ckpt (of a training with QuantRetrainCallback), record.txt and "
-            f"*.record.txt. Give the folder that the Trainer wrote to (default_root_dir, the logger's save_dir).{said}"
+            f"{EVENT_FILES} (of TensorBoardLogger), {FILE_NAME} (of QuantMonitor), *.ckpt (of a training with "
+            "QuantRetrainCallback), record.txt and *.record.txt. Give the folder that the Trainer wrote to "
+            f"(default_root_dir, the logger's save_dir).{said}"
         )
 
 
-def _take_metrics(run: Run, paths: list[Path]) -> list[Path]:
-    """Read the metrics of the newest run; return where they are."""
-    metrics: dict[Path, Columns] = {}
+def _take_metrics(run: Run, places: list[Path]) -> tuple[list[Path], set[Path]]:
+    """Read the metrics of the newest run; return all of its log folders, and those of other runs."""
     notes: dict[Path, list[str]] = defaultdict(list)
-    for path in paths:
-        metrics[path.parent] = read_metrics(path, notes[path.parent])
-    chosen = choose_log_folders([*metrics], lambda place: all_steps([metrics[place]]), run.notes)
+    metrics = {place: read_log_folder(place, notes[place]) for place in places}
+    folders = same_runs(metrics)
+    chosen = choose_log_folders([*folders], lambda place: all_steps([metrics[place]]), run.notes)
     run.metrics = join(metrics[place] for place in chosen)
     run.notes += [note for place in chosen for note in notes[place]]
-    run.files += [place / METRICS_FILE for place in chosen]
-    return chosen
+    run.files += [path for place in chosen for path in sorted(place.iterdir()) if _is_log(path)]
+    own = [place for first in chosen for place in folders[first]]
+    unread = {place for place in places if not metrics[place] and not (place / METRICS_FILE).exists()}
+    return own, set(places) - set(own) - unread
 
 
-def _take_monitor(run: Run, paths: list[Path], log_folders: list[Path]) -> list[Path]:
+def _is_log(path: Path) -> bool:
+    if (path.parent / METRICS_FILE).exists():
+        return path.name == METRICS_FILE
+    return path.match(EVENT_FILES)
+
+
+def _take_monitor(run: Run, paths: list[Path], log_folders: list[Path], others: set[Path]) -> list[Path]:
     """Read what QuantMonitor wrote beside the metrics; else where no other run's metrics are. Return where that is.
 
-    With several loggers QuantMonitor writes to the folder of the first one, without a logger to that of the run.
+    With several loggers QuantMonitor writes to the folder of the first one, without a logger to that of the run. Where
+    several runs share a folder, the newest file counts.
     """
     near = [path for path in paths if path.parent in log_folders]
-    near = near or [path for path in paths if not (path.parent / METRICS_FILE).exists()]
-    monitors = {path.parent: read_monitor(path, run.notes) for path in near}
+    near = near or [path for path in paths if path.parent not in others]
+    newest: dict[Path, Path] = {}
+    for path in near:
+        if newest.setdefault(path.parent, path) is not path:
+            run.notes.append(f"{path}: left out, it is of another run than {newest[path.parent].name} or older.")
+    monitors = {place: read_monitor(path, run.notes) for place, path in newest.items()}
     chosen = [place for place in log_folders if place in monitors]
     chosen = chosen or choose_log_folders([*monitors], lambda at: all_steps(monitors[at].values()), run.notes)
     run.monitor = join_monitors([monitors[place] for place in chosen])
-    run.files += [place / FILE_NAME for place in chosen]
+    run.files += [newest[place] for place in chosen]
     return chosen
 
 

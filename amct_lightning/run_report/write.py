@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from amct_lightning.files import atomic_path, write_text
+from amct_lightning.files import location, write_bytes, write_text
 from amct_lightning.run_report.sources import load_run
 
 
@@ -14,8 +14,8 @@ def write_report(source: str | Path, output: str | Path) -> Path:
 
     Args:
         source: The folder of a run, searched with all folders below for ``metrics.csv`` (CSVLogger),
-            ``quant_monitor.csv`` (QuantMonitor), checkpoints and records; or one checkpoint. Of several runs the newest
-            is shown; what was logged by resumptions of it is joined.
+            TensorBoard's event files, ``quant_monitor.csv`` (QuantMonitor), checkpoints and records; or one checkpoint.
+            Of several runs the newest is shown; what was logged by resumptions of it is joined.
         output: The file to write, ``.html``; missing folders are created, an existing file is replaced.
 
     Returns:
@@ -69,8 +69,7 @@ def write_picture(source: str | Path, output: str | Path, *, dpi: int = 140) -> 
     from amct_lightning.run_report.overview import overview  # noqa: PLC0415  (as above)
 
     picture = overview(load_run(source), dpi)
-    with atomic_path(output) as temporary:
-        temporary.write_bytes(picture)
+    write_bytes(output, picture)
     return output
 
 
@@ -84,7 +83,9 @@ def _check_installed() -> None:
 
 
 def _checked(output: str | Path, suffixes: tuple[str, ...]) -> Path:
-    path = Path(output)
+    path = location(output)
+    if isinstance(path, str):
+        raise ValueError(f"'{path}' is on a remote file system; write to a file on this machine and copy it.")
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"'{path}' must end in {' or '.join(suffixes)}, which is what is written to it.")
     if path.is_dir():

@@ -130,7 +130,7 @@ def test_record_file_serves_where_there_is_no_checkpoint(real_run: Path, tmp_pat
         ("metrics.csv", "ranges", "add QuantMonitor()"),
         ("metrics.csv", "sqnr", "add QuantMonitor()"),
         ("metrics.csv", "scales", "ModelCheckpoint"),
-        ("quant_monitor.csv", "curves", "use CSVLogger"),
+        ("quant_monitor.csv", "curves", "use CSVLogger or TensorBoardLogger"),
     ],
 )
 def test_what_is_missing_is_said_with_the_remedy(

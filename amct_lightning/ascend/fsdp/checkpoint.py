@@ -23,7 +23,7 @@ from amct_lightning.ascend.fsdp.gradients import plain
 from amct_lightning.ascend.fsdp.units import reshard
 from amct_lightning.ascend.hccl.collectives import broadcast_tensors
 from amct_lightning.ascend.on_npus import given
-from amct_lightning.files import atomic_path, make_parent
+from amct_lightning.files import atomic_path, location, make_parent
 from amct_lightning.protocols import WrappingCheckpointIO
 
 META = "meta.pt"
@@ -64,15 +64,15 @@ class ShardedCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint; a folder is a collective."""
         if not self.folders:
-            if "://" in str(path):
+            if isinstance(location(path), str):
                 super().save_checkpoint(checkpoint, path, storage_options)
                 return
-            with atomic_path(path, mode=None) as temporary:
+            with atomic_path(path) as temporary:
                 super().save_checkpoint(checkpoint, temporary, storage_options)
             return
-        if "://" in str(path):
+        final = location(path)
+        if isinstance(final, str):
             raise ValueError(f"A checkpoint folder is written to a file system that all ranks see, not to '{path}'.")
-        final = Path(path)
         temporary = final.with_name(f".{final.name}.tmp")
         if _is_main():
             make_parent(final)
@@ -90,16 +90,17 @@ class ShardedCheckpointIO(TorchCheckpointIO):
     @override
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint file without copying its tensors, or of a folder all that is not sharded."""
-        if "://" in str(path):
+        place = location(path)
+        if isinstance(place, str):
             return super().load_checkpoint(path, map_location="cpu", weights_only=weights_only)  # type: ignore[arg-type]
-        if not Path(path).exists():
+        if not place.exists():
             raise FileNotFoundError(f"There is no checkpoint '{path}'.")
-        if is_checkpoint_folder(path):
-            found: dict[str, Any] = torch.load(Path(path) / META, map_location="cpu", weights_only=weights_only)
-        elif Path(path).is_dir():
+        if is_checkpoint_folder(place):
+            found: dict[str, Any] = torch.load(place / META, map_location="cpu", weights_only=weights_only)
+        elif place.is_dir():
             raise IsADirectoryError(f"'{path}' is no checkpoint: the folder has no '{META}'.")
         else:
-            found = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+            found = torch.load(place, map_location="cpu", mmap=True, weights_only=weights_only)
         return found
 
 

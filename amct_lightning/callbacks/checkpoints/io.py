@@ -11,9 +11,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from amct_lightning.callbacks.checkpoints.records import put_record, record_of, record_path
-from amct_lightning.callbacks.checkpoints.state import QuantState
+from amct_lightning.callbacks.checkpoints.state import QuantState, warn_of_float_phase
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY
-from amct_lightning.files import atomic_path
+from amct_lightning.files import atomic_path, location, read_bytes
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -32,10 +32,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Save like :class:`TorchCheckpointIO`, atomically."""
-        if not _is_local(path):
+        if isinstance(location(path), str):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with atomic_path(path, mode=None) as temporary:
+        with atomic_path(path) as temporary:
             super().save_checkpoint(checkpoint, temporary, storage_options)
 
 
@@ -55,6 +55,7 @@ class RecordCheckpointIO(CheckpointIO):
         own: CheckpointIO = inner.inner if isinstance(inner, RecordCheckpointIO) else inner
         self.inner: CheckpointIO = AtomicCheckpointIO() if type(own) is TorchCheckpointIO else own
         self.state = state
+        self._saved: set[str] = set()
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -66,6 +67,7 @@ class RecordCheckpointIO(CheckpointIO):
             entry["record"] = record_of(model, submodule, checkpoint.get("state_dict", {}), entry["record"])
         text = entry.get("record")
         self._write_record(text, path)
+        self._saved.add(str(path))
         self.inner.save_checkpoint(checkpoint, path, storage_options)
 
     def complete(self, checkpoint: dict[str, Any]) -> None:
@@ -81,8 +83,7 @@ class RecordCheckpointIO(CheckpointIO):
     @rank_zero_only
     def _write_record(self, text: str | None, path: Any) -> None:
         self.state.record.write(text)
-        if _is_local(path):
-            put_record(path, text)
+        put_record(path, text)
 
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -93,7 +94,10 @@ class RecordCheckpointIO(CheckpointIO):
             if isinstance(error, FileNotFoundError):
                 raise
             raise RuntimeError(f"The checkpoint '{path}' cannot be read: {type(error).__name__}: {error}") from error
-        self.state.adopt(checkpoint.get(CHECKPOINT_KEY), str(path))
+        entry = checkpoint.get(CHECKPOINT_KEY)
+        self.state.adopt(entry, str(path))
+        if entry is not None and str(path) not in self._saved:  # a search puts back what it has saved before
+            warn_of_float_phase(entry, str(path))
         _heal_record(path, checkpoint)
         return checkpoint
 
@@ -101,8 +105,7 @@ class RecordCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint and its record."""
         self.inner.remove_checkpoint(path)
-        if _is_local(path):
-            put_record(path, None)
+        put_record(path, None)
 
     @override
     def teardown(self) -> None:
@@ -114,11 +117,8 @@ class RecordCheckpointIO(CheckpointIO):
 def _heal_record(path: Any, checkpoint: dict[str, Any]) -> None:
     """Write the record beside a checkpoint again if a kill between the two writes has left another one there."""
     text = checkpoint.get(CHECKPOINT_KEY, {}).get("record")
-    record = record_path(path)
-    if text is not None and _is_local(path) and record.exists() and record.read_bytes() != text.encode():
-        with suppress(OSError):  # a folder that may only be read is no reason not to load from it
+    if text is None or isinstance(location(path), str):  # a remote one may be public, and cost a request
+        return
+    with suppress(OSError):  # a folder that may only be read is no reason not to load from it
+        if read_bytes(record_path(path)) not in (None, text.encode()):
             put_record(path, text)
-
-
-def _is_local(path: Any) -> bool:
-    return "://" not in str(path)

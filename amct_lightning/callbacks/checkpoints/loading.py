@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from amct_lightning.amct.restore import load_strictly
 from amct_lightning.callbacks.checkpoints.placement import Saved, place
-from amct_lightning.callbacks.checkpoints.state import adopt_plan, restore_observed
+from amct_lightning.callbacks.checkpoints.state import adopt_plan, restore_observed, warn_of_float_phase
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY, is_foreign, read_foreign_checkpoint
 from amct_lightning.wording import abbreviated
 
@@ -84,6 +84,7 @@ def load_qat_checkpoint(
     adopt_plan(root, saved.entry, saved.path)
     load_strictly(model, _known_modules(model, _complete(model, saved.state_dict), saved.path), saved.path)
     restore_observed(root, saved.entry)
+    warn_of_float_phase(saved.entry, saved.path)
     return model
 
 

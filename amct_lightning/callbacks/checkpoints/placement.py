@@ -111,4 +111,5 @@ def _without(entry: dict[str, Any], plan: QuantPlan, prefix: str) -> dict[str, A
     ends = tuple(inner(name) for name in plan.ends if name.startswith(prefix))
     part = replace(plan, config=config, layers=layers, refused=refused, ends=ends)
     observed = {inner(name): batches for name, batches in entry.get("observed", {}).items()}
-    return {**entry, "plan": part.to_dict(), "observed": observed}
+    in_float = [inner(name) for name in entry.get("float_layers", []) if name.startswith(prefix)]
+    return {**entry, "plan": part.to_dict(), "observed": observed, "float_layers": in_float}

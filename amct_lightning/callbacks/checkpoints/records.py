@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from amct_lightning.files import check_writable, write_text
+from amct_lightning.files import Location, beside, check_writable, location, read_bytes, remove, write_text
 from amct_lightning.modules import activation_quantizers
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.protocols import ShardingStrategy
@@ -24,11 +24,11 @@ class RecordFile:
     """Where the record of a run goes.
 
     Attributes:
-        path: The file.
+        path: The file; as text the address of one on a remote file system.
         is_written: Whether it is; a ``fast_dev_run`` leaves nothing behind.
     """
 
-    path: Path
+    path: Location
     is_written: bool
 
     @classmethod
@@ -37,17 +37,18 @@ class RecordFile:
 
         Args:
             trainer: The Trainer.
-            path: The user's choice; ``None`` means ``record.txt`` in the Trainer's ``default_root_dir``.
+            path: The user's choice; ``None`` means ``record.txt`` in the Trainer's ``default_root_dir``. ``~``
+                is the home folder; both may be remote, such as ``s3://bucket/record.txt``.
             config: The configuration, which may be a file.
 
         Raises:
             OSError: If it cannot be written.
             ValueError: If it is the file of the configuration.
         """
-        final = Path(path or Path(trainer.default_root_dir, "record.txt"))
+        final = location(path) if path else beside(trainer.default_root_dir, "record.txt")
         if trainer.is_global_zero:
             check_writable(final, "record file")
-            if isinstance(config, (str, Path)) and Path(config).resolve() == final.resolve():
+            if isinstance(config, (str, Path)) and Path(location(config)).resolve() == Path(final).resolve():
                 raise ValueError(
                     f"record_file '{final}' is the configuration file, which would be overwritten. Give the record a "
                     "path of its own."
@@ -64,15 +65,17 @@ class RecordFile:
             write_text(self.path, text)
 
 
-def record_path(checkpoint_path: str | Path) -> Path:
+def record_path(checkpoint_path: str | Path) -> Location:
     """Return where the record of a checkpoint is.
 
     Example:
-        >>> record_path("run/epoch=3.ckpt").name
-        'epoch=3.record.txt'
+        >>> record_path("run/epoch=3.ckpt"), record_path("s3://bucket/epoch=3.ckpt")
+        (PosixPath('run/epoch=3.record.txt'), 's3://bucket/epoch=3.record.txt')
     """
-    path = Path(checkpoint_path)
-    return path.with_name(path.name.removesuffix(".ckpt") + ".record.txt")
+    place = location(checkpoint_path)
+    if isinstance(place, str):
+        return place.removesuffix(".ckpt") + ".record.txt"
+    return place.with_name(place.name.removesuffix(".ckpt") + ".record.txt")
 
 
 def put_record(checkpoint_path: str | Path, text: str | None) -> None:
@@ -83,7 +86,7 @@ def put_record(checkpoint_path: str | Path, text: str | None) -> None:
         text: The record, ``None`` if there is none.
     """
     if text is None:
-        record_path(checkpoint_path).unlink(missing_ok=True)
+        remove(record_path(checkpoint_path))
     else:
         write_text(record_path(checkpoint_path), text)
 
@@ -98,8 +101,8 @@ def copy_records_of_links(checkpoint_callbacks: Iterable[Any]) -> None:
     for callback in checkpoint_callbacks:
         path = Path(getattr(callback, "last_model_path", ""))
         if path.is_symlink():
-            original = record_path(path.resolve())
-            put_record(path, original.read_bytes().decode() if original.is_file() else None)
+            original = read_bytes(record_path(path.resolve()))
+            put_record(path, None if original is None else original.decode())
 
 
 def record_text(model: nn.Module) -> str | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from amct_lightning.callbacks.calibration_count import CalibrationCount
@@ -13,8 +14,9 @@ from amct_lightning.callbacks.checkpoints.records import RecordFile, record_text
 from amct_lightning.callbacks.checks import describe_difference, find_submodule
 from amct_lightning.conversion.convert import convert_layers, revert_layers
 from amct_lightning.conversion.plan import QuantPlan, find_plan
-from amct_lightning.modules import activation_quantizers
+from amct_lightning.modules import QATLayer, activation_quantizers, quantized_layers
 from amct_lightning.modules.folding import is_sharded
+from amct_lightning.wording import abbreviated
 
 
 @dataclass
@@ -63,6 +65,7 @@ class QuantState:
             "submodule": ".".join(filter(None, (self.submodule, root))) or None,
             "record": record_text(self.model),
             "calibration_steps": self.calibration.steps,
+            "float_layers": layers_in_float(self.model),
             "observed": observed,
         }
 
@@ -110,6 +113,42 @@ class QuantState:
         if self._loaded:
             restore_observed(self.converted(), self._loaded)
         self._loaded = {}
+
+
+def layers_in_float(model: nn.Module) -> list[str]:
+    """Return the names of the layers that run in float for now: a schedule says so, or they have no range yet.
+
+    Args:
+        model: The converted module.
+    """
+    layers = cast(dict[str, QATLayer], quantized_layers(model))
+    return [
+        name
+        for name, layer in layers.items()
+        if layer.quant_mode != "quantized"
+        or not all(layer.get_quantizer(q).has_range for q in layer.activation_quantizers)
+    ]
+
+
+def warn_of_float_phase(entry: Mapping[str, Any], source: str) -> None:
+    """Say so if a checkpoint was saved before all layers ran quantized: its score does not tell how good they are.
+
+    Args:
+        entry: What :meth:`QuantState.entry` gave; earlier versions did not note the layers.
+        source: The checkpoint's path.
+    """
+    names, number = entry.get("float_layers", []), len(entry["plan"]["layers"])
+    if not names:
+        return
+    which = (
+        f"all {number} layers" if len(names) == number else f"{len(names)} of {number} layers ({abbreviated(names)})"
+    )
+    rank_zero_warn(
+        f"The checkpoint '{source}' was saved before quantization had begun everywhere: {which} that are to be "
+        "quantized ran in float. The score by which it may have been chosen as the best one is that of the float "
+        "phase. To choose among quantized ones only, use QuantSchedule(restart_scores=True) with "
+        "ModelCheckpoint(monitor=...), or take a later checkpoint."
+    )
 
 
 def adopt_plan(model: nn.Module, entry: dict[str, Any], source: str, replace: bool = False) -> None:

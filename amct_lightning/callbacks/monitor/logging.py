@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from amct_lightning.callbacks.monitor.layers import MonitoredLayer
 from amct_lightning.monitor_format import PREFIX, LayerReading
 
 LOW_IS_BAD = ("sqnr_input_db", "sqnr_weight_db")
@@ -110,6 +111,28 @@ def histogram_writer(logger: Logger) -> HistogramWriter | None:
         return lambda name, values, step: logger.log_metrics({name: wandb.Histogram(values.numpy())}, step)
     add_histogram: HistogramWriter | None = getattr(getattr(logger, "experiment", None), "add_histogram", None)
     return add_histogram
+
+
+def histograms_of(
+    readings: Iterable[LayerReading], rows: Iterable[MonitoredLayer], worst: WorstLayers
+) -> dict[str, Tensor]:
+    """Return what is shown as histograms: the clips of all layers, the weight scales of those with the worst weights.
+
+    Args:
+        readings: The findings.
+        rows: The layers.
+        worst: Knows the worst of them.
+    """
+    values = {
+        name: torch.tensor([value for reading in readings if (value := getattr(reading, name)) is not None])
+        for name in ("clip_max", "clip_min")
+    }
+    shown = {name for metric in ("sqnr_weight_db", "weight_scale_drift") for name in worst.shown[metric]}
+    for row in rows:
+        weight = row.weight if row.name in shown else None
+        if weight is not None:
+            values[f"weight_scale/{tag(row.name)}"] = row.weight_quantizer.compute_scale(weight).cpu()
+    return values
 
 
 def write_histograms(writers: Iterable[HistogramWriter], values: Mapping[str, Tensor], step: int) -> None:

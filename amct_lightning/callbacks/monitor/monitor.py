@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from typing_extensions import override
 
 from amct_lightning.callbacks.monitor.file import MonitorFile
@@ -18,14 +16,15 @@ from amct_lightning.callbacks.monitor.logging import (
     HistogramWriter,
     WorstLayers,
     histogram_writer,
+    histograms_of,
     logger_step,
     model_scalars,
-    tag,
     write_histograms,
 )
 from amct_lightning.callbacks.monitor.sampling import Sampler
 from amct_lightning.callbacks.monitor.table import MonitorSummary
 from amct_lightning.callbacks.quant_retrain import QuantRetrainCallback
+from amct_lightning.files import beside
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.monitor_format import FILE_NAME, LayerReading
 
@@ -46,7 +45,8 @@ class QuantMonitor(Callback):
     It goes to four places:
 
     - ``quant_monitor.csv`` in the logger's directory (without a logger: the Trainer's ``default_root_dir``): one line
-      per layer and interval. A run that goes on from a checkpoint drops the lines of later steps.
+      per layer and interval. A run that goes on from a checkpoint drops the lines of later steps. Where another run
+      has left its file, the name is ``quant_monitor-1.csv`` and so on.
     - All loggers, as scalars: of the model (``quant/sqnr_input_db_min``, ``quant/sqnr_input_db_mean``, the same of
       ``sqnr_weight_db``; ``quant/saturation_max``, ``quant/clip_drift_max``, ``quant/weight_scale_drift_max``) and of
       the worst layers (``quant/sqnr_input_db/<layer>`` and so on). A layer that was once among the ``worst_k`` of a
@@ -108,6 +108,7 @@ class QuantMonitor(Callback):
         self._worst = WorstLayers(self.worst_k)
         self._sampler = Sampler([], torch.device("cpu"))
         self._file: MonitorFile | None = None
+        self._mark: dict[str, int] | None = None  # of the file that an earlier training has written to
         self._writers: list[HistogramWriter] = []
         self._last = MonitorSummary(0, ())
         self._interval = 0  # length
@@ -156,9 +157,10 @@ class QuantMonitor(Callback):
         self._begun = trainer.global_step
         self._ended = self._begun // max(1, self._interval)
         folder = trainer.log_dir  # all processes have to ask for it
+        self._mark = self._mark if self._file is None else self._file.mark
         self._file, self._writers = None, []
         if self._interval and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._begin_writing(trainer, folder or "://")
+            self._begin_writing(trainer, folder or trainer.default_root_dir)
 
     @override
     def on_train_batch_start(
@@ -196,8 +198,9 @@ class QuantMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave no hook behind."""
+        """Leave no hook behind, and no line unwritten."""
         self._sampler.detach()
+        self._finish_file()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -215,8 +218,16 @@ class QuantMonitor(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind."""
+        """Leave no hook behind, and no line unwritten."""
         self._sampler.detach()
+        self._finish_file()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave no line unwritten that a run will look for when it goes on from this checkpoint."""
+        self._finish_file()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -225,6 +236,7 @@ class QuantMonitor(Callback):
             **self._drift.state(),
             "shown": {metric: list(names) for metric, names in self._worst.shown.items()},
             "stride": self._stride,
+            "file": self._mark if self._file is None else self._file.mark,
         }
 
     @override
@@ -233,12 +245,12 @@ class QuantMonitor(Callback):
         self._drift.load(state_dict)
         self._worst.shown = {metric: list(names) for metric, names in state_dict["shown"].items()}
         self._stride = state_dict["stride"]
+        self._file, self._mark = None, state_dict.get("file")  # earlier versions did not keep it
 
     def _begin_writing(self, trainer: pl.Trainer, folder: str) -> None:
         if self.csv:
-            # What is not local cannot be appended to.
-            self._file = MonitorFile(Path(trainer.default_root_dir if "://" in folder else folder, FILE_NAME))
-            self._file.begin(trainer.global_step)
+            self._file = MonitorFile(beside(folder, FILE_NAME))
+            self._file.begin(trainer.global_step, self._mark if trainer.global_step else None)
         if self.histograms:
             self._writers = [writer for writer in map(histogram_writer, trainer.loggers) if writer is not None]
 
@@ -250,37 +262,19 @@ class QuantMonitor(Callback):
             # Lightning goes through all that was logged with every batch. That is why the loggers get these directly.
             pl_module.log_dict(of_model, logger=False, on_step=True, on_epoch=False, batch_size=1)
         is_written = bool(self._writers) or (self.histograms and is_sharded(pl_module))  # then all ranks gather weights
-        histograms = self._histograms(readings) if is_written else {}
+        histograms = histograms_of(readings, self._sampler.rows, self._worst) if is_written else {}
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
             logger.log_metrics({**of_model, **of_layers}, logger_step(trainer))
-        self._write_file(trainer)
+        if self._file is not None:
+            self._file.append(self._last.step, trainer.current_epoch, self._last.readings)
         if self._writers:
             write_histograms(self._writers, histograms, logger_step(trainer))
 
-    def _write_file(self, trainer: pl.Trainer) -> None:
-        if self._file is None:
-            return
-        try:
-            self._file.append(self._last.step, trainer.current_epoch, self._last.readings)
-        except OSError as error:  # no reason to end a training
-            rank_zero_warn(
-                f"QuantMonitor could not write step {self._last.step} to '{self._file.path}', which goes on without "
-                f"it: {error}. Make room on the disk, or use QuantMonitor(csv=False)."
-            )
-
-    def _histograms(self, readings: list[LayerReading]) -> dict[str, Tensor]:
-        values = {
-            name: torch.tensor([value for reading in readings if (value := getattr(reading, name)) is not None])
-            for name in ("clip_max", "clip_min")
-        }
-        shown = {name for metric in ("sqnr_weight_db", "weight_scale_drift") for name in self._worst.shown[metric]}
-        for row in self._sampler.rows:
-            weight = row.weight if row.name in shown else None
-            if weight is not None:
-                values[f"weight_scale/{tag(row.name)}"] = row.weight_quantizer.compute_scale(weight).cpu()
-        return values
+    def _finish_file(self) -> None:
+        if self._file is not None:
+            self._file.flush()
 
     def _warn_unseen(self, readings: list[LayerReading]) -> None:
         has_range = any(reading.clip_max is not None for reading in readings)

@@ -26,6 +26,8 @@ def check_fields(values: Mapping[str, Any], where: str = "QuantSchedule") -> Non
     for name in _MOMENTS:
         if values.get(name) is not None:
             _check_moment(values[name], f"{where}({name}={values[name]!r})")
+    if not isinstance(values.get("restart_scores", False), bool):
+        raise TypeError(f"{where}(restart_scores={values['restart_scores']!r}): must be True or False.")
     calibrate = values.get("calibrate")
     if isinstance(calibrate, list) and not calibrate:
         raise ValueError(f"{where}(calibrate=[]): give at least one epoch, or None for the default.")

@@ -97,10 +97,12 @@ class QuantSchedule:
         freeze_bn: From this epoch on statistics and parameters of the batch normalization layers are frozen.
         update_every_n_steps: Factors change in every n-th optimizer step only.
         update_every_n_epochs: Factors change in every n-th epoch only, counted from ``start``.
-        layers: Exceptions: pattern of layer names -> some of the fields above, apart from ``calibrate_batches``.
-            The last pattern that fits a layer counts. A batch normalization without a pattern of its own follows the
-            layer that it is folded into. Layers that read the same tensor share their activation range: that
-            follows the first of them to run, as the conversion table shows.
+        restart_scores: Whether ModelCheckpoint and EarlyStopping forget the scores that they have seen when layers
+            begin to be quantized. Without it the best checkpoint is easily one of the float phase.
+        layers: Exceptions: pattern of layer names -> some of the fields above, apart from ``calibrate_batches`` and
+            ``restart_scores``. The last pattern that fits a layer counts. A batch normalization without a pattern of
+            its own follows the layer that it is folded into. Layers that read the same tensor share their activation
+            range: that follows the first of them to run, as the conversion table shows.
 
     Raises:
         TypeError: If a field has the wrong type.
@@ -122,6 +124,7 @@ class QuantSchedule:
     freeze_bn: int | float | None = None
     update_every_n_steps: int = 1
     update_every_n_epochs: int = 1
+    restart_scores: bool = False
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -198,3 +198,39 @@ class TestObjectsInTheFile:
             RuntimeError, match=r"model\.ckpt' cannot be read without .* objects of '.*system'.*save it ag"
         ):
             load_qat_checkpoint(SizedNet(), path)
+
+
+class TestFloatModules:
+    """A float LightningModule that gets a quantized state by the ways that know nothing of quantization."""
+
+    @pytest.fixture
+    def path(self, make_trainer: TrainerFactory, tmp_path: Path) -> Path:
+        return train(make_trainer, tmp_path / "qat.ckpt", Net())
+
+    @pytest.mark.parametrize("way", ["load_from_checkpoint", "load_state_dict", "Trainer"])
+    def test_the_way_to_load_is_named(self, make_trainer: TrainerFactory, path: Path, way: str) -> None:
+        with pytest.raises(
+            RuntimeError, match=r"(?s)Unexpected key.*input_quantizer.*load_qat_checkpoint\(Net, path\)"
+        ):
+            if way == "load_from_checkpoint":
+                Net.load_from_checkpoint(path)
+            elif way == "load_state_dict":
+                Net().load_state_dict(torch.load(path, weights_only=False)["state_dict"])
+            else:
+                make_trainer().test(Net(), loader(), ckpt_path=path)
+
+    def test_other_errors_are_as_they_were(self, path: Path) -> None:
+        with pytest.raises(RuntimeError) as found:
+            Net().load_state_dict({"other": torch.zeros(1)})
+        assert "load_qat_checkpoint" not in str(found.value)
+        quantized = load_qat_checkpoint(Net, path)
+        with pytest.raises(RuntimeError, match="Unexpected key") as found:
+            quantized.load_state_dict({**quantized.state_dict(), "input_quantizer.other": torch.zeros(1)})
+        assert "load_qat_checkpoint" not in str(found.value)
+
+    def test_what_loads_is_loaded_and_told_as_ever(self, path: Path) -> None:
+        state = torch.load(path, weights_only=False)["state_dict"]
+        found = Net().load_state_dict(state, strict=False)
+        assert found.missing_keys == []
+        assert all("_quantizer." in name for name in found.unexpected_keys)
+        assert str(Net().load_state_dict(Net().state_dict(), assign=True)) == "<All keys matched successfully>"
