@@ -19,6 +19,7 @@ from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.conversion.report import conversion_report
 from amct_lightning.modules import quantized_layers
 from amct_lightning.modules.calibration import calibrate
+from amct_lightning.modules.convert import float_parameters
 from amct_lightning.record import QuantRecord
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "convert_amct_state_dict",
     "create_quant_retrain_config",
     "create_quant_retrain_model",
+    "float_parameters",
     "load_qat_checkpoint",
     "prepare_qat",
     "quantized_layers",

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from amct_lightning.callbacks.schedule.phases import BATCH_NORMS, PhaseRunner
+from amct_lightning.conversion.copies import averaged_copies
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, Quantizer
 
 _BOOKS = ("calibrated_batches", "initialized", "scale_frozen")
@@ -28,13 +29,17 @@ class Averages:
         self._twins: dict[nn.Module, list[nn.Module]] = {}
         self._beginning: set[nn.Module] = set()
         averages = averaged_modules(trainer)
+        for copied, original in averaged_copies(trainer.lightning_module):
+            for name, module in original.named_modules():
+                if isinstance(module, (Quantizer, *BATCH_NORMS)):
+                    self._twins.setdefault(module, []).append(copied.get_submodule(name))
         if not averages:
             return
         prefix = next(name for name, module in trainer.lightning_module.named_modules() if module is model)
         for name, module in model.named_modules():
             if isinstance(module, (Quantizer, *BATCH_NORMS)):
                 path = ".".join(filter(None, (prefix, name)))
-                self._twins[module] = [average.get_submodule(path) for average in averages]
+                self._twins.setdefault(module, []).extend(average.get_submodule(path) for average in averages)
 
     def start_batch(self) -> None:
         """Note the quantizers whose factors are still placeholders."""

@@ -14,6 +14,7 @@ from amct_lightning.callbacks.averaging import Averages
 from amct_lightning.callbacks.calibration_count import CalibrationCount
 from amct_lightning.callbacks.modes import compile_anew
 from amct_lightning.callbacks.nonfinite import NonfiniteWatch
+from amct_lightning.callbacks.optimizers.outside import OutsideWrites
 from amct_lightning.callbacks.optimizers.param_groups import ClipGroups
 from amct_lightning.callbacks.schedule.checks import number_of_epochs, warn_beyond_end
 from amct_lightning.callbacks.schedule.phases import PhaseRunner
@@ -59,6 +60,7 @@ class Training:
         self.averages = Averages(trainer, model)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._watch = NonfiniteWatch(model, interval, on_nonfinite)
+        self._outside = OutsideWrites(trainer.lightning_module, model, interval)
         self._logged: Phase | None = None
         self._told = ""
         self._stop_showing = show_in_progress_bar(trainer, self.phases)
@@ -71,6 +73,7 @@ class Training:
             pl_module: The LightningModule.
             batch: Number of the batch in its epoch.
         """
+        self._outside.start_batch(batch)
         self.groups.follow(trainer.optimizers)
         at = Position(trainer.current_epoch, batch, trainer.global_step, self.max_epochs)
         self.averages.start_batch()
@@ -123,6 +126,7 @@ class Training:
                 compile_anew(trainer.lightning_module)
         self._watch.end_batch()
         self.averages.end_batch()
+        self._outside.end_batch(self.calibration.done)
         if trainer.is_last_batch:  # an average may be put in place when the next epoch begins
             self.settle_averages()
 

@@ -122,6 +122,34 @@ class QuantPlan:
         gone = frozenset(layer.name for layer in self.layers) - set(names)
         return replace(self, config=_without(gone, self.config), layers=tuple(kept))
 
+    def within(self, prefix: str) -> QuantPlan:
+        """Return the plan for a part of the module, with names as they are in the part.
+
+        Args:
+            prefix: What the names of the part begin with, with a dot at the end; layers of other names are left out.
+        """
+
+        def inner(name: str) -> str:
+            return name.removeprefix(prefix)
+
+        layers = [layer for layer in self.layers if layer.name.startswith(prefix)]
+        part = self.only(layers)
+        named = tuple(
+            replace(
+                layer,
+                name=inner(layer.name),
+                batch_norm=None if layer.batch_norm is None else inner(layer.batch_norm),
+                shares_input_of=inner(layer.shares_input_of),
+            )
+            for layer in part.layers
+        )
+        config = {inner(name): layer for name, layer in self.config.items() if name.startswith(prefix)}
+        refused = (replace(layer, name=inner(layer.name)) for layer in self.refused if layer.name.startswith(prefix))
+        ends = tuple(inner(name) for name in self.ends if name.startswith(prefix))
+        return replace(
+            self, config=replace(self.config, layers=config), layers=named, refused=tuple(refused), ends=ends
+        )
+
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str = "checkpoint") -> QuantPlan:
         """Rebuild a plan from :meth:`to_dict`.

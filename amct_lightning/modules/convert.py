@@ -103,6 +103,29 @@ def learned_factors(model: nn.Module) -> list[nn.Parameter]:
     return [p for quantizer in quantizers_of(model) for p in quantizer.parameters(recurse=False)]
 
 
+def float_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that a model has without quantization, in the order of ``parameters()``.
+
+    Loops that treat all parameters as weights, such as a momentum teacher's update or the clamping of a Wasserstein
+    critic, go over these: clips and learned scales are parameters, too, and stand between the weights.
+
+    Args:
+        model: A module, converted or not.
+
+    Example:
+        >>> import copy, torch
+        >>> from amct_lightning import prepare_qat
+        >>> teacher = nn.Sequential(nn.Linear(4, 2))
+        >>> student = prepare_qat(teacher, None, torch.ones(1, 4))
+        >>> len(list(student.parameters())), len(float_parameters(student))
+        (4, 2)
+        >>> for old, new in zip(float_parameters(teacher), float_parameters(student), strict=True):
+        ...     _ = old.data.lerp_(new.data, 0.1)
+    """
+    added = {id(p) for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in added]
+
+
 def quantizers_of(model: nn.Module) -> list[Quantizer]:
     """Return all quantizers of a model, a shared one once; those of copies beside the model are not of it."""
     layers = quantized_layers(model).values()

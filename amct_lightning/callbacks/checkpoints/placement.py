@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -91,25 +91,7 @@ def _find_prefix(saved: Saved, model: nn.Module, names: list[str]) -> str:
 
 def _without(entry: dict[str, Any], plan: QuantPlan, prefix: str) -> dict[str, Any]:
     """Return the callback's entry for the part of the converted module that follows ``prefix``."""
-
-    def inner(name: str) -> str:
-        return name.removeprefix(prefix)
-
-    layers = tuple(
-        replace(
-            layer,
-            name=inner(layer.name),
-            batch_norm=None if layer.batch_norm is None else inner(layer.batch_norm),
-            shares_input_of=inner(layer.shares_input_of),
-        )
-        for layer in plan.layers
-    )
-    config = replace(
-        plan.config, layers={inner(name): layer for name, layer in plan.config.items() if name.startswith(prefix)}
-    )
-    refused = tuple(replace(layer, name=inner(layer.name)) for layer in plan.refused if layer.name.startswith(prefix))
-    ends = tuple(inner(name) for name in plan.ends if name.startswith(prefix))
-    part = replace(plan, config=config, layers=layers, refused=refused, ends=ends)
-    observed = {inner(name): batches for name, batches in entry.get("observed", {}).items()}
-    in_float = [inner(name) for name in entry.get("float_layers", []) if name.startswith(prefix)]
+    part = plan.within(prefix)
+    observed = {name.removeprefix(prefix): batches for name, batches in entry.get("observed", {}).items()}
+    in_float = [name.removeprefix(prefix) for name in entry.get("float_layers", []) if name.startswith(prefix)]
     return {**entry, "plan": part.to_dict(), "observed": observed, "float_layers": in_float}

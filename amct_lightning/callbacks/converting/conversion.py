@@ -18,6 +18,7 @@ from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.sharding import reshard
 from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config
 from amct_lightning.conversion.convert import convert_layers, renew_layers
+from amct_lightning.conversion.copies import convert_averages
 from amct_lightning.conversion.plan import QuantPlan, carried_plan, find_plan, make_plan
 from amct_lightning.conversion.report import conversion_report
 from amct_lightning.layer_types import supported_class
@@ -47,6 +48,12 @@ class Conversion:
         Raises:
             ValueError: If the model cannot be converted so, or was converted in another way.
         """
+        self._apply(trainer, pl_module, state)
+        done = find_plan(state.model)
+        if done is not None:
+            convert_averages(pl_module, *done)
+
+    def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: QuantState) -> None:
         found = carried_plan(state.model)
         if found is None:
             path = checkpoint_to_load(trainer)

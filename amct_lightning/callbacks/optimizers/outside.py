@@ -1,0 +1,117 @@
+"""Notices loops over ``parameters()`` that do not know of the factors that quantization added.
+
+Such a loop may clamp all parameters, as a Wasserstein critic's does, or pair those of a quantized network with those
+of its float copy, as the update of a momentum teacher does. Nothing fails then: a factor is a number, which goes with
+a tensor of any shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from amct_lightning.conversion.copies import float_copies
+from amct_lightning.modules import quantized_layers
+from amct_lightning.modules.convert import float_parameters, quantizers_of
+from amct_lightning.quantizers import Quantizer
+from amct_lightning.wording import abbreviated
+
+_FIRST = 3
+"""Number of batches in the beginning after which copies are looked at; a teacher that learns does so in each."""
+_PARAMETERS = 16
+"""Number of parameters of a copy that are looked at: from the first factor on, all pairs are wrong."""
+
+
+class OutsideWrites:
+    """Looks, between two batches, at what was written by other code than the optimizers and the forward.
+
+    Args:
+        pl_module: The LightningModule.
+        model: The converted module.
+        interval: Number of batches between two looks at the factors.
+    """
+
+    def __init__(self, pl_module: nn.Module, model: nn.Module, interval: int) -> None:
+        self._model = model
+        self._interval = interval
+        self._batches = 0
+        self._before: dict[Quantizer, list[Tensor]] = {}
+        self._has_warned = False
+        self._copies = [_Copy(name, module, other, twin) for name, module, other, twin in float_copies(pl_module)]
+
+    def end_batch(self, calibrated: bool) -> None:
+        """Note the factors after a batch, if they are to be looked at.
+
+        Args:
+            calibrated: Whether nothing but optimizers changes them by now.
+        """
+        self._batches += 1
+        self._before = {}
+        is_due = self._batches <= _FIRST or self._batches % self._interval == 0
+        if calibrated and is_due and not self._has_warned:
+            self._before = {q: [factor.clone() for factor in _factors(q)] for q in quantizers_of(self._model)}
+            self._before = {quantizer: factors for quantizer, factors in self._before.items() if factors}
+
+    def start_batch(self, batch: int) -> None:
+        """Compare with what was noted, and warn once.
+
+        Args:
+            batch: Number of the batch in its epoch; between epochs, weights are exchanged for averages, for example.
+        """
+        before, self._before = self._before, {}
+        if before and batch > 0:
+            self._compare(before)
+        if self._copies and 0 < self._batches <= _FIRST:
+            for copy in [copy for copy in self._copies if copy.has_strayed()]:
+                self._copies.remove(copy)
+                copy.warn()
+
+    def _compare(self, before: dict[Quantizer, list[Tensor]]) -> None:
+        written = [
+            torch.stack([(a != b).any() for a, b in zip(_factors(quantizer), values, strict=True)]).any()
+            for quantizer, values in before.items()
+        ]
+        flags = torch.stack(written).tolist()
+        if not any(flags):
+            return
+        self._has_warned = True
+        strayed = {quantizer for quantizer, flag in zip(before, flags, strict=True) if flag}
+        names = [name for name, layer in quantized_layers(self._model).items() if strayed & set(layer.children())]
+        rank_zero_warn(
+            f"The clips or scales of {abbreviated(names)} were written between two batches, and by no optimizer. If a "
+            "loop over parameters() clamps or overwrites weights there, let it go over "
+            "amct_lightning.float_parameters(module) instead."
+        )
+
+
+def _factors(quantizer: Quantizer) -> list[Tensor]:
+    return [parameter.detach() for parameter in quantizer.parameters(recurse=False)]
+
+
+class _Copy:
+    """A float copy of a quantized module, as its loops may find it."""
+
+    def __init__(self, name: str, module: nn.Module, other: str, twin: nn.Module) -> None:
+        self.name, self.other = name, other
+        self._own = list(module.parameters())[:_PARAMETERS]
+        self._quantized = float_parameters(twin)[:_PARAMETERS]
+        self._begin = [parameter.detach().clone() for parameter in self._own]
+
+    @torch.no_grad()
+    def has_strayed(self) -> bool:
+        """Tell whether it is no average any more of what the quantized module was and is."""
+        outside = []
+        for own, begin, now in zip(self._own, self._begin, self._quantized, strict=True):
+            low, high = torch.minimum(begin, now), torch.maximum(begin, now)
+            margin = (high - low) + 1e-5 * (1 + begin.abs())
+            outside.append(((own < low - margin) | (own > high + margin)).any())
+        return bool(torch.stack(outside).any())
+
+    def warn(self) -> None:
+        """Warn of it."""
+        rank_zero_warn(
+            f"'{self.name}', a float copy of '{self.other}', was given values that its weights never had. If "
+            f"zip({self.other}.parameters(), {self.name}.parameters()) updates it, the pairs are wrong: the quantized "
+            f"one has clips between its weights. Use amct_lightning.float_parameters({self.other}) there."
+        )
