@@ -15,13 +15,12 @@ from torch import nn
 
 from amct_lightning.config import LayerConfig, QuantChoices, RetrainConfig
 from amct_lightning.graph.eligibility import Candidate, find_candidates
-from amct_lightning.graph.trace import InputData, Trace, Value
+from amct_lightning.graph.nodes import RELU, Value
+from amct_lightning.graph.trace import InputData, Trace
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
 
 PLAN_ATTRIBUTE = "_amct_quant_plan"
 """Where a converted model keeps its plan."""
-
-_RELU = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
 
 
 @dataclass(frozen=True)
@@ -244,7 +243,7 @@ def _owners(config: RetrainConfig, enabled: dict[str, Candidate]) -> dict[str, s
 
 def _fixed_min(config: LayerConfig, values: list[Value | None] | list[Value]) -> bool:
     given = config.retrain_data_config.fixed_min
-    return all(value is not None and value.producer in _RELU for value in values) if given is None else given
+    return all(value is not None and value.producer in RELU for value in values) if given is None else given
 
 
 def _folded_batch_norm(candidate: Candidate, trace: Trace, modules: dict[str, nn.Module]) -> str | None:

@@ -7,53 +7,23 @@ object and version, so an in-place operation makes a new value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented way to write a dispatch mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from amct_lightning.graph.nodes import Value, VisibleNodes, is_own_node, is_same_value, node_key, permutation, producer
 from amct_lightning.graph.preserve import preserved
 from amct_lightning.graph.tensors import tensors_in
 
 InputData = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-# Operators that change no number; an exported graph has no node for them.
-_SAME_VALUE = (
-    torch.ops.aten.alias.default,
-    torch.ops.aten.clone.default,
-    torch.ops.aten.detach.default,
-    torch.ops.aten.lift_fresh.default,
-)
-
-
-# Functions that may return their argument itself, so that no operator is seen, but are nodes of an exported graph.
-_CASTS = (Tensor.to, Tensor.type)
-_NODES = (torch.flatten, Tensor.flatten, Tensor.float, Tensor.cpu)
-
-
-@dataclass
-class Value:
-    """One tensor value of the observed forward.
-
-    Attributes:
-        producer: Operator that made it; ``None`` for a model input or parameter.
-        from_layer: Name of the watched layer whose output it is, if any.
-        readers: Who read it: the name of a watched layer or BatchNorm module, or else a running number of the
-            reading operator.
-    """
-
-    producer: Any = None
-    from_layer: str | None = None
-    readers: set[str | int] = field(default_factory=set)
+_BATCH_FIRST = (1, 0, 2)
 
 
 @dataclass
@@ -118,8 +88,9 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module], run: nn.Module, 
         if issubclass(getattr(module, "cls_to_become", None) or type(module), _BATCH_NORM)
         for handle in observer.watch_batch_norm(name, module)
     ]
+    handles += [handle for module in run.modules() if is_own_node(module) for handle in observer.watch_node(module)]
     try:
-        with preserved(run), observer, _VisibleNodes():
+        with preserved(run), observer, VisibleNodes(observer.replace):
             output = run(*args, **kwargs)
         observer.read_by_user(output)
         observer.find_outside_readers(watched)
@@ -135,18 +106,6 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module], run: nn.Module, 
     return observer.trace
 
 
-class _VisibleNodes(TorchFunctionMode):
-    """Make a new tensor of what a node of the exported graph would return unchanged."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if not args or result is not args[0] or not isinstance(result, Tensor):
-            return result
-        casts = func in _CASTS and any(isinstance(arg, (torch.dtype, str)) for arg in (*args[1:], *kwargs.values()))
-        return result.view(result.shape) if func in _NODES or casts else result
-
-
 class _Observer(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -154,27 +113,63 @@ class _Observer(TorchDispatchMode):
         self._values: dict[tuple[int, int], Value] = {}
         self._alive: list[Tensor] = []  # an id is unique only as long as its tensor lives
         self._inside: list[str] = []
+        self._inside_node = 0
+        self._read_as: dict[int, Value] = {}  # how the layer that runs reads its input
         self._open_calls: dict[str, list[Call]] = {}
         self._operators = 0
+        self._nodes: dict[Hashable, tuple[list[Value], list[Value]]] = {}  # with what they read, or ids would be reused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self._operators += 1
-        reader = self._inside[0] if self._inside else self._operators
-        if func not in _SAME_VALUE:
-            for tensor in _tensors((args, kwargs)):
-                self._value(tensor).readers.add(reader)
+        read = [self._value(tensor) for tensor in _tensors((args, kwargs))]
+        values, key = self._without_node(func, args, kwargs)
+        if values is None:
+            for value in read:
+                reader = self._inside[0] if self._inside else self._operators
+                self._read_as.get(id(value), value).read_by(reader)
         output = func(*args, **kwargs)
-        passed_on = self._value(_tensors(args)[0]) if func in _SAME_VALUE else None
-        for tensor in _tensors(output):
-            self._bind(tensor, passed_on or Value(producer=func), in_place=func._schema.is_mutable)
+        tensors = _tensors(output)
+        values = values or [Value(producer(func, args)) for _ in tensors]
+        for tensor, value in zip(tensors, values, strict=True):
+            self._bind(tensor, value, in_place=func._schema.is_mutable)
+        if key is not None:
+            self._nodes[key] = (read, values)
         return output
+
+    def _without_node(self, func: Any, args: Any, kwargs: Any) -> tuple[list[Value] | None, Hashable]:
+        """Return what an operator makes if it is no new node that reads something, and what it is known by."""
+        if is_same_value(func, args, kwargs):
+            return [self._value(args[0])], None
+        if self._inside or self._inside_node:
+            return None, None
+        key = node_key(func, args, kwargs, lambda tensor: id(self._value(tensor)))
+        if key in self._nodes:
+            return self._nodes[key][1], None
+        order = permutation(func, args)
+        return (None if order is None else [self._value(args[0]).transpose(order, self._operators)]), key
+
+    def replace(self, tensor: Tensor, func: Any) -> None:
+        """Note that a tensor is what a node made of it: whoever reads it from now on reads that node."""
+        self._operators += 1
+        self._value(tensor).read_by(self._operators)
+        self._bind(tensor, Value(func))
+
+    def watch_node(self, module: nn.Module) -> list[Any]:
+        def step(number: int) -> None:
+            self._inside_node += number
+
+        return _around(module, lambda *_: step(1), lambda *_: step(-1))
 
     def watch_layer(self, name: str, layer: nn.Module) -> list[Any]:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             given = args[0] if args else kwargs.get("input")
             read = next(iter(tensors_in([given, args, kwargs])), None)
             value, dims = (Value(), 0) if read is None else (self._value(read), read.dim())
+            if getattr(layer, "batch_first", False) and dims == len(_BATCH_FIRST):
+                self._operators += 1
+                given_as, value = value, value.transpose(_BATCH_FIRST, self._operators)  # exported along the first axis
+                self._read_as = {id(given_as): value}
             call = Call(name, value, type(given), dims)
             hidden = tensors_in(args[1] if len(args) > 1 else kwargs.get("hx"))
             call.hidden = self._value(hidden[0]) if hidden else None
@@ -184,6 +179,7 @@ class _Observer(TorchDispatchMode):
 
         def leave(_: nn.Module, _args: Any, output: Any) -> None:
             self._inside.pop()
+            self._read_as = {}
             call = self._open_calls[name].pop()
             tensors = tensors_in(output)
             if tensors:
@@ -206,7 +202,7 @@ class _Observer(TorchDispatchMode):
     def read_by_user(self, output: Any) -> None:
         """Count the model's output as read, so that nothing folded into another layer disappears from it."""
         for tensor in tensors_in(output):
-            self._value(tensor).readers.add("output")
+            self._value(tensor).read_by("output")
 
     def find_outside_readers(self, watched: Mapping[str, nn.Module]) -> None:
         """Note whose parameters other code has read, for example ``F.linear(x, layer.weight)``."""
