@@ -105,11 +105,25 @@ def resolve_layers(
             )
     if not any(layer.retrain_enable for layer in layers.values()):
         raise ValueError(f"{source}: {NOTHING_ENABLED}")
+    return _packable(settings_as_written(layers, eligible), eligible, source)
+
+
+def settings_as_written(layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module]) -> dict[str, LayerConfig]:
+    """Give every layer of a model its settings, INT4 weights that cannot be packed included.
+
+    AMCT keeps them until it saves, and decides by them which layers share a quantizer.
+
+    Args:
+        layers: The settings of some layers; the others are disabled.
+        eligible: The layers of the model that can be quantized, by name.
+
+    Example:
+        >>> written = settings_as_written({"0": LayerConfig()}, {"0": nn.Linear(3, 2), "1": nn.Linear(2, 2)})
+        >>> written["0"].retrain_weight_config.channel_wise, written["1"].retrain_enable
+        (False, False)
+    """
     disabled = LayerConfig(retrain_enable=False)
-    resolved = {
-        name: _with_channel_wise_default(layers.get(name, disabled), module) for name, module in eligible.items()
-    }
-    return _packable(resolved, eligible, source)
+    return {name: _with_channel_wise_default(layers.get(name, disabled), module) for name, module in eligible.items()}
 
 
 def without_int4(layer: LayerConfig) -> LayerConfig:

@@ -101,6 +101,7 @@ def _without(entry: dict[str, Any], plan: QuantPlan, prefix: str) -> dict[str, A
             name=inner(layer.name),
             batch_norm=None if layer.batch_norm is None else inner(layer.batch_norm),
             shares_input_of=inner(layer.shares_input_of),
+            shares_in_amct=None if layer.shares_in_amct is None else inner(layer.shares_in_amct),
         )
         for layer in plan.layers
     )
