@@ -16,6 +16,7 @@ from amct_lightning.callbacks.inputs import BatchToInput, find_input
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.sharding import reshard
 from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config
+from amct_lightning.config.fit import without_computed_weights
 from amct_lightning.conversion.convert import convert_layers
 from amct_lightning.conversion.plan import QuantPlan, find_plan, make_plan
 from amct_lightning.conversion.report import conversion_report
@@ -77,7 +78,8 @@ class Conversion:
             return
         source = config_source(self.config)
         layers = {layer: _as_float(root.get_submodule(layer)) for layer in plan.config}
-        wanted = self._with_batches(replace(plan, config=load_config(self.config).resolve(layers, source)))
+        config = without_computed_weights(load_config(self.config), root, source, keep=layers)
+        wanted = self._with_batches(replace(plan, config=config.resolve(layers, source)))
         if wanted != plan:
             raise ValueError(
                 f"{name} is quantized already, and {source} would do it differently: "

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from amct_lightning.config import LayerConfig, QuantChoices, RetrainConfig
-from amct_lightning.config.fit import settings_as_written
+from amct_lightning.config.fit import settings_as_written, without_computed_weights
 from amct_lightning.graph.eligibility import Candidate, find_candidates
 from amct_lightning.graph.nodes import RELU, Value
 from amct_lightning.graph.trace import InputData, Trace
@@ -159,7 +159,7 @@ def make_plan(
         [('0', False), ('2', True)]
     """
     candidates, trace = find_candidates(model, input_data, run, allow_reuse)
-    config = QuantChoices() if config is None else config
+    config = without_computed_weights(QuantChoices() if config is None else config, model, source)
     named = frozenset(config.layers)
     _refuse_named(named, candidates, model, source)
     refused = _refused_layers(candidates, named)
