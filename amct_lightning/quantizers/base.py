@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -60,3 +61,13 @@ class Quantizer(nn.Module):
 
     def _after_load(self) -> None:
         """Bring derived Python state in line with newly loaded tensors."""
+
+
+def several_processes() -> bool:
+    """Tell whether clips must stay alike on several processes, whose batches have different ranges."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def in_backward() -> bool:
+    """Tell whether this forward repeats an earlier one for the backward pass, as gradient checkpointing does."""
+    return torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself goes by

@@ -13,7 +13,7 @@ from amct_lightning.callbacks.monitor.layers import Drift, MonitoredLayer, read_
 from amct_lightning.callbacks.monitor.metric import QuantStatistics
 from amct_lightning.callbacks.monitor.reading import reading_of
 from amct_lightning.monitor_format import LayerReading
-from amct_lightning.quantizers.activation import in_backward
+from amct_lightning.quantizers.base import in_backward
 
 
 class Sampler:
