@@ -156,6 +156,8 @@ def _computed_reason(layer: nn.Module) -> str | None:
         return (
             f"{names} is computed by a parametrization (e.g. weight norm); remove_parametrizations makes it permanent"
         )
+    if type(layer) not in LAYER_TYPES:
+        return None
     for name, weight in _weights(layer).items():
         if not isinstance(weight, nn.Parameter):
             return (
@@ -210,4 +212,4 @@ def _shared_weights(layers: Iterable[nn.Module]) -> set[int]:
 
 
 def _weights(layer: nn.Module) -> dict[str, Tensor]:
-    return {name: getattr(layer, name) for name in QAT_CLASSES[supported_class(layer)].weight_quantizers.values()}
+    return {name: getattr(layer, name) for name in QAT_CLASSES[type(layer)].weight_quantizers.values()}
