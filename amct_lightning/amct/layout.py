@@ -64,9 +64,14 @@ class PlannedLayer:
     clip_given: bool
 
     @property
+    def owner(self) -> str:
+        """Name of the layer that owns the quantizer of its input in AMCT."""
+        return self.plan.shares_in_amct or self.plan.shares_input_of
+
+    @property
     def own_activations(self) -> list[str]:
-        """Names of its activation quantizers, without one that another layer owns."""
-        shared = self.plan.shares_input_of != self.plan.name
+        """Names of its activation quantizers, without one that another layer owns in AMCT."""
+        shared = self.owner != self.plan.name
         return [name for name in self.module.activation_quantizers if not (shared and name == "input_quantizer")]
 
     def path(self, *parts: str) -> str:
@@ -131,8 +136,8 @@ def _wrapper(root: nn.Module, layers: Mapping[str, PlannedLayer], layer: Planned
     entries = [_fill(layer.path(f"scale_{suffix}"), 1.0, scales) for suffix in suffixes]
     entries += [_fill(layer.path(f"offset_{suffix}"), 0.0, scales) for suffix in suffixes]
     entries += _quant_module(layer, layer.path("quant_module"))
-    if layer.plan.shares_input_of != layer.plan.name:
-        shared = _quant_module(layers[layer.plan.shares_input_of], layer.path("quant_module.acts_comp_reuse"))
+    if layer.owner != layer.plan.name:
+        shared = _quant_module(layers[layer.owner], layer.path("quant_module.acts_comp_reuse"))
         entries += [Entry(entry.amct, entry.make, optional=True) for entry in shared]
     entries.append(_quant_layer_num(layer, len(layers)))
     if batch_norm is not None:

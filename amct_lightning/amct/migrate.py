@@ -114,7 +114,7 @@ def _from_amct(state: State, root: nn.Module, plan: QuantPlan, layout: list[Entr
     for layer in layers:
         for name in (*CLIPS, *PREVIOUS, "calibrated_batches"):
             tensor = join("input_quantizer", name)
-            result[layer.path(tensor)] = result[join(layer.plan.shares_input_of, tensor)]
+            result[layer.path(tensor)] = result[join(layer.owner, tensor)]
     # The search for shifts is no part of AMCT's state: it starts anew.
     searches = [name for name, module in root.named_modules() if isinstance(module, ShiftSearch)]
     result |= {key: torch.zeros_like(own[key]) for key in own if key.rpartition(".")[0] in searches}

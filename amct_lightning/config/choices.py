@@ -42,6 +42,8 @@ class QuantChoices:
         skip_types: Class names of layers that are not quantized.
         amct_rules: Whether the choices mean what they do in AMCT's ``.cfg`` files: names are no patterns, and an
             entry in ``layers`` or ``types`` quantizes its layers whatever is to be skipped.
+        without_settings: The entries of ``layers`` and ``types`` that a ``.cfg`` file names without settings. AMCT
+            takes the defaults for them, and does not ask whether the model has such a layer.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -63,6 +65,7 @@ class QuantChoices:
     skip_layers: tuple[str, ...] = ()
     skip_types: tuple[str, ...] = ()
     amct_rules: bool = False
+    without_settings: tuple[str, ...] = ()
 
     @found_in("QuantChoices.", "")
     def __post_init__(self) -> None:
@@ -80,7 +83,7 @@ class QuantChoices:
                 _check_settings(f"{key}[{name!r}]", layer)
             # A later change to what was given must not get past the checks.
             object.__setattr__(self, key, dict(settings))
-        for key in ("skip_layers", "skip_types"):
+        for key in ("skip_layers", "skip_types", "without_settings"):
             names = getattr(self, key)
             if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
                 raise wrong_type(key, "a tuple of names", names)
@@ -145,6 +148,8 @@ def _matches(
         exact = choices.amct_rules
         fits = [] if exact else [name for name in eligible if fnmatchcase(name, pattern)]
         names = [pattern] if pattern in eligible else fits  # a name may hold brackets, and is no pattern then
+        if not names and pattern in choices.without_settings:
+            continue
         if not names:
             reason = "the model has no such layer, or it cannot be quantized"
             raise ValueError(
@@ -162,7 +167,7 @@ def _check_types(choices: QuantChoices, eligible: Mapping[str, nn.Module], sourc
     allowed = list(dict.fromkeys([*known, *present]))
     for problem, names in (("cannot skip", choices.skip_types), ("settings are given for", choices.types)):
         for name in names:
-            if name not in allowed:
+            if name not in allowed and name not in choices.without_settings:
                 raise ValueError(
                     f"{source}: {problem} layer type '{name}', but layers of this type cannot be quantized."
                     f"{closest(name, allowed)} Types that can be quantized: {', '.join(allowed)}."

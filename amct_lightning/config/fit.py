@@ -6,7 +6,7 @@ Which layers exist, their defaults, what their type forbids. How the forms are r
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import singledispatch
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import nn
 
 from amct_lightning.config.checks import found
 from amct_lightning.config.layer import LayerConfig
-from amct_lightning.graph.eligibility import eligible_layers
+from amct_lightning.graph.eligibility import computed_weights, eligible_layers
 from amct_lightning.graph.forward import InputData
 from amct_lightning.layer_types import LAYER_TYPES
 from amct_lightning.wording import abbreviated, closest
@@ -78,8 +78,15 @@ def config_source(config: object) -> str:
     return str(config) if isinstance(config, (str, Path, SimpleFile)) else "config"
 
 
-def layers_to_quantize(model: nn.Module, input_data: InputData) -> dict[str, nn.Module]:
-    """Return what :func:`eligible_layers` finds, and refuse a model without any."""
+def fit_to_model(config: Any, model: nn.Module, input_data: InputData, source: str) -> Any:
+    """Give the settings that a configuration of any form means for the layers of a model, and refuse one without any.
+
+    Args:
+        config: A :class:`RetrainConfig` or :class:`QuantChoices`.
+        model: The float model.
+        input_data: Input for which the model works.
+        source: What the configuration is called in messages.
+    """
     eligible = eligible_layers(model, input_data)
     if not eligible:
         raise ValueError(
@@ -87,7 +94,35 @@ def layers_to_quantize(model: nn.Module, input_data: InputData) -> dict[str, nn.
             "LSTM or GRU that runs exactly once on input_data and shares its weight with no other layer; check that "
             "input_data reaches such a layer."
         )
-    return eligible
+    return without_computed_weights(config, model, source).resolve(eligible, source)
+
+
+def without_computed_weights(config: Any, model: nn.Module, source: str, keep: Collection[str] = ()) -> Any:
+    """Take the layers out of a configuration whose weight is computed before each call, such as by weight norm.
+
+    A configuration that AMCT wrote lists them. They stay in float, which a warning says of those to be quantized.
+
+    Args:
+        config: A :class:`RetrainConfig` or :class:`QuantChoices`.
+        model: The float model.
+        source: What the configuration is called in messages.
+        keep: The layers that are known already, computed or not.
+
+    Returns:
+        The configuration without these layers.
+    """
+    computed = {name: reason for name, reason in computed_weights(model).items() if name not in keep}
+    wanted = [name for name in computed if name in config.layers and config.layers[name].retrain_enable]
+    if wanted:
+        warnings.warn(
+            f"{source}: {abbreviated(wanted)} stays in float: {computed[wanted[0]]}. To silence this, set "
+            "retrain_enable to false there.",
+            stacklevel=3,
+        )
+    left: dict[str, Any] = {"layers": {name: layer for name, layer in config.layers.items() if name not in computed}}
+    if hasattr(config, "skip_layers"):
+        left["skip_layers"] = tuple(name for name in config.skip_layers if name not in computed)
+    return replace(config, **left)
 
 
 def resolve_layers(
@@ -109,11 +144,25 @@ def resolve_layers(
             )
     if not any(layer.retrain_enable for layer in layers.values()):
         raise ValueError(f"{source}: {NOTHING_ENABLED}")
+    return _packable(settings_as_written(layers, eligible), eligible, source)
+
+
+def settings_as_written(layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module]) -> dict[str, LayerConfig]:
+    """Give every layer of a model its settings, INT4 weights that cannot be packed included.
+
+    AMCT keeps them until it saves, and decides by them which layers share a quantizer.
+
+    Args:
+        layers: The settings of some layers; the others are disabled.
+        eligible: The layers of the model that can be quantized, by name.
+
+    Example:
+        >>> written = settings_as_written({"0": LayerConfig()}, {"0": nn.Linear(3, 2), "1": nn.Linear(2, 2)})
+        >>> written["0"].retrain_weight_config.channel_wise, written["1"].retrain_enable
+        (False, False)
+    """
     disabled = LayerConfig(retrain_enable=False)
-    resolved = {
-        name: _with_channel_wise_default(layers.get(name, disabled), module) for name, module in eligible.items()
-    }
-    return _packable(resolved, eligible, source)
+    return {name: _with_channel_wise_default(layers.get(name, disabled), module) for name, module in eligible.items()}
 
 
 def without_int4(layer: LayerConfig) -> LayerConfig:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from amct_lightning.config.checks import check_run, found, found_in
-from amct_lightning.config.fit import SimpleFile, config_source, layers_to_quantize, load_config, resolve_layers
+from amct_lightning.config.fit import SimpleFile, config_source, fit_to_model, load_config, resolve_layers
 from amct_lightning.config.json_format import RUN_KEYS, dump_text, layer_to_dict, parse_layers, read_json
 from amct_lightning.config.layer import LayerConfig
 from amct_lightning.files import write_text
@@ -155,8 +155,7 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
             >>> RetrainConfig.from_choices(choices, model, torch.ones(1, 4))["0"].retrain_weight_config.dst_type
             'INT4'
         """
-        loaded = load_config(choices)
-        config: RetrainConfig = loaded.resolve(layers_to_quantize(model, input_data), config_source(choices))
+        config: RetrainConfig = fit_to_model(load_config(choices), model, input_data, config_source(choices))
         return config
 
     @classmethod

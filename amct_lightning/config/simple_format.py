@@ -23,6 +23,7 @@ from amct_lightning.config.text_file import read_text
 from amct_lightning.wording import closest
 
 _PRUNING = ("prune_config", "regular_prune_skip_layers", "regular_prune_skip_types")
+_TYPES, _LAYERS = "override_layer_types", "override_layer_configs"
 _TYPE_NAMES = {number: name for name, number in SIMPLE_SCHEMA.enums["DataType"].items()}
 _UNKNOWN_FIELD = re.compile(r'Message type "(\w+)" has no field named "([^"]{0,80})')
 _UNKNOWN_WORD = re.compile(r'Enum type "([\w.]+)" has no value named (\w+)')
@@ -81,8 +82,8 @@ def parse_simple_config(text: str, source: str = "config") -> QuantChoices:
     root: Any = _parse(text, source)
     _refuse_pruning(root, source)
     defaults = _layer(root, source)
-    types = _overrides(root.override_layer_types, "layer_type", f"{source}: override_layer_types")
-    layers = _overrides(root.override_layer_configs, "layer_name", f"{source}: override_layer_configs")
+    types, empty_types = _overrides(root.override_layer_types, "layer_type", f"{source}: {_TYPES}")
+    layers, empty_layers = _overrides(root.override_layer_configs, "layer_name", f"{source}: {_LAYERS}")
     with found_in(f"{source}: key '"):
         return QuantChoices(
             batch_num=root.batch_num,
@@ -93,6 +94,7 @@ def parse_simple_config(text: str, source: str = "config") -> QuantChoices:
             skip_layers=(*root.skip_layers, *root.quant_skip_layers),
             skip_types=(*root.skip_layer_types, *root.quant_skip_types),
             amct_rules=True,
+            without_settings=(*empty_types, *empty_layers),
         )
 
 
@@ -122,28 +124,41 @@ def _problem(found: str) -> str:
 
 
 def _refuse_pruning(message: Message, where: str) -> None:
-    for descriptor, _ in message.ListFields():
-        if descriptor.name in _PRUNING:
+    for descriptor, value in message.ListFields():
+        empty = isinstance(value, Message) and not value.ListFields()  # AMCT's own samples have `prune_config {}`
+        if descriptor.name in _PRUNING and not empty:
             raise ValueError(
                 f"{where}: '{descriptor.name}' is not expected: this package quantizes and does not prune; delete it."
             )
 
 
-def _overrides(messages: Iterable[Any], name_field: str, where: str) -> dict[str, LayerConfig]:
+def _overrides(messages: Iterable[Any], name_field: str, where: str) -> tuple[dict[str, LayerConfig], tuple[str, ...]]:
+    """Return the settings by name, and the names of the blocks without any."""
     entries = list(messages)
     names = Counter(getattr(entry, name_field) for entry in entries)
     repeated = [name for name, count in names.items() if count > 1]
     if repeated:
         raise ValueError(f"{where}: repeated for {repeated}. Please delete all but one of each.")
-    overrides = {}
     for entry in entries:
-        name: str = getattr(entry, name_field)
-        _refuse_pruning(entry, f"{where} for '{name}'")
-        if _has_settings(entry):
-            overrides[name] = _layer(entry, f"{where} for '{name}'")
-        else:
-            warnings.warn(f"{where} for '{name}' holds no settings and has no effect.", stacklevel=2)
-    return overrides
+        if name_field == "layer_name":
+            _refuse_pruning(entry, f"{where} for '{entry.layer_name}'")
+        elif entry.prune_config.ListFields():  # AMCT passes over it there
+            warnings.warn(
+                f"{where} for '{entry.layer_type}': prune_config has no effect; this package quantizes and does not "
+                "prune. Delete it.",
+                stacklevel=2,
+            )
+    empty = tuple(getattr(entry, name_field) for entry in entries if not _has_settings(entry))
+    for name in empty:
+        warnings.warn(
+            f"{where} for '{name}' holds no settings: as in AMCT, what it names is quantized with the defaults, also "
+            "where it is to be skipped. Write the settings, or delete the block.",
+            stacklevel=2,
+        )
+    settings = {
+        getattr(entry, name_field): _layer(entry, f"{where} for '{getattr(entry, name_field)}'") for entry in entries
+    }
+    return settings, empty
 
 
 def _has_settings(message: Any) -> bool:

@@ -7,7 +7,7 @@ model or reading a config file.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from amct_lightning.config import LayerConfig, QuantChoices, RetrainConfig
+from amct_lightning.config.fit import settings_as_written, without_computed_weights
 from amct_lightning.graph.eligibility import NOT_TRAINED, Candidate, find_candidates
 from amct_lightning.graph.forward import Forward, InputData
-from amct_lightning.graph.trace import Call, Trace, Value
+from amct_lightning.graph.nodes import RELU, Value
+from amct_lightning.graph.trace import Call, Trace
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
 from amct_lightning.modules import QATLayer
 from amct_lightning.modules.convert import PLAN_ATTRIBUTE
-
-_RELU = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class LayerPlan:
         fixed_min_hidden: The same as ``fixed_min`` for the hidden state of a recurrent layer.
         calls: How often the layer is called in one forward.
         type: Name of its float class, for people.
+        shares_in_amct: Name of the layer that owns its activation quantizer in AMCT, where that is another one than
+            here: AMCT computes with INT4 also where it cannot be packed, and so lets more layers share.
     """
 
     name: str
@@ -48,6 +50,7 @@ class LayerPlan:
     fixed_min_hidden: bool = False
     calls: int = 1
     type: str = field(default="", compare=False)
+    shares_in_amct: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ class QuantPlan:
                 name=inner(layer.name),
                 batch_norm=None if layer.batch_norm is None else inner(layer.batch_norm),
                 shares_input_of=inner(layer.shares_input_of),
+                shares_in_amct=None if layer.shares_in_amct is None else inner(layer.shares_in_amct),
             )
             for layer in part.layers
         )
@@ -212,7 +216,7 @@ def make_plan(
         [('0', False), ('2', True)]
     """
     candidates, trace = find_candidates(model, input_data, allow_reuse)
-    config = QuantChoices() if config is None else config
+    config = without_computed_weights(QuantChoices() if config is None else config, model, source)
     named = frozenset(config.layers)
     # A configuration is made from the model in evaluation, so it may rightly list what no training ever runs.
     untrained = frozenset(name for name, c in candidates.items() if c.reason == NOT_TRAINED)
@@ -222,7 +226,9 @@ def make_plan(
     if not eligible.keys() - untrained:
         raise ValueError(_nothing_eligible(model, candidates))
     resolved = _without(untrained, config.resolve(eligible, source))
-    layers = _layer_plans(resolved, candidates, trace, dict(model.named_modules()))
+    # Choices that are no complete configuration are written down as one first, in AMCT with INT4 already raised.
+    written = settings_as_written(config.layers, eligible) if isinstance(config, RetrainConfig) else resolved.layers
+    layers = _layer_plans(resolved, written, candidates, trace, dict(model.named_modules()))
     ends = (trace.calls[0].name, trace.calls[-1].name)
     return QuantPlan(resolved, layers, search_n, tuple(refused.values()), ends, _float_parts(trace, layers))
 
@@ -288,10 +294,16 @@ def _refused_layers(candidates: Mapping[str, Candidate], named: frozenset[str]) 
 
 
 def _layer_plans(
-    config: RetrainConfig, candidates: dict[str, Candidate], trace: Trace, modules: dict[str, nn.Module]
+    config: RetrainConfig,
+    written: Mapping[str, LayerConfig],
+    candidates: dict[str, Candidate],
+    trace: Trace,
+    modules: dict[str, nn.Module],
 ) -> tuple[LayerPlan, ...]:
     enabled = {name: c for name, c in candidates.items() if name in config and config[name].retrain_enable}
-    owners = _owners(config, enabled)
+    in_amct = _owners(enabled, written)
+    # A quantizer has one number of bits, so raising INT4 in some of its layers divides it.
+    owners = _owners(enabled, {name: (owner, config[name].retrain_data_config) for name, owner in in_amct.items()})
     first = _first_readers(trace.calls if trace.in_training is None else trace.in_training, owners)
     planned: dict[str, LayerPlan] = {}
     for call in trace.calls:
@@ -307,6 +319,7 @@ def _layer_plans(
             fixed_min_hidden=_fixed_min(settings, [c.hidden for c in (*candidate.calls, *candidate.training_calls)]),
             calls=len(candidate.calls),
             type=supported_class(candidate.layer).__name__,
+            shares_in_amct=None if in_amct[call.name] == owner else in_amct[call.name],
         )
     return tuple(planned.values())
 
@@ -320,20 +333,20 @@ def _first_readers(calls: list[Call], owners: Mapping[str, str]) -> dict[str, st
     return first
 
 
-def _owners(config: RetrainConfig, enabled: dict[str, Candidate]) -> dict[str, str]:
+def _owners(enabled: dict[str, Candidate], settings: Mapping[str, Hashable]) -> dict[str, str]:
     """Group layers that read one value with equal settings; the first in the model owns the quantizer."""
-    first: dict[tuple[int, LayerConfig, torch.device], str] = {}
+    first: dict[tuple[int, Hashable, torch.device], str] = {}
     owners = {}
     for name, candidate in enabled.items():
         value, device = candidate.calls[0].input, next(candidate.layer.parameters()).device
         alone = len(candidate.calls) > 1 or len(value.readers) <= LAYER_TYPES[type(candidate.layer)].min_readers
-        owners[name] = name if alone else first.setdefault((id(value), config[name], device), name)
+        owners[name] = name if alone else first.setdefault((id(value), settings[name], device), name)
     return owners
 
 
 def _fixed_min(config: LayerConfig, values: list[Value | None] | list[Value]) -> bool:
     given = config.retrain_data_config.fixed_min
-    return all(value is not None and value.producer in _RELU for value in values) if given is None else given
+    return all(value is not None and value.producer in RELU for value in values) if given is None else given
 
 
 def _folded_batch_norm(candidate: Candidate, trace: Trace, modules: dict[str, nn.Module]) -> str | None:
@@ -343,7 +356,13 @@ def _folded_batch_norm(candidate: Candidate, trace: Trace, modules: dict[str, nn
     (reader,) = output.readers
     if not isinstance(reader, str) or trace.batch_norm_calls.get(reader) != 1:
         return None
-    return reader if getattr(modules[reader], "running_var", None) is not None else None
+    return reader if _only_normalizes(modules[reader]) else None
+
+
+def _only_normalizes(module: nn.Module) -> bool:
+    """Tell whether a BatchNorm multiplies and adds what its parameters and statistics say, and nothing else."""
+    own = type(module).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward) and "forward" not in vars(module)
+    return own and getattr(module, "running_var", None) is not None
 
 
 def _float_parts(trace: Trace, layers: tuple[LayerPlan, ...]) -> tuple[tuple[str, int], ...]:

@@ -113,6 +113,28 @@ def eligible_layers(model: nn.Module, input_data: InputData) -> dict[str, nn.Mod
     }
 
 
+def computed_weights(model: nn.Module) -> dict[str, str]:
+    """Return the layers whose weight is computed before each call, by name, and why they stay in float.
+
+    AMCT takes them for layers like others: it lists them in the configurations that it writes, and fails in training.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> from torch.nn.utils import parametrizations
+        >>> model = nn.Sequential(nn.Linear(2, 2), parametrizations.weight_norm(nn.Linear(2, 2)))
+        >>> list(computed_weights(model))
+        ['1']
+    """
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, tuple(LAYER_TYPES))}
+    reasons = {
+        name: _computed_reason(layer) for name, layer in layers.items() if not isinstance(layer, LazyModuleMixin)
+    }
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def _observe_layers(model: nn.Module, forward: Forward) -> Trace:
     """Observe the layers of exactly the supported types in a copy of the model, or in the model if that must be.
 
@@ -144,11 +166,9 @@ def _exact_layers(model: nn.Module) -> dict[str, nn.Module]:
 def _class_reason(layer: nn.Module) -> str | None:
     if isinstance(layer, LazyModuleMixin):
         return NOT_REACHED
-    if parametrize.is_parametrized(layer):
-        names = ", ".join(f"'{name}'" for name in layer.parametrizations)  # type: ignore[union-attr]
-        return (
-            f"{names} is computed by a parametrization (e.g. weight norm); remove_parametrizations makes it permanent"
-        )
+    computed = _computed_reason(layer)
+    if computed is not None:
+        return computed
     if type(layer) not in LAYER_TYPES:
         base = supported_class(layer).__name__
         return f"is a {type(layer).__name__}, a subclass of {base}; only the exact class is quantized, as in AMCT"
@@ -157,13 +177,25 @@ def _class_reason(layer: nn.Module) -> str | None:
     return None
 
 
-def _weight_reason(layer: nn.Module) -> str | None:
-    for name, weight in zip(QAT_CLASSES[type(layer)].weight_quantizers.values(), _weights(layer), strict=True):
+def _computed_reason(layer: nn.Module) -> str | None:
+    if parametrize.is_parametrized(layer):
+        names = ", ".join(f"'{name}'" for name in layer.parametrizations)  # type: ignore[union-attr]
+        return (
+            f"{names} is computed by a parametrization (e.g. weight norm); remove_parametrizations makes it permanent"
+        )
+    if type(layer) not in LAYER_TYPES:
+        return None
+    for name, weight in _weights(layer).items():
         if not isinstance(weight, nn.Parameter):
             return (
                 f"'{name}' is no parameter but computed before each call (weight norm, spectral norm, pruning); "
                 "remove_weight_norm, remove_spectral_norm or prune.remove makes it permanent"
             )
+    return None
+
+
+def _weight_reason(layer: nn.Module) -> str | None:
+    for name, weight in _weights(layer).items():
         if not weight.is_floating_point():
             return f"'{name}' is {weight.dtype}; only real floating-point weights are quantized"
     return None
@@ -182,7 +214,7 @@ def _call_reason(name: str, calls: list[Call], trace: Trace, allow_reuse: bool) 
 
 
 def _use_reason(layer: nn.Module, calls: list[Call], shared: set[int]) -> str | None:
-    if any(id(weight) in shared for weight in _weights(layer)):
+    if any(id(weight) in shared for weight in _weights(layer).values()):
         return "its weight is shared with another layer"
     kind = LAYER_TYPES[type(layer)]
     for call in calls:
@@ -197,7 +229,7 @@ def _shared_weights(layers: Iterable[nn.Module]) -> set[int]:
     """Return the ids of weights that keep the layers that share them from being quantized."""
     users: dict[int, list[nn.Module]] = {}
     for layer in layers:
-        for weight in _weights(layer):
+        for weight in _weights(layer).values():
             users.setdefault(id(weight), []).append(layer)
     return {
         weight
@@ -206,5 +238,5 @@ def _shared_weights(layers: Iterable[nn.Module]) -> set[int]:
     }
 
 
-def _weights(layer: nn.Module) -> list[Tensor]:
-    return [getattr(layer, name) for name in QAT_CLASSES[type(layer)].weight_quantizers.values()]
+def _weights(layer: nn.Module) -> dict[str, Tensor]:
+    return {name: getattr(layer, name) for name in QAT_CLASSES[type(layer)].weight_quantizers.values()}

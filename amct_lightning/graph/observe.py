@@ -10,9 +10,10 @@ from torch.utils._pytree import tree_map_only
 
 from amct_lightning.graph.float_parts import FloatParts
 from amct_lightning.graph.forward import Forward, InputData
+from amct_lightning.graph.nodes import VisibleNodes
 from amct_lightning.graph.preserve import preserved, random_state
 from amct_lightning.graph.tensors import tensors_in
-from amct_lightning.graph.trace import Call, Observer, Trace, VisibleNodes
+from amct_lightning.graph.trace import Call, Observer, Trace
 
 _TRAINING_RUNS = 8
 """A layer that is left out of half of all training steps is missed by all of them once in 256 times."""
@@ -88,8 +89,8 @@ def _observe_training(
 def _run(model: nn.Module, watched: Mapping[str, nn.Module], forward: Forward) -> Trace:
     args, kwargs = _arguments(forward.run, forward.input_data)
     observer = Observer(FloatParts(model))
-    with observer.watching(model, watched):
-        with forward.prepare(forward.run), forward.context(), observer, VisibleNodes():
+    with observer.watching(model, forward.run, watched):
+        with forward.prepare(forward.run), forward.context(), observer, VisibleNodes(observer.replace):
             output = getattr(forward.run, forward.method)(*args, **kwargs)
         observer.read_by_user(output)
         observer.find_outside_readers(watched)

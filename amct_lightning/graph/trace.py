@@ -7,53 +7,23 @@ object and version, so an in-place operation makes a new value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented way to write a dispatch mode
 from torch.utils._pytree import tree_leaves
 
 from amct_lightning.graph.float_parts import FloatParts
+from amct_lightning.graph.nodes import Value, is_own_node, is_same_value, node_key, permutation, producer
 from amct_lightning.graph.tensors import tensors_in
 from amct_lightning.quantizers.base import in_backward
 
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-# Operators that change no number; an exported graph has no node for them.
-_SAME_VALUE = (
-    torch.ops.aten.alias.default,
-    torch.ops.aten.clone.default,
-    torch.ops.aten.detach.default,
-    torch.ops.aten.lift_fresh.default,
-)
-
-
-# Functions that may return their argument itself, so that no operator is seen, but are nodes of an exported graph.
-_CASTS = (Tensor.to, Tensor.type)
-_NODES = (torch.flatten, Tensor.flatten, Tensor.float, Tensor.cpu)
-
-
-@dataclass
-class Value:
-    """One tensor value of the observed forward.
-
-    Attributes:
-        producer: Operator that made it; ``None`` for a model input or parameter.
-        from_layer: Name of the watched layer whose output it is, if any.
-        readers: Who read it: the name of a watched layer or BatchNorm module, or else a running number of the
-            reading operator.
-    """
-
-    producer: Any = None
-    from_layer: str | None = None
-    readers: set[str | int] = field(default_factory=set)
+_BATCH_FIRST = (1, 0, 2)
 
 
 @dataclass
@@ -98,18 +68,6 @@ class Trace:
     float_modules: dict[str, str] = field(default_factory=dict)
 
 
-class VisibleNodes(TorchFunctionMode):
-    """Make a new tensor of what a node of the exported graph would return unchanged."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if not args or result is not args[0] or not isinstance(result, Tensor):
-            return result
-        casts = func in _CASTS and any(isinstance(arg, (torch.dtype, str)) for arg in (*args[1:], *kwargs.values()))
-        return result.view(result.shape) if func in _NODES or casts else result
-
-
 class Observer(TorchDispatchMode):
     """Notes, while it is entered, which value each operator reads and makes, and which watched layer runs.
 
@@ -125,33 +83,66 @@ class Observer(TorchDispatchMode):
         self._values: dict[tuple[int, int], Value] = {}
         self._alive: list[Tensor] = []  # an id is unique only as long as its tensor lives
         self._inside: list[str] = []
+        self._inside_node = 0
+        self._read_as: dict[int, Value] = {}  # how the layer that runs reads its input
         self._open_calls: dict[str, list[Call]] = {}
         self._operators = 0
+        self._nodes: dict[Hashable, tuple[list[Value], list[Value]]] = {}  # with what they read, or ids would be reused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if in_backward():  # of gradients that the model takes itself; they are no part of its data flow
             return func(*args, **kwargs)
         self._operators += 1
-        reader = self._inside[0] if self._inside else self._operators
-        if func not in _SAME_VALUE:
-            for tensor in _tensors((args, kwargs)):
-                self._value(tensor).readers.add(reader)
+        read = [self._value(tensor) for tensor in _tensors((args, kwargs))]
+        values, key = self._without_node(func, args, kwargs)
+        if values is None:
+            for value in read:
+                reader = self._inside[0] if self._inside else self._operators
+                self._read_as.get(id(value), value).read_by(reader)
         output = func(*args, **kwargs)
-        passed_on = self._value(_tensors(args)[0]) if func in _SAME_VALUE else None
-        for tensor in _tensors(output):
-            self._bind(tensor, passed_on or Value(producer=func), in_place=func._schema.is_mutable)
+        tensors = _tensors(output)
+        values = values or [Value(producer(func, args)) for _ in tensors]
+        for tensor, value in zip(tensors, values, strict=True):
+            self._bind(tensor, value, in_place=func._schema.is_mutable)
+        if key is not None:
+            self._nodes[key] = (read, values)
         if not self._inside:
-            self.float_parts.see(func._schema.name, _tensors((args, kwargs)), _tensors(output))
+            self.float_parts.see(func._schema.name, _tensors((args, kwargs)), tensors)
         return output
 
+    def _without_node(self, func: Any, args: Any, kwargs: Any) -> tuple[list[Value] | None, Hashable]:
+        """Return what an operator makes if it is no new node that reads something, and what it is known by."""
+        if is_same_value(func, args, kwargs):
+            return [self._value(args[0])], None
+        if self._inside or self._inside_node:
+            return None, None
+        key = node_key(func, args, kwargs, lambda tensor: id(self._value(tensor)))
+        if key in self._nodes:
+            return self._nodes[key][1], None
+        order = permutation(func, args)
+        return (None if order is None else [self._value(args[0]).transpose(order, self._operators)]), key
+
+    def replace(self, tensor: Tensor, func: Any) -> None:
+        """Note that a tensor is what a node made of it: whoever reads it from now on reads that node."""
+        self._operators += 1
+        self._value(tensor).read_by(self._operators)
+        self._bind(tensor, Value(func))
+
     @contextmanager
-    def watching(self, model: nn.Module, watched: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Hook the watched layers and the batch normalizations of a model during a block."""
+    def watching(self, model: nn.Module, run: nn.Module, watched: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Hook the watched layers and other modules that count during a block.
+
+        Args:
+            model: The model whose module names are used.
+            run: The module that is called, which contains it.
+            watched: The layers of interest, by name.
+        """
         handles = [handle for name, layer in watched.items() for handle in self._watch_layer(name, layer)]
         for name, module in model.named_modules():
             if issubclass(getattr(module, "cls_to_become", None) or type(module), _BATCH_NORM):
                 handles += self._watch_batch_norm(name, module)
+        handles += [handle for module in run.modules() if is_own_node(module) for handle in self._watch_node(module)]
         handles += _around(model, self.float_parts.enter, self.float_parts.leave)
         try:
             yield
@@ -159,11 +150,21 @@ class Observer(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
+    def _watch_node(self, module: nn.Module) -> list[Any]:
+        def step(number: int) -> None:
+            self._inside_node += number
+
+        return _around(module, lambda *_: step(1), lambda *_: step(-1))
+
     def _watch_layer(self, name: str, layer: nn.Module) -> list[Any]:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             given = args[0] if args else kwargs.get("input")
             read = next(iter(tensors_in([given, args, kwargs])), None)
             value, dims = (Value(), 0) if read is None else (self._value(read), read.dim())
+            if getattr(layer, "batch_first", False) and dims == len(_BATCH_FIRST):
+                self._operators += 1
+                given_as, value = value, value.transpose(_BATCH_FIRST, self._operators)  # exported along the first axis
+                self._read_as = {id(given_as): value}
             call = Call(name, value, type(given), dims)
             hidden = tensors_in(args[1] if len(args) > 1 else kwargs.get("hx"))
             call.hidden = self._value(hidden[0]) if hidden else None
@@ -173,6 +174,7 @@ class Observer(TorchDispatchMode):
 
         def leave(_: nn.Module, _args: Any, output: Any) -> None:
             self._inside.pop()
+            self._read_as = {}
             call = self._open_calls[name].pop()
             tensors = tensors_in(output)
             if tensors:
@@ -195,7 +197,7 @@ class Observer(TorchDispatchMode):
     def read_by_user(self, output: Any) -> None:
         """Count the model's output as read, so that nothing folded into another layer disappears from it."""
         for tensor in tensors_in(output):
-            self._value(tensor).readers.add("output")
+            self._value(tensor).read_by("output")
 
     def find_outside_readers(self, watched: Mapping[str, nn.Module]) -> None:
         """Note whose parameters other code has read, for example ``F.linear(x, layer.weight)``."""

@@ -23,7 +23,7 @@ def install_shift_search(layer: QATLayer, batch_norm: nn.Module | None) -> None:
     weight = current_weight(layer)
     channels = deployed_scale(layer.weight_quantizer, weight, batch_norm).numel()
     layer.shift_search = ShiftSearch(channels).to(weight.device)
-    (batch_norm or layer).register_forward_hook(_ShiftHook(layer, batch_norm))
+    _watch_output(layer, batch_norm)
 
 
 def follow_batch_norm(layer: QATLayer, batch_norm: nn.Module) -> None:
@@ -34,7 +34,7 @@ def follow_batch_norm(layer: QATLayer, batch_norm: nn.Module) -> None:
         batch_norm: The BatchNorm that is there now.
     """
     if not any(isinstance(hook, _ShiftHook) for hook in batch_norm._forward_hooks.values()):
-        batch_norm.register_forward_hook(_ShiftHook(layer, batch_norm))
+        _watch_output(layer, batch_norm)
 
 
 def remove_shift_search(model: nn.Module) -> None:
@@ -66,6 +66,11 @@ def synchronize_shift_search(model: nn.Module) -> None:
     for search, part in zip(searches, table.split([s.errors.numel() + 1 for s in searches]), strict=True):
         search.errors.copy_(part[:-1].view_as(search.errors))
         search.batches.copy_(part[-1])
+
+
+def _watch_output(layer: QATLayer, batch_norm: nn.Module | None) -> None:
+    # Before the hooks of others, which may return something else than the sums of the layer.
+    (batch_norm or layer).register_forward_hook(_ShiftHook(layer, batch_norm), prepend=True)
 
 
 class _ShiftHook:

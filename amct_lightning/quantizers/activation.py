@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from amct_lightning.quantizers.base import in_backward
+from amct_lightning.quantizers.base import in_backward, several_processes
 from amct_lightning.quantizers.flags import FlaggedQuantizer
 from amct_lightning.quantizers.functional import activation_scale_offset, fake_quantize_activation, repair_clips
 from amct_lightning.quantizers.ifmr import has_values, ifmr
@@ -17,7 +17,9 @@ class ActivationQuantizer(FlaggedQuantizer):
     """Fake-quantize a tensor into a range whose two ends are learned.
 
     Until it has seen ``batch_num`` training batches it calibrates: it quantizes with the range of the current
-    batch and, with the last one, searches the range with the smallest error. Layers that read the same tensor
+    batch and, with the last one, searches the range with the smallest error. On the way the clips hold the range of
+    the batch, as in AMCT: that is what weight decay and the momentum of an optimizer see. With several processes, which
+    must not differ, they keep their first values until the end. Layers that read the same tensor
     share one quantizer; only the first of them passes ``observe=True``.
 
     The factors stay float32 whatever :meth:`torch.nn.Module.to` asks for.
@@ -258,7 +260,10 @@ class ActivationQuantizer(FlaggedQuantizer):
         if not self.calibrating or values.numel() == 0:
             return self.usable_clips()
         lower, upper = torch.aminmax(preview)
-        return repair_clips(upper, lower, upper, lower, self.fixed_min)
+        upper, lower = repair_clips(upper, lower, upper, lower, self.fixed_min)
+        if observe and not (self.recalibrating or in_backward() or several_processes()):
+            self._store(upper, lower)
+        return upper, lower
 
     def _counts(self, values: Tensor) -> bool:
         return not self.waits or has_values(values, self.num_bits)

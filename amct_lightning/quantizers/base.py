@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -84,6 +85,11 @@ class Quantizer(nn.Module):
 def is_exporting() -> bool:
     """Tell whether a graph is made of the model by ``torch.export``: nothing is evaluated then, nor can be read."""
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()  # torch 2.6 has no way to tell
+
+
+def several_processes() -> bool:
+    """Tell whether clips must stay alike on several processes, whose batches have different ranges."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def in_backward() -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch import nn
 
 from amct_lightning import (
     QuantRecord,
@@ -70,6 +71,17 @@ class TestModelThatIsQuantizedAlready:
         model = Net()
         make_trainer(callbacks=[QuantRetrainCallback(config=choices)]).fit(model, loader())
         make_trainer(callbacks=[QuantRetrainCallback(config=choices)]).fit(model, loader())
+        assert list(quantized_layers(model)) == ["net.0"]
+
+    @pytest.mark.filterwarnings("ignore:.*stays in float")
+    def test_a_configuration_that_lists_a_layer_with_weight_norm_is_the_same_again(
+        self, make_trainer: TrainerFactory
+    ) -> None:
+        model = Net()
+        model.net[4] = nn.utils.parametrizations.weight_norm(model.net[4])
+        config = RetrainConfig(layers={"net.0": LayerConfig(), "net.4": LayerConfig()})
+        for _ in range(2):
+            make_trainer(callbacks=[QuantRetrainCallback(config=config)]).fit(model, loader())
         assert list(quantized_layers(model)) == ["net.0"]
 
     def test_a_part_that_was_converted_by_hand_goes_on(self, make_trainer: TrainerFactory) -> None:

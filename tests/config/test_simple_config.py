@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from amct_lightning import RetrainConfig, create_quant_retrain_config
-from amct_lightning.config import QuantChoices
+from amct_lightning.config import LayerConfig, QuantChoices, WeightConfig
 from amct_lightning.config.simple_format import ParseError, parse_simple_config, read_simple_config
 from amct_lightning.config.simple_schema import SIMPLE_SCHEMA
 from tests.golden_data import ALL_CASES, model_case
@@ -106,11 +106,31 @@ class TestMeaning:
         data = parse_simple_config(f"{DATA} {{ ulq_quantize {{ fixed_min: {given} }} }}").defaults.retrain_data_config
         assert data.fixed_min is (given == "true")
 
-    def test_an_override_without_settings_has_no_effect(self, layers: dict[str, nn.Module]):
-        text = f'skip_layers: "conv1" {for_layer("conv1", "")} {for_layer("nope", "")}'
-        with pytest.warns(UserWarning, match=r"my\.cfg: override_layer_configs for '(conv1|nope)' holds no settings"):
-            choices = parse_simple_config(text, "my.cfg")
-        assert not choices.resolve(layers)["conv1"].retrain_enable
+    @pytest.mark.parametrize("block", [for_layer("conv1", ""), for_type("Conv2d", "prune_config {}")])
+    def test_an_override_without_settings_gives_the_defaults(self, block: str, layers: dict[str, nn.Module]):
+        """Against the settings for all layers, and against the skip lists as well."""
+        text = f'skip_layers: "conv1" skip_layer_types: "Conv2d" {DATA} {{ ulq_quantize {{ dst_type: INT16 }} }}'
+        with pytest.warns(UserWarning, match=r"my\.cfg: override_layer_\w+ for '(conv1|Conv2d)' holds no settings"):
+            choices = parse_simple_config(f"{text} {block}", "my.cfg")
+        config = choices.resolve(layers)
+        assert config["conv1"] == LayerConfig(retrain_weight_config=WeightConfig(channel_wise=True))
+        assert config["fc"].retrain_data_config.dst_type == "INT16"
+
+    @pytest.mark.filterwarnings("ignore:.*holds no settings")
+    def test_an_override_without_settings_may_name_nothing(self, layers: dict[str, nn.Module]):
+        choices = parse_simple_config(f"{for_layer('nope', '')} {for_type('ReLU', '')}")
+        assert choices.resolve(layers) == QuantChoices().resolve(layers)
+
+    def test_empty_pruning_is_none(self, layers: dict[str, nn.Module]):
+        """As in one of AMCT's own samples."""
+        settings = f"prune_config {{}} {DATA} {{}}"
+        choices = parse_simple_config(f"prune_config {{}} {for_layer('fc', settings)}")
+        assert choices.resolve(layers) == QuantChoices().resolve(layers)
+
+    def test_pruning_of_a_type_is_passed_over(self, layers: dict[str, nn.Module]):
+        with pytest.warns(UserWarning, match="override_layer_types for 'Linear': prune_config has no effect"):
+            choices = parse_simple_config(for_type("Linear", f"prune_config {{ {PRUNER} }} {DATA} {{}}"))
+        assert choices.resolve(layers) == QuantChoices().resolve(layers)
 
     def test_an_override_with_empty_settings_is_one(self, layers: dict[str, nn.Module]):
         choices = parse_simple_config(f'skip_layers: "conv1" {for_layer("conv1", f"{DATA} {{}}")}')
@@ -141,10 +161,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     "prune_of_layer": (
         for_layer("fc", f"prune_config {{ {PRUNER} }}"),
         "override_layer_configs for 'fc': 'prune_config' is not expected",
-    ),
-    "prune_of_type": (
-        for_type("Linear", "prune_config {}"),
-        "override_layer_types for 'Linear': 'prune_config' is not expected",
     ),
     "clip_min_only": (CLIPS % "clip_min: -1", "clip_max and clip_min are both required, found clip_min"),
     "no_clips": (CLIPS % "", "clip_max and clip_min are both required, found none"),

@@ -23,6 +23,18 @@ class MyLinear(nn.Linear):
     """A subclass that does nothing."""
 
 
+class OwnWeights(nn.Linear):
+    """A subclass that holds its weight in another way."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.rows = nn.Parameter(self.weight.detach().clone())
+        del self.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.rows, self.bias)
+
+
 def linear() -> nn.Module:
     return nn.Linear(4, 4)
 
@@ -38,6 +50,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: MyLinear(4, 4),
         "is a MyLinear, a subclass of Linear; only the exact class is quantized, as in AMCT",
     ),
+    "subclass_without_weight": (OwnWeights, "is a OwnWeights, a subclass of Linear"),
     "weight_norm": (
         lambda: parametrizations.weight_norm(linear()),
         "'weight' is computed by a parametrization (e.g. weight norm); remove_parametrizations makes it permanent",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from amct_lightning import prepare_qat
 from amct_lightning.quantizers import ActivationQuantizer
 from amct_lightning.quantizers.ifmr import ifmr
 
@@ -47,6 +48,49 @@ def test_until_the_last_batch_the_range_of_the_current_one_is_used(batches: list
     x = batches[0]
     given = ActivationQuantizer(num_bits=8, clip=(float(x.max()), float(x.min())))
     assert torch.equal(ActivationQuantizer(num_bits=8, batch_num=3)(x), given(x))
+
+
+def test_until_then_the_clips_hold_that_range(batches: list[Tensor]) -> None:
+    quantizer = ActivationQuantizer(num_bits=8, batch_num=3)
+    for x in batches[:2]:
+        quantizer(x)
+        held = (quantizer.clip_max, quantizer.clip_min, quantizer.clip_max_previous, quantizer.clip_min_previous)
+        assert [value.item() for value in held] == [x.max().item(), x.min().item()] * 2
+        assert not quantizer.has_range
+
+
+def test_a_sharing_layer_and_an_evaluation_leave_the_clips_alone(batches: list[Tensor]) -> None:
+    quantizer = ActivationQuantizer(num_bits=8, batch_num=3)
+    quantizer(batches[0])
+    before = factors(quantizer)
+    quantizer(batches[1], observe=False)
+    quantizer.eval()(batches[1])
+    assert same(factors(quantizer), before)
+
+
+def test_a_second_calibration_leaves_the_clips_of_the_first_until_it_ends(batches: list[Tensor]) -> None:
+    quantizer = ActivationQuantizer(num_bits=8, batch_num=2)
+    for x in batches[:2]:
+        quantizer(x)
+    before = factors(quantizer)
+    quantizer.recalibrate()
+    quantizer(batches[2] * 3)
+    assert same(factors(quantizer), before)
+
+
+def test_clips_weight_decay_and_momentum_go_as_in_amct() -> None:
+    """The optimizer's buffer takes up the gradients of a calibration of several batches."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    batches = [torch.randn(8, 4) * 5 for _ in range(3)]
+    model = prepare_qat(model, {"batch_num": 2}, batches[0]).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+    clips = []
+    for x in batches:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        clips.append(f"{model[0].input_quantizer.clip_max.item():.4f}")
+    assert clips == ["17.0440", "17.7181", "17.6944"]
 
 
 def test_a_batch_that_is_changed_in_place_later_calibrates_with_its_first_content(

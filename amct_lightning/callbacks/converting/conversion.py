@@ -17,6 +17,7 @@ from amct_lightning.callbacks.converting.saved_plan import checkpoint_to_load, s
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.sharding import reshard
 from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config
+from amct_lightning.config.fit import without_computed_weights
 from amct_lightning.conversion.convert import convert_layers, renew_layers
 from amct_lightning.conversion.copies import convert_averages
 from amct_lightning.conversion.plan import QuantPlan, carried_plan, find_plan, make_plan
@@ -126,8 +127,9 @@ class Conversion:
         if self.config is None:
             return plan
         layers = {layer: _as_float(root.get_submodule(layer)) for layer in plan.config}
-        config = load_config(self.config).resolve(layers, config_source(self.config))
-        return self._with_batches(replace(plan, config=config))
+        source = config_source(self.config)
+        config = without_computed_weights(load_config(self.config), root, source, keep=layers)
+        return self._with_batches(replace(plan, config=config.resolve(layers, source)))
 
     def _with_batches(self, plan: QuantPlan) -> QuantPlan:
         """Let the calibrations of a plan take as many batches as the schedule says."""
