@@ -16,7 +16,7 @@ from amct_lightning.amct.plain_hooks import install_hooks
 from amct_lightning.amct.restore import read_checkpoint, restore_state, select_state_dict
 from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config
 from amct_lightning.conversion.convert import convert_layers
-from amct_lightning.conversion.plan import make_plan
+from amct_lightning.conversion.make_plan import make_plan
 from amct_lightning.conversion.report import conversion_report
 from amct_lightning.files import check_writable, is_file, location, write_text
 from amct_lightning.graph.float_model import check_float_model

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from amct_lightning import QuantRecord, RetrainConfig, create_quant_retrain_config, create_quant_retrain_model
 from amct_lightning.conversion.convert import convert_layers
-from amct_lightning.conversion.plan import make_plan
+from amct_lightning.conversion.make_plan import make_plan
 from tests.golden_data import FAILS_IN_TRAINING, MODEL_CASES, ModelCase, Run, model_case, run_model_case
 from tests.golden_exceptions import AGREE_WITH_INT4_WEIGHTS_KEPT, ROUNDED_THE_OTHER_WAY
 from tests.golden_exceptions import MODEL_CASES as EXCEPTIONS

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from amct_lightning import QuantRecord, RetrainConfig, convert_amct_state_dict, quantized_layers
 from amct_lightning.conversion.convert import convert_layers
-from amct_lightning.conversion.plan import make_plan
+from amct_lightning.conversion.make_plan import make_plan
 from tests.golden_data import ALL_CASES, MODEL_CASES, ModelCase, model_case
 from tests.golden_exceptions import MODEL_CASES as EXCEPTIONS
 from tests.sums import SumsRoundedOnce

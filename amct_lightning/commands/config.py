@@ -16,7 +16,8 @@ from amct_lightning.commands.model_input import find_part, make_input, make_mode
 from amct_lightning.commands.output import check_output, deliver, short_warnings
 from amct_lightning.config import config_source, load_config
 from amct_lightning.conversion.convert import convert_layers
-from amct_lightning.conversion.plan import QuantPlan, make_plan
+from amct_lightning.conversion.make_plan import make_plan
+from amct_lightning.conversion.plan import QuantPlan
 from amct_lightning.conversion.report import conversion_report
 from amct_lightning.graph.forward import Forward
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_lightning import QuantRecord, conversion_report, prepare_qat, quantized_layers
-from amct_lightning.conversion.plan import make_plan
+from amct_lightning.conversion.make_plan import make_plan
 from amct_lightning.graph.eligibility import NOT_REACHED
 from amct_lightning.layer_types import LAYER_TYPES
 from tests.architectures.models import ALBERT, ARCHITECTURES, BERT, RESNET_CLASSIFIER, SWITCH, Architecture

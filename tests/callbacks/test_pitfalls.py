@@ -21,7 +21,7 @@ from amct_lightning import (
 )
 from amct_lightning.callbacks.checks import describe_difference, warn_spawned
 from amct_lightning.config import DataConfig, LayerConfig
-from amct_lightning.conversion.plan import make_plan
+from amct_lightning.conversion.make_plan import make_plan
 from amct_lightning.modules import activation_quantizers
 from tests.callbacks.conftest import Net, TrainerFactory, loader
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_lightning.conversion.plan import LayerPlan, make_plan
+from amct_lightning.conversion.make_plan import make_plan
+from amct_lightning.conversion.plan import LayerPlan
 
 
 def layers(model: nn.Module, input_data: Any) -> dict[str, LayerPlan]:

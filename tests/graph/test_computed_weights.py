@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 import amct_lightning as amct
 from amct_lightning import RetrainConfig, conversion_report, prepare_qat
 from amct_lightning.config import LayerConfig, QuantChoices
-from amct_lightning.conversion.plan import make_plan
+from amct_lightning.conversion.make_plan import make_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 

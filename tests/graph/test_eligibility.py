@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from amct_lightning.conversion.plan import make_plan
+from amct_lightning.conversion.make_plan import make_plan
 from amct_lightning.graph.eligibility import eligible_layers
 from tests.golden_data import GOLDEN
 

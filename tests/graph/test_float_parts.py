@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amct_lightning.conversion.plan import QuantPlan, make_plan
+from amct_lightning.conversion.make_plan import make_plan
+from amct_lightning.conversion.plan import QuantPlan
 from tests.graph.models import Model, image
 
 

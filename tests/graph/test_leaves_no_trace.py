@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_lightning import prepare_qat, quantized_layers
-from amct_lightning.conversion.plan import make_plan
+from amct_lightning.conversion.make_plan import make_plan
 
 
 class Noisy(nn.Module):

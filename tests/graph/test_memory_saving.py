@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from amct_lightning import QuantRecord, prepare_qat
-from amct_lightning.conversion.plan import make_plan
+from amct_lightning.conversion.make_plan import make_plan
 from amct_lightning.modules import activation_quantizers
 from tests.graph.models import Model, image, layers
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from amct_lightning import RetrainConfig
 from amct_lightning.config import DataConfig, LayerConfig
-from amct_lightning.conversion.plan import LayerPlan, QuantPlan, make_plan
+from amct_lightning.conversion.make_plan import make_plan
+from amct_lightning.conversion.plan import LayerPlan, QuantPlan
 
 
 class Net(nn.Module):

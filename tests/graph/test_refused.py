@@ -13,7 +13,8 @@ from torch.nn.utils import parametrizations, prune
 
 from amct_lightning import RetrainConfig, prepare_qat
 from amct_lightning.config import LayerConfig, QuantChoices
-from amct_lightning.conversion.plan import QuantPlan, make_plan
+from amct_lightning.conversion.make_plan import make_plan
+from amct_lightning.conversion.plan import QuantPlan
 from amct_lightning.graph.eligibility import find_candidates
 from amct_lightning.graph.float_model import check_float_model
 from tests.graph.models import Model

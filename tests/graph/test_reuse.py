@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from amct_lightning import QuantRecord, calibrate, prepare_qat, quantized_layers
-from amct_lightning.conversion.plan import LayerPlan, make_plan
+from amct_lightning.conversion.make_plan import make_plan
+from amct_lightning.conversion.plan import LayerPlan
 from amct_lightning.quantizers.ifmr import ifmr
 from tests.graph.models import Model
 

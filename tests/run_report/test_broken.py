@@ -18,7 +18,7 @@ from torch import nn
 import amct_lightning.run_report
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY
 from amct_lightning.cli import main
-from amct_lightning.conversion.plan import make_plan
+from amct_lightning.conversion.make_plan import make_plan
 from amct_lightning.run_report import write_picture, write_report
 from amct_lightning.run_report.sources import load_run
 from tests.run_report.conftest import report, write_metrics, write_monitor

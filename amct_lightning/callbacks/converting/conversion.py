@@ -20,7 +20,8 @@ from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load
 from amct_lightning.config.fit import without_computed_weights
 from amct_lightning.conversion.convert import convert_layers, renew_layers
 from amct_lightning.conversion.copies import convert_averages
-from amct_lightning.conversion.plan import QuantPlan, carried_plan, find_plan, make_plan
+from amct_lightning.conversion.make_plan import make_plan
+from amct_lightning.conversion.plan import QuantPlan, carried_plan, find_plan
 from amct_lightning.conversion.report import conversion_report
 from amct_lightning.layer_types import supported_class
 from amct_lightning.modules import quantized_layers
