@@ -146,7 +146,7 @@ class QuantRetrainCallback(pl.Callback):
         record = RecordFile.of(trainer, self.record_file, self.config)
         is_fitting = stage == "fit"
         self._state = state = QuantState(
-            model, self.submodule, record, self._calibration, self.config is not None, is_fitting
+            model, self.submodule, record, self._calibration, self.config is not None, is_fitting, pl_module
         )
         begin_in_float(self.float_checkpoint, trainer, pl_module, self.submodule)
         Conversion(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
@@ -61,8 +63,14 @@ def copy_to_run(run: nn.Module) -> nn.Module | None:
         return None  # its first forward makes the layers that are to be quantized
     try:
         return copy.deepcopy(run, {id(item): item for item in _shared(run)})
-    except Exception:
-        return None  # locks, generators, sharded modules: there is no list of what cannot be copied
+    except Exception as error:  # locks, generators, sharded modules: there is no list of what cannot be copied
+        if not any(isinstance(parameter, DTensor) for parameter in run.parameters()):
+            warnings.warn(
+                f"{type(run).__name__} cannot be copied ({type(error).__name__}: {error}), so it runs itself to show "
+                "its data flow. Plain Python attributes that its forward sets stay set; buffers and random state do not.",
+                stacklevel=2,
+            )
+        return None
 
 
 def _shared(run: nn.Module) -> Iterator[Any]:

@@ -14,7 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from amct_lightning.amct.restore import load_strictly
 from amct_lightning.callbacks.checkpoints.placement import Saved, place
-from amct_lightning.callbacks.checkpoints.state import adopt_plan, restore_observed, warn_of_float_phase
+from amct_lightning.callbacks.checkpoints.state import (
+    adopt_other_parts,
+    adopt_plan,
+    restore_observed,
+    warn_of_float_phase,
+)
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY, is_foreign, read_foreign_checkpoint
 from amct_lightning.conversion.copies import convert_averages
 from amct_lightning.conversion.plan import QuantPlan
@@ -84,6 +89,8 @@ def load_qat_checkpoint(
         saved = _saved(checkpoint, ckpt_path)
     saved, root = place(saved, model)
     adopt_plan(root, saved.entry, saved.path)
+    if isinstance(model, pl.LightningModule):
+        adopt_other_parts(model, saved.entry, saved.path)
     convert_averages(model, root, QuantPlan.from_dict(saved.entry["plan"], saved.path))
     load_strictly(model, _known_modules(model, _complete(model, saved.state_dict), saved.path), saved.path)
     restore_observed(root, saved.entry)

@@ -15,6 +15,7 @@ from amct_lightning.callbacks.checks import describe_difference, find_submodule
 from amct_lightning.conversion.convert import convert_layers, revert_layers
 from amct_lightning.conversion.plan import QuantPlan, find_plan
 from amct_lightning.modules import QATLayer, activation_quantizers, quantized_layers
+from amct_lightning.modules.convert import PLAN_ATTRIBUTE
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.wording import abbreviated
 
@@ -30,6 +31,7 @@ class QuantState:
         calibration: How far its calibration has come.
         is_configured: Whether a configuration was given, so that the plan of a checkpoint cannot replace it.
         is_fitting: Whether optimizers go on from checkpoints, too.
+        whole: The LightningModule, of which other parts may have been converted in other runs.
         missing_config: Why the model could not be converted: a checkpoint may bring what its configuration is missing.
     """
 
@@ -39,6 +41,7 @@ class QuantState:
     calibration: CalibrationCount
     is_configured: bool
     is_fitting: bool
+    whole: nn.Module | None = None
     missing_config: FileNotFoundError | None = None
     _loaded: dict[str, Any] = field(default_factory=dict)
 
@@ -67,6 +70,7 @@ class QuantState:
             "calibration_steps": self.calibration.steps,
             "float_layers": layers_in_float(self.model),
             "observed": observed,
+            "other_parts": {} if self.whole is None else _other_parts(self.whole, found[0]),
         }
 
     def adopt(self, entry: dict[str, Any] | None, source: str) -> None:
@@ -81,6 +85,8 @@ class QuantState:
         """
         if entry is not None:
             adopt_plan(self._root_of(entry), entry, source, replace=not self.is_configured)
+            if self.whole is not None:
+                adopt_other_parts(self.whole, entry, source)
             self.missing_config = None
         elif self.is_fitting:
             raise ValueError(
@@ -192,6 +198,31 @@ def different_checkpoint(source: str, model: QuantPlan, checkpoint: QuantPlan) -
         f"{describe_difference(model, checkpoint)}. "
         "Leave `config` out to have it taken from the checkpoint, or start a new run with the new configuration."
     )
+
+
+def adopt_other_parts(whole: nn.Module, entry: dict[str, Any], source: str) -> None:
+    """Convert parts of a LightningModule that other runs had converted before the one that wrote a checkpoint.
+
+    Args:
+        whole: The LightningModule.
+        entry: What :meth:`QuantState.entry` gave.
+        source: The checkpoint's path, for messages.
+    """
+    for name, plan in entry.get("other_parts", {}).items():
+        part = find_submodule(whole, name or None)
+        if find_plan(part) is None:
+            convert_layers(part, QuantPlan.from_dict(plan, source), weights_follow=True)
+
+
+def _other_parts(whole: nn.Module, root: nn.Module) -> dict[str, Any]:
+    """Return the plans of the other converted parts by name, those of copies left out."""
+    own = set(quantized_layers(whole).values())
+    parts: dict[str, Any] = {}
+    for name, module in whole.named_modules():
+        if module is not root and PLAN_ATTRIBUTE in module.__dict__ and own & set(module.modules()):
+            found = find_plan(module)
+            parts |= {name: found[1].to_dict()} if found is not None and found[0] is module else {}
+    return parts
 
 
 def restore_observed(model: nn.Module, entry: dict[str, Any]) -> None:
