@@ -59,9 +59,8 @@ class QuantRetrainCallback(Callback):
             defaults.
         record_file: The file for the quantization factors; ``None`` means ``record.txt`` in the Trainer's
             ``default_root_dir``.
-        input_data: Input for the converted module that shows its data flow: a tensor, a tuple of positional or a
-            mapping of keyword arguments. ``None`` takes ``example_input_array`` or the first batch of the
-            dataloader.
+        input_data: Input for the converted module that shows its data flow: a tensor, a tuple of positional or a dict
+            of keyword arguments. ``None`` takes ``example_input_array`` or the first batch of the dataloader.
         submodule: Dotted name of the part of the LightningModule to convert, e.g. ``"net.backbone"``; layer names
             in the config and the record are relative to it. ``None`` converts all of it.
         batch_to_input: Turns a batch into the arguments of ``forward``, for batches that are neither a tensor, nor
@@ -143,9 +142,8 @@ class QuantRetrainCallback(Callback):
         model = find_submodule(pl_module, self.submodule)
         record = RecordFile.of(trainer, self.record_file, self.config)
         is_fitting = stage == "fit"
-        self._state = state = QuantState(
-            model, self.submodule, record, self._calibration, self.config is not None, is_fitting
-        )
+        has_config = self.config is not None
+        self._state = state = QuantState(model, self.submodule, record, self._calibration, has_config, is_fitting)
         Conversion(
             self.config, self.schedule, self.input_data, self.batch_to_input, self.allow_reuse, self.search_n
         ).apply(trainer, pl_module, state)
@@ -251,11 +249,12 @@ class QuantRetrainCallback(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the record of the last good state: the present one, or the last written if that is unusable."""
         # With sharded weights all ranks would have to take part, and one of them may be what failed.
-        if self._training is not None and trainer.is_global_zero and not is_sharded(self._converted()):
+        if self._training is None:
+            return
+        if trainer.is_global_zero and not is_sharded(self._converted()):
             with suppress(RuntimeError, OSError):  # a device or disk that failed must not hide the exception itself
                 self._run.record.write(record_text(self._converted()))
-        if self._training is not None:
-            self._training.close()
+        self._training.close()
         self._training = None
 
     @override
@@ -295,4 +294,6 @@ class QuantRetrainCallback(Callback):
             self._write_record(trainer)
 
     def _write_record(self, trainer: pl.Trainer) -> None:
-        self._run.record.write(present_record(trainer, self._converted()))  # nothing on other ranks
+        text = present_record(trainer, self._converted())
+        if trainer.is_global_zero:
+            self._run.record.write(text)
