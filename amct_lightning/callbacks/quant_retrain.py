@@ -332,4 +332,6 @@ class QuantRetrainCallback(pl.Callback):
             self._write_record(trainer)
 
     def _write_record(self, trainer: pl.Trainer) -> None:
-        self._run.record.write(present_record(trainer, self._converted()))  # nothing on other ranks
+        text = present_record(trainer, self._converted())
+        if trainer.is_global_zero:
+            self._run.record.write(text)

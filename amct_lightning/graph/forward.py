@@ -67,7 +67,7 @@ def copy_to_run(run: nn.Module) -> nn.Module | None:
         if not any(isinstance(parameter, DTensor) for parameter in run.parameters()):
             warnings.warn(
                 f"{type(run).__name__} cannot be copied ({type(error).__name__}: {error}), so it runs itself to show "
-                "its data flow. Plain Python attributes that its forward sets stay set; buffers and random state do not.",
+                "its data flow. Plain attributes that its forward sets stay set; buffers and random state do not.",
                 stacklevel=2,
             )
         return None

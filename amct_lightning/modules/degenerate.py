@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, cast, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from amct_lightning.modules.convert import activation_quantizers, quantized_layers
 from amct_lightning.modules.folding import current_weight
@@ -60,8 +61,6 @@ class Degenerate(NamedTuple):
 def take_degenerate(model: nn.Module) -> list[Degenerate]:
     """Return the flags that nobody has looked at yet, without reading them; the next call returns newer ones only.
 
-    With sharded weights all ranks have to call this.
-
     Args:
         model: A converted model, or a wrapper around one.
     """
@@ -92,10 +91,11 @@ def _weights(name: str, layer: QATLayer, calibrated: bool) -> Iterator[Degenerat
                 yield Degenerate("learned", name_of_weight, quantizer.degenerate)
                 quantizer.degenerate = None
         elif calibrated:
-            # The scales are those of the last forward, and the weight may have been trained since.
-            scale = quantizer.scale
-            small = current_weight(layer, parameter).abs().amax() < 0.5
-            yield Degenerate("weight", name_of_weight, ((scale == 1).all() & small.to(scale.device)).float())
+            flag = (quantizer.scale == 1).all()  # in the last forward; the weight may have been trained since
+            weight = cast(Tensor, getattr(layer, parameter))
+            if not isinstance(weight, DTensor):  # weights with a scale of 1 of their own; nothing is gathered for them
+                flag = flag & (current_weight(layer, parameter).abs().amax() < 0.5)
+            yield Degenerate("weight", name_of_weight, flag.float())
 
 
 def flags_of(found: Sequence[Degenerate], device: torch.device) -> Tensor:

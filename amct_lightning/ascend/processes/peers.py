@@ -154,13 +154,14 @@ class Peers:
         """Take note of a line; False if the connection is of no more use."""
         try:
             word = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # anybody may connect and say anything
             return False
         name = self._names[connection]
         if not isinstance(word, dict):
             return False
         if not name:
-            known = secrets.compare_digest(str(word.get("secret")).encode(), self._secret.encode())
+            said = word.get("secret")
+            known = isinstance(said, str) and secrets.compare_digest(ascii(said), ascii(self._secret))
             self._names[connection] = str(word.get("name")) if known else ""
             return known
         if word.get("lost"):

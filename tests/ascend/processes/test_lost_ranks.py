@@ -116,7 +116,15 @@ def test_the_job_goes_on_from_its_last_checkpoint_as_if_nothing_had_been(npu_run
 def test_a_stranger_is_not_taken_for_a_rank() -> None:
     offers: list[Any] = []
     first = connect_peers(0, "127.0.0.1", lambda offer: [offers.append(offer), offer][1])
-    for words in (b"GET / HTTP/1.1\r\n\r\n", b'{"secret": "x", "name": "Rank 7"}\n', b"[]\n", b"x" * (1 << 17)):
+    odd = (b'{"secret": "\\ud800"}\n', b'{"secret": [[1]]}\n', b"[" * 60000 + b"\n", b"\xff\n", b"9" * 5000 + b"\n")
+    words_of_strangers = (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b'{"secret": "x", "name": "Rank 7"}\n',
+        b"[]\n",
+        b"x" * (1 << 17),
+        *odd,
+    )
+    for words in words_of_strangers:
         with suppress(OSError), socket.create_connection(("127.0.0.1", offers[0][0])) as stranger:
             stranger.sendall(words + b'{"lost": "everybody", "failure": "all"}\n')
     second, third = (connect_peers(rank, "127.0.0.1", lambda _: offers[0]) for rank in (1, 2))
