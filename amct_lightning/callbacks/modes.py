@@ -9,25 +9,7 @@ from torch import nn
 
 from amct_lightning.conversion.plan import find_plan
 from amct_lightning.modules import QATLayer, quantized_layers
-from amct_lightning.modules.convert import quantizers_of
 from amct_lightning.modules.shift_hook import follow_batch_norm, shift_searches
-from amct_lightning.quantizers import Quantizer
-from amct_lightning.quantizers.gate import TrainingGate
-
-
-def attach_gate(gate: TrainingGate, pl_module: nn.Module, model: nn.Module) -> None:
-    """Let a gate tell all quantizers which forwards belong to a training step, those of copies as guests.
-
-    Args:
-        gate: The gate.
-        pl_module: The LightningModule, in which copies of the model or of parts may stand.
-        model: The converted module.
-    """
-    for quantizer in quantizers_of(model):
-        quantizer.is_copy = False  # the model itself may have been copied before
-    for module in pl_module.modules():
-        if isinstance(module, Quantizer):
-            module.gate = gate
 
 
 def expect_float(model: nn.Module, expected: bool) -> None:

@@ -28,8 +28,9 @@ from amct_lightning.callbacks.checks import (
 )
 from amct_lightning.callbacks.converting.conversion import Conversion
 from amct_lightning.callbacks.converting.inputs import BatchToInput
-from amct_lightning.callbacks.converting.module_setup import LateLayers, set_up_now
-from amct_lightning.callbacks.modes import attach_gate, expect_float, start_shift_search
+from amct_lightning.callbacks.converting.module_setup import set_up_now
+from amct_lightning.callbacks.converting.watch import ModuleWatch
+from amct_lightning.callbacks.modes import expect_float, start_shift_search
 from amct_lightning.callbacks.optimizers.param_groups import ClipGroups
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.schedule.table import schedule_table
@@ -41,7 +42,6 @@ from amct_lightning.modules import leave_out_of_broadcast, quantized_layers
 from amct_lightning.modules.degenerate import OnDegenerate
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.modules.shift_hook import synchronize_shift_search
-from amct_lightning.quantizers.gate import TrainingGate
 
 
 class QuantRetrainCallback(pl.Callback):
@@ -132,8 +132,7 @@ class QuantRetrainCallback(pl.Callback):
         self._modules: list[nn.Module] = []
         self._max_epochs: int | None = None
         self._training: Training | None = None
-        self._late_layers: LateLayers | None = None
-        self._gate: TrainingGate | None = None
+        self._watch: ModuleWatch | None = None
         self._has_trained = False
 
     @override
@@ -153,10 +152,8 @@ class QuantRetrainCallback(pl.Callback):
             self.config, self.schedule, self.input_data, self.batch_to_input, self.allow_reuse, self.search_n
         ).apply(trainer, pl_module, state)
         leave_out_of_broadcast(pl_module)  # the module that DDP wraps
-        self._gate = TrainingGate(pl_module)
-        attach_gate(self._gate, pl_module, model)
+        self._watch = ModuleWatch(pl_module, model)
         expect_float(model, is_fitting)  # sanity check and model summary run the layers before any calibration
-        self._late_layers = LateLayers(model)
         warn_spawned(trainer)
         trainer.strategy.checkpoint_io = RecordCheckpointIO(trainer.strategy.checkpoint_io, state)
 
@@ -175,7 +172,7 @@ class QuantRetrainCallback(pl.Callback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted; start the search of the shifts anew."""
-        self._watch_over(pl_module)
+        self._look()
         start_shift_search(self._converted(), enabled=not trainer.sanity_checking)
         if self._training is not None:
             self._training.settle_averages()  # they are evaluated in place of the model
@@ -188,7 +185,7 @@ class QuantRetrainCallback(pl.Callback):
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted; start the search of the shifts anew."""
-        self._watch_over(pl_module)
+        self._look()
         start_shift_search(self._converted(), enabled=True)
 
     @override
@@ -199,14 +196,14 @@ class QuantRetrainCallback(pl.Callback):
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted."""
-        self._watch_over(pl_module)
+        self._look()
         start_shift_search(self._converted(), enabled=False)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin with the schedule, and to watch for NaN and infinite activations."""
         expect_float(self._converted(), False)
-        self._look_for_late_layers("on_fit_start")
+        self._look("on_fit_start")
         self._run.restore_again()
         args = self.schedule or QuantSchedule(), self._max_epochs, self._calibration, self.on_nonfinite, self._groups
         self._training = Training(trainer, self._converted(), *args)
@@ -216,11 +213,8 @@ class QuantRetrainCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Bring the layers into the phase that the schedule wants."""
-        if batch_idx == 0:
-            self._look_for_late_layers("a hook of the training")
-            self._watch_over(pl_module)
-        if self._gate is not None:
-            self._gate.open()
+        if self._watch is not None:
+            self._watch.start_batch(batch_idx)
         if self._training is not None:
             self._training.start_batch(trainer, pl_module, batch_idx)
 
@@ -243,8 +237,8 @@ class QuantRetrainCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let the processes agree on fresh calibrations, once; report non-finite activations at the interval."""
-        if self._gate is not None:
-            self._gate.close()
+        if self._watch is not None:
+            self._watch.end_batch()
         if self._training is not None:
             self._training.end_batch(trainer)
 
@@ -270,8 +264,8 @@ class QuantRetrainCallback(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the quantizers go by their own mode again."""
-        if self._gate is not None:
-            self._gate.end()
+        if self._watch is not None:
+            self._watch.end()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -316,14 +310,9 @@ class QuantRetrainCallback(pl.Callback):
     def _converted(self) -> nn.Module:
         return self._run.converted()
 
-    def _watch_over(self, pl_module: pl.LightningModule) -> None:
-        """Let the gate have its say in copies of layers that were made meanwhile, and in layers of a checkpoint."""
-        if self._gate is not None:
-            attach_gate(self._gate, pl_module, self._converted())
-
-    def _look_for_late_layers(self, hooks: str) -> None:
-        if self._late_layers is not None:
-            self._late_layers.warn(hooks)
+    def _look(self, hooks: str | None = None) -> None:
+        if self._watch is not None:
+            self._watch.look(hooks)
 
     def _finish_shift_search(self, trainer: pl.Trainer) -> None:
         if not trainer.sanity_checking:
