@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from amct_lightning.callbacks.optimizers.outside import OutsideWrites
 from amct_lightning.modules import activation_quantizers
 from amct_lightning.modules.degenerate import degenerate_message, flags_of, take_degenerate
 from amct_lightning.wording import cut_off
@@ -23,9 +24,16 @@ class NonfiniteWatch:
         model: The converted model.
         interval: Number of batches between two looks.
         reaction: ``"warn"`` once per layer, or ``"raise"``.
+        outside: Has flags of its own to be read along.
     """
 
-    def __init__(self, model: nn.Module, interval: int, reaction: Literal["warn", "raise"]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        interval: int,
+        reaction: Literal["warn", "raise"],
+        outside: OutsideWrites | None = None,
+    ) -> None:
         self.model = model
         self.quantizers = activation_quantizers(model)
         self.interval = max(1, interval)
@@ -33,6 +41,7 @@ class NonfiniteWatch:
         self.steps: list[int] = []
         self.reported: set[str] = set()
         self._ages = torch.zeros(())
+        self._outside = outside
 
     def start_batch(self, step: int) -> None:
         """Note the step of the coming batch: the Trainer's ``global_step``."""
@@ -58,9 +67,15 @@ class NonfiniteWatch:
             return
         counted = self._ages + self._flags() if interval_goes_on else self._ages.expand(len(self.quantizers))
         degenerate = take_degenerate(self.model)
+        written = [] if self._outside is None else self._outside.take_flags()
         if degenerate:
             counted = torch.cat((counted, flags_of(degenerate, counted.device)))
+        if written:
+            counted = torch.cat((counted, torch.stack([flag.to(counted.device) for flag in written])))
         numbers = counted.tolist()
+        if self._outside is not None:
+            self._outside.report(numbers[len(numbers) - len(written) :])
+        numbers = numbers[: len(numbers) - len(written)]
         ages = [int(age) for age in numbers[: len(self.quantizers)]]
         found = {
             name: self.steps[max(0, len(self.steps) - age)]

@@ -59,8 +59,8 @@ class Training:
         self.calibration.begin(model)
         self.averages = Averages(trainer, model)
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        self._watch = NonfiniteWatch(model, interval, on_nonfinite)
         self._outside = OutsideWrites(trainer.lightning_module, model, interval)
+        self._watch = NonfiniteWatch(model, interval, on_nonfinite, self._outside)
         self._logged: Phase | None = None
         self._told = ""
         self._stop_showing = show_in_progress_bar(trainer, self.phases)

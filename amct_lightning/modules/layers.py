@@ -100,9 +100,11 @@ class QATLayer(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _stays_float(self) -> bool:
         """Tell whether there is no range indeed, of which a copy may have been given the state only; then warn."""
-        for quantizer in map(self.get_quantizer, self.activation_quantizers):
-            quantizer.catch_up()
-        if all(quantizer.has_range for quantizer in map(self.get_quantizer, self.activation_quantizers)):
+        quantizers = [self.get_quantizer(name) for name in self.activation_quantizers]
+        for quantizer in quantizers:
+            if quantizer.is_copy:  # reads the device
+                quantizer.catch_up()
+        if all(quantizer.has_range for quantizer in quantizers):
             return False
         if self.float_expected_of != id(self):
             _warn_float()

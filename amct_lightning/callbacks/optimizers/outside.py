@@ -7,6 +7,8 @@ a tensor of any shape.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ _PARAMETERS = 16
 class OutsideWrites:
     """Looks, between two batches, at what was written by other code than the optimizers and the forward.
 
+    It compares on the device and reads nothing: :class:`NonfiniteWatch` reads its flags along with others.
+
     Args:
         pl_module: The LightningModule.
         model: The converted module.
@@ -37,6 +41,7 @@ class OutsideWrites:
         self._interval = interval
         self._batches = 0
         self._before: dict[Quantizer, list[Tensor]] = {}
+        self._written: dict[Quantizer, Tensor] = {}
         self._has_warned = False
         self._copies = [_Copy(name, module, other, twin) for name, module, other, twin in float_copies(pl_module)]
 
@@ -50,39 +55,49 @@ class OutsideWrites:
         self._before = {}
         is_due = self._batches <= _FIRST or self._batches % self._interval == 0
         if calibrated and is_due and not self._has_warned:
-            self._before = {q: [factor.clone() for factor in _factors(q)] for q in quantizers_of(self._model)}
-            self._before = {quantizer: factors for quantizer, factors in self._before.items() if factors}
+            factors = {quantizer: _factors(quantizer) for quantizer in quantizers_of(self._model)}
+            self._before = {quantizer: [f.clone() for f in own] for quantizer, own in factors.items() if own}
 
     def start_batch(self, batch: int) -> None:
-        """Compare with what was noted, and warn once.
+        """Compare with what was noted.
 
         Args:
             batch: Number of the batch in its epoch; between epochs, weights are exchanged for averages, for example.
         """
         before, self._before = self._before, {}
-        if before and batch > 0:
-            self._compare(before)
-        if self._copies and 0 < self._batches <= _FIRST:
-            for copy in [copy for copy in self._copies if copy.has_strayed()]:
-                self._copies.remove(copy)
-                copy.warn()
+        if batch > 0:
+            for quantizer, values in before.items():
+                pairs = zip(_factors(quantizer), values, strict=True)
+                written = torch.stack([(a != b).any() for a, b in pairs]).any()
+                self._written[quantizer] = written | self._written.get(quantizer, False)
+        if 0 < self._batches <= _FIRST:
+            for copy in self._copies:
+                copy.compare()
 
-    def _compare(self, before: dict[Quantizer, list[Tensor]]) -> None:
-        written = [
-            torch.stack([(a != b).any() for a, b in zip(_factors(quantizer), values, strict=True)]).any()
-            for quantizer, values in before.items()
-        ]
-        flags = torch.stack(written).tolist()
-        if not any(flags):
-            return
-        self._has_warned = True
-        strayed = {quantizer for quantizer, flag in zip(before, flags, strict=True) if flag}
-        names = [name for name, layer in quantized_layers(self._model).items() if strayed & set(layer.children())]
-        rank_zero_warn(
-            f"The clips or scales of {abbreviated(names)} were written between two batches, and by no optimizer. If a "
-            "loop over parameters() clamps or overwrites weights there, let it go over "
-            "amct_lightning.float_parameters(module) instead."
-        )
+    def take_flags(self) -> list[Tensor]:
+        """Return the flags to be read, 0-d bool; they belong to the next :meth:`report`."""
+        return [*self._written.values(), *(copy.strayed for copy in self._copies)]
+
+    def report(self, flags: Sequence[float]) -> None:
+        """Warn, once, of what the flags tell.
+
+        Args:
+            flags: Their values, in the order of :meth:`take_flags`.
+        """
+        strayed = {quantizer for quantizer, flag in zip(self._written, flags, strict=False) if flag}
+        copies = [copy for copy, flag in zip(self._copies, flags[len(self._written) :], strict=True) if flag]
+        self._written = {}
+        self._copies = [copy for copy in self._copies if self._batches < _FIRST and copy not in copies]
+        for copy in copies:
+            copy.warn()
+        if strayed:
+            self._has_warned = True
+            names = [name for name, layer in quantized_layers(self._model).items() if strayed & set(layer.children())]
+            rank_zero_warn(
+                f"The clips or scales of {abbreviated(names)} were written between two batches, and by no optimizer. "
+                "If a loop over parameters() clamps or overwrites weights there, let it go over "
+                "amct_lightning.float_parameters(module) instead."
+            )
 
 
 def _factors(quantizer: Quantizer) -> list[Tensor]:
@@ -98,15 +113,15 @@ class _Copy:
         self._quantized = float_parameters(twin)[:_PARAMETERS]
         self._begin = [parameter.detach().clone() for parameter in self._own]
 
+        self.strayed = torch.zeros((), dtype=torch.bool, device=self._own[0].device)
+
     @torch.no_grad()
-    def has_strayed(self) -> bool:
-        """Tell whether it is no average any more of what the quantized module was and is."""
-        outside = []
+    def compare(self) -> None:
+        """Note whether it is no average any more of what the quantized module was and is."""
         for own, begin, now in zip(self._own, self._begin, self._quantized, strict=True):
             low, high = torch.minimum(begin, now), torch.maximum(begin, now)
             margin = (high - low) + 1e-5 * (1 + begin.abs())
-            outside.append(((own < low - margin) | (own > high + margin)).any())
-        return bool(torch.stack(outside).any())
+            self.strayed = self.strayed | ((own < low - margin) | (own > high + margin)).any().to(self.strayed.device)
 
     def warn(self) -> None:
         """Warn of it."""

@@ -121,8 +121,8 @@ def test_best_checkpoints_are_kept_and_removed_with_their_records(tmp_path: Path
 @two_ranks
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     _, path, _ = saved(tmp_path, "ascend_fsdp", max_epochs=1)
-    with pytest.raises(ValueError, match=r"quantized differently.*Give QuantRetrainCallback the `config`"):
-        run(tmp_path, CNN(), ckpt_path=path, quantize={"config": None, "schedule": {"calibrate_batches": 3}})
+    with pytest.raises(ValueError, match=r"quantized differently from the model: batch_num is 1 there and 3 here"):
+        run(tmp_path, CNN(), ckpt_path=path, quantize={"config": {"batch_num": 3}})
     with pytest.raises(RuntimeError, match=r"does not fit CNN: the model has no .*input_quantizer"):
         run(tmp_path, CNN(), ckpt_path=path, quantize=False)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
