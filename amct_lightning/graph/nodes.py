@@ -36,11 +36,12 @@ class VisibleNodes(TorchFunctionMode):
     """Let a node of the exported graph make a new value also where it returns its argument or an alias of it.
 
     Args:
-        replace: Notes that a tensor is from now on what a function has made of it.
+        replace: Notes that a function has returned a tensor as it is, and the function if that is a node; whoever reads
+            the tensor from now on reads what the function made of it.
 
     Example:
         >>> x = torch.ones(1)
-        >>> with VisibleNodes(print):
+        >>> with VisibleNodes(lambda *_: None):
         ...     x.float() is x, x[:1] is x
         (False, False)
     """
@@ -60,11 +61,11 @@ class VisibleNodes(TorchFunctionMode):
             return result.view(result.shape) if any(end is not None for end in ends) else result
         if not args or result is not args[0]:
             return result
-        if func in _FLATTEN:
-            self.replace(result, func)
-            return result
         casts = func in _CASTS and any(isinstance(arg, _CAST_TO) for arg in (*args[1:], *kwargs.values()))
-        return result.view(result.shape) if func in _NODES or casts else result
+        if func in _NODES or casts:
+            return result.view(result.shape)
+        self.replace(result, func if func in _FLATTEN else None)
+        return result
 
 
 @dataclass
@@ -100,13 +101,13 @@ class Value:
             order: Which of its axes each axis of the result is.
             number: The number of the operator.
         """
-        origin = self
+        identity, origin = tuple(range(len(order))), self
+        if order == identity:
+            return self
         if self.transposed is not None:
             origin, first, _ = self.transposed
             order = tuple(first[axis] for axis in order)
-        if order == tuple(range(len(order))):
-            return origin
-        return Value(_ATEN.permute.default, transposed=(origin, order, number))
+        return origin if order == identity else Value(_ATEN.permute.default, transposed=(origin, order, number))
 
 
 def producer(func: Any, args: tuple[Any, ...]) -> Any:

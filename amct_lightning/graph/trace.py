@@ -80,14 +80,16 @@ class Observer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self.float_parts = float_parts
-        self._values: dict[tuple[int, int], Value] = {}
+        # By id and version the value of a tensor, and a number that only equal operators give alike: the exporter looks
+        # for these before it leaves any out, so there ``x`` and ``x[:]`` are two.
+        self._seen: dict[tuple[int, int], tuple[Value, int]] = {}
+        self._made: dict[Hashable, list[tuple[Value, int]]] = {}
         self._alive: list[Tensor] = []  # an id is unique only as long as its tensor lives
         self._inside: list[str] = []
         self._inside_node = 0
         self._read_as: dict[int, Value] = {}  # how the layer that runs reads its input
         self._open_calls: dict[str, list[Call]] = {}
-        self._operators = 0
-        self._nodes: dict[Hashable, tuple[list[Value], list[Value]]] = {}  # with what they read, or ids would be reused
+        self._operators = self._numbered = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -95,39 +97,47 @@ class Observer(TorchDispatchMode):
             return func(*args, **kwargs)
         self._operators += 1
         read = [self._value(tensor) for tensor in _tensors((args, kwargs))]
-        values, key = self._without_node(func, args, kwargs)
-        if values is None:
-            for value in read:
-                reader = self._inside[0] if self._inside else self._operators
-                self._read_as.get(id(value), value).read_by(reader)
+        alone = self._inside or self._inside_node
+        key = None if alone else node_key(func, args, kwargs, lambda tensor: self._look(tensor)[1])
+        made, value = self._made.get(key), self._seen_through(func, args, kwargs)
+        if made is None and value is None:
+            reader = self._inside[0] if self._inside else self._operators
+            for given in read:
+                self._read_as.get(id(given), given).read_by(reader)
         output = func(*args, **kwargs)
         tensors = _tensors(output)
-        values = values or [Value(producer(func, args)) for _ in tensors]
-        for tensor, value in zip(tensors, values, strict=True):
-            self._bind(tensor, value, in_place=func._schema.is_mutable)
+        if made is None:
+            made = [(value or Value(producer(func, args)), self._count()) for _ in tensors]
+        for tensor, seen in zip(tensors, made, strict=True):
+            self._bind(tensor, *seen, rises=self._rises(func, args))
         if key is not None:
-            self._nodes[key] = (read, values)
+            self._made[key] = made
         if not self._inside:
             self.float_parts.see(func._schema.name, _tensors((args, kwargs)), tensors)
         return output
 
-    def _without_node(self, func: Any, args: Any, kwargs: Any) -> tuple[list[Value] | None, Hashable]:
-        """Return what an operator makes if it is no new node that reads something, and what it is known by."""
+    def _rises(self, func: Any, args: Any) -> int:
+        """Return by how much the version of what an operator returns will rise once this mode has returned."""
+        returns = func._schema.returns
+        if func._schema.is_mutable or not returns or returns[0].alias_info is None:
+            return int(func._schema.is_mutable)
+        return _version(args[0])  # a view has the version of what it shows
+
+    def _seen_through(self, func: Any, args: Any, kwargs: Any) -> Value | None:
+        """Return what an operator makes if it reads nothing, because the exporter leaves it out or may do so."""
         if is_same_value(func, args, kwargs):
-            return [self._value(args[0])], None
-        if self._inside or self._inside_node:
-            return None, None
-        key = node_key(func, args, kwargs, lambda tensor: id(self._value(tensor)))
-        if key in self._nodes:
-            return self._nodes[key][1], None
-        order = permutation(func, args)
-        return (None if order is None else [self._value(args[0]).transpose(order, self._operators)]), key
+            return self._value(args[0])
+        order = None if self._inside else permutation(func, args)
+        return None if order is None else self._value(args[0]).transpose(order, self._operators)
 
     def replace(self, tensor: Tensor, func: Any) -> None:
-        """Note that a tensor is what a node made of it: whoever reads it from now on reads that node."""
-        self._operators += 1
-        self._value(tensor).read_by(self._operators)
-        self._bind(tensor, Value(func))
+        """Note that a function has returned a tensor as it is; ``None`` stands for one that is no node."""
+        value = self._value(tensor)
+        if func is not None:
+            self._operators += 1
+            value.read_by(self._operators)
+            value = Value(func)
+        self._bind(tensor, value, self._count())
 
     @contextmanager
     def watching(self, model: nn.Module, run: nn.Module, watched: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -203,8 +213,8 @@ class Observer(TorchDispatchMode):
         """Note whose parameters other code has read, for example ``F.linear(x, layer.weight)``."""
         for name, layer in watched.items():
             parameters = [p for p in layer.parameters(recurse=False) if not is_lazy(p)]
-            values = [self._values.get((id(p), _version(p))) for p in parameters]
-            if any(value.readers - {name} for value in values if value is not None):
+            seen = [self._seen.get((id(p), _version(p))) for p in parameters]
+            if any(found[0].readers - {name} for found in seen if found is not None):
                 self.trace.read_from_outside.add(name)
 
     def find_float_parts(self, model: nn.Module) -> None:
@@ -214,14 +224,20 @@ class Observer(TorchDispatchMode):
         self.trace.float_modules = self.float_parts.modules | kinds
 
     def _value(self, tensor: Tensor) -> Value:
-        return self._values.get((id(tensor), _version(tensor))) or self._bind(tensor, Value())
+        return self._look(tensor)[0]
 
-    def _bind(self, tensor: Tensor, value: Value, in_place: bool = False) -> Value:
-        self._values[id(tensor), _version(tensor)] = value
-        if in_place:  # the version of the argument rises only after this mode has returned
-            self._values[id(tensor), _version(tensor) + 1] = value
+    def _look(self, tensor: Tensor) -> tuple[Value, int]:
+        return self._seen.get((id(tensor), _version(tensor))) or self._bind(tensor, Value(), self._count())
+
+    def _bind(self, tensor: Tensor, value: Value, number: int, rises: int = 0) -> tuple[Value, int]:
+        for version in {_version(tensor), _version(tensor) + rises}:
+            self._seen[id(tensor), version] = value, number
         self._alive.append(tensor)
-        return value
+        return value, number
+
+    def _count(self) -> int:
+        self._numbered += 1
+        return self._numbered
 
 
 def _around(module: nn.Module, enter: Any, leave: Any) -> list[Any]:

@@ -75,8 +75,15 @@ class TestEqualOperatorsOnOneValue:
             (torch.rand_like, torch.rand_like),
             (lambda x: F.dropout(x, training=True), lambda x: F.dropout(x, training=True)),
             (lambda x: x.chunk(3)[0], lambda x: x.chunk(3)[1]),
+            (torch.sigmoid, lambda x: torch.sigmoid(x[:])),
+            (torch.sigmoid, lambda x: torch.sigmoid(x.permute(0, 1))),
+            (torch.sigmoid, lambda x: torch.sigmoid(x.contiguous())),
+            (lambda x: x.flatten(1), lambda x: x.flatten(1)),
         ],
-        ids=["kind", "constant", "type", "slice", "value", "in_place", "random", "dropout", "part"],
+        ids=[
+            *("kind", "constant", "type", "slice", "value", "in_place", "random", "dropout", "part"),
+            *("of_a_slice", "of_a_permute", "of_a_copy", "returns_itself"),
+        ],
     )
     def test_others_are_two_nodes(self, first: Operation, second: Operation) -> None:
         assert not shared(first, second)
@@ -146,6 +153,19 @@ class TestWhatIsSeenThrough:
         found = layers(model, torch.randn(2, 2, 4))
         assert not found["b"].fixed_min
         assert found["b"].shares_input_of == "b"
+
+    @named(view=lambda x: x[:], transposes=lambda x: x.transpose(1, 2).transpose(1, 2), detached=lambda x: x.detach())
+    def test_a_relu_that_writes_into_its_argument(self, operation: Operation) -> None:
+        """A view has the version of what it shows, which counts the writes."""
+        model = Model(lambda m, x: m.b(operation(F.relu(m.a(x), inplace=True))))
+        assert layers(model, torch.randn(2, 4, 4))["b"].fixed_min
+
+    def test_one_transpose_and_what_is_left_of_it(self) -> None:
+        def forward(m: Model, x: Tensor) -> Tensor:
+            x = x.transpose(1, 2)
+            return m.a(x) + m.b(x.permute(0, 1, 2))
+
+        assert layers(Model(forward), torch.randn(2, 4, 4))["b"].shares_input_of == "a"
 
     def test_a_transposed_output_that_is_read_is_a_second_reader(self) -> None:
         model = Model(lambda m, x: (m.norm(y := m.c(x)), torch.sigmoid(y.transpose(1, 2))))
