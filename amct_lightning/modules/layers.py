@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amct_lightning.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
+from amct_lightning.quantizers.transforms import call, direct_form
 
 _Layer = TypeVar("_Layer", bound="QATLayer")
 
@@ -32,12 +33,15 @@ class QATLayer(nn.Module):
         input_quantizer: Quantizer of the layer's input; layers that read one tensor share it.
         weight_quantizer: Quantizer of the layer's weight.
         calibrates_input: Whether this layer is the one that feeds a shared quantizer's calibration.
+        keeps_input: Whether the float layer keeps its input for backward even if its weight needs no gradient. Where it
+            does not, the input may be changed in place, so that its quantizer has to keep a copy.
         float_expected_of: The id of this layer if nobody needs to be told that it runs in float; a copy has another.
         quant_mode: ``"quantized"``; ``"float"`` to run as before the conversion; ``"observe"`` to do so and calibrate
             on the way.
     """
 
     activation_quantizers: ClassVar[tuple[str, ...]] = ("input_quantizer",)
+    keeps_input: ClassVar[bool] = True
     weight_quantizers: ClassVar[Mapping[str, str]] = MappingProxyType({"weight_quantizer": "weight"})
 
     input_quantizer: ActivationQuantizer
@@ -120,8 +124,9 @@ class QATLayer(nn.Module):
             if self.quant_mode == "observe":
                 self._observe(input)
             return self.keep_in_graph(cast(Tensor, self.float_forward(input, *args, **kwargs)))
-        x = self.input_quantizer(input, self.calibrates_input)
-        return self._operate(x, self.weight_quantizer(cast(Tensor, self.weight)), *args, **kwargs)
+        weight = cast(Tensor, self.weight)
+        x = self.input_quantizer(input, self.calibrates_input, not (self.keeps_input or weight.requires_grad))
+        return self._operate(x, self.weight_quantizer(weight), *args, **kwargs)
 
     def float_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer as it was before the conversion."""
@@ -133,7 +138,7 @@ class QATLayer(nn.Module):
             return output
         names = (*self.activation_quantizers, *self.weight_quantizers)
         factors = [p for name in names for p in getattr(self, name).parameters()]
-        return cast(Tensor, _KeepInGraph.apply(output, *factors))  # type: ignore[no-untyped-call]
+        return call(_KeepInGraph, _KEEP_IN_GRAPH, output, *factors)
 
     def _observe(self, input: Tensor) -> None:
         """Calibrate on an input without quantizing it."""
@@ -146,20 +151,34 @@ class QATLayer(nn.Module):
 
 
 class _KeepInGraph(torch.autograd.Function):
-    """The first tensor as it is; the gradient of the others is zero."""
+    """The first tensor as it is; the gradient of the others is zero. Their values are not kept: they may change."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, *factors: Tensor) -> Tensor:
-        ctx.save_for_backward(*factors)
+    def forward(output: Tensor, *_factors: Tensor) -> Tensor:
         return output.view_as(output)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.factors = [(factor.shape, factor.dtype, factor.device) for factor in inputs[1:]]
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return (grad, *map(torch.zeros_like, ctx.saved_tensors))
+        return (grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.factors))
+
+    @staticmethod
+    def jvp(_ctx: Any, output: Tensor | None, *_factors: Any) -> Tensor | None:
+        return None if output is None else output.view_as(output)
+
+
+_KEEP_IN_GRAPH = direct_form(_KeepInGraph)
 
 
 class QATLinear(QATLayer, nn.Linear):
     """Quantized twin of :class:`torch.nn.Linear`, for inputs of any rank."""
+
+    keeps_input: ClassVar[bool] = False
 
     def _operate(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)

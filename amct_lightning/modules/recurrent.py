@@ -63,7 +63,7 @@ class _QATRecurrent(QATLayer):
             return self.keep_in_graph(output), last
         state = self._initial_state(input, hx, batched)
         input_range, hidden_range = self._ranges(input, hx, state[0], time_axis)
-        x = self.input_quantizer.quantize(input, *input_range)
+        x = self.input_quantizer.quantize(input, *input_range, copy=not self.weight_ih_l0.requires_grad)
         steps, state = self._loop(x.movedim(time_axis, 0), state, hidden_range)
         if self.hidden_quantizer.learns:
             self.hidden_quantizer.watch(steps)

@@ -11,6 +11,7 @@ from amct_lightning.quantizers.base import in_backward, several_processes
 from amct_lightning.quantizers.flags import FlaggedQuantizer
 from amct_lightning.quantizers.functional import activation_scale_offset, fake_quantize_activation, repair_clips
 from amct_lightning.quantizers.ifmr import has_values, ifmr
+from amct_lightning.quantizers.transforms import transforming_calibrated
 
 
 class ActivationQuantizer(FlaggedQuantizer):
@@ -136,17 +137,18 @@ class ActivationQuantizer(FlaggedQuantizer):
         """The offset (zero point) of the present clips, an integer in a 0-d float32 tensor."""
         return self._factors()[1]
 
-    def forward(self, x: Tensor, observe: bool = True) -> Tensor:
+    def forward(self, x: Tensor, observe: bool = True, copy: bool = False) -> Tensor:
         """Return the fake-quantized ``x`` in its own shape and dtype; in training mode also keep the books.
 
         Args:
             x: Activations of any shape and floating dtype.
             observe: Whether a calibrating quantizer counts ``x`` as a batch.
+            copy: Whether backward is to have a copy of ``x``, so that ``x`` may be changed in place.
 
         Returns:
             The fake-quantized activations.
         """
-        return self.quantize(x, *self.update_range(x, observe))
+        return self.quantize(x, *self.update_range(x, observe), copy=copy)
 
     def update_range(self, x: Tensor, observe: bool = True, preview: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the clips to quantize ``x`` with; in training mode first calibrate on it or repair the clips.
@@ -159,7 +161,7 @@ class ActivationQuantizer(FlaggedQuantizer):
         Returns:
             The upper and the lower clip, 0-d float32.
         """
-        if not self.learns:
+        if not self.learns or transforming_calibrated(not self.calibrating):
             return self.usable_clips()
         if self.calibrating:
             upper, lower = self._observe(x.float(), observe, (x if preview is None else preview).float())
@@ -170,20 +172,20 @@ class ActivationQuantizer(FlaggedQuantizer):
         self.watch(x, upper, lower)
         return upper, lower
 
-    def quantize(self, x: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
+    def quantize(self, x: Tensor, upper: Tensor, lower: Tensor, copy: bool = False) -> Tensor:
         """Return ``x`` fake-quantized into a range that :meth:`update_range` gave, in its own shape and dtype.
 
         Args:
             x: Activations of any shape and floating dtype.
             upper: Upper clip, 0-d float32.
             lower: Lower clip, 0-d float32.
+            copy: Whether backward is to have a copy of ``x``, so that ``x`` may be changed in place.
 
         Returns:
             The fake-quantized activations.
         """
-        return fake_quantize_activation(
-            x, self.clip_max, self.clip_min, upper, lower, self.num_bits, dtype=torch.float32
-        )
+        clips = self.clip_max, self.clip_min, upper, lower
+        return fake_quantize_activation(x, *clips, self.num_bits, torch.float32, copy)
 
     @torch.no_grad()
     def finish_calibration(self, clip_max: Tensor, clip_min: Tensor, degenerate: Tensor | None = None) -> None:

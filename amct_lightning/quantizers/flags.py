@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from amct_lightning.quantizers.base import Quantizer
+from amct_lightning.quantizers.transforms import transforming
 
 
 class FlaggedQuantizer(Quantizer):
@@ -52,7 +53,7 @@ class FlaggedQuantizer(Quantizer):
             upper: Upper clip that belongs to it.
             lower: Lower clip.
         """
-        if values.numel() == 0:
+        if values.numel() == 0 or transforming():
             return
         smallest, largest = torch.aminmax(values)
         width = largest.float() - smallest.float()

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from amct_lightning.quantizers.transforms import call, differentiable_once, direct_form, times_, transforming
 
 EPS = 1.192092896e-7
 """Smallest usable scale or range: the float32 machine epsilon."""
@@ -149,6 +150,7 @@ def fake_quantize_activation(
     lower: Tensor,
     num_bits: int,
     dtype: torch.dtype | None = None,
+    copy: bool = False,
 ) -> Tensor:
     """Quantize and dequantize ``x``, with learned-clip (ULQ) gradients.
 
@@ -163,6 +165,7 @@ def fake_quantize_activation(
         num_bits: 4, 8 or 16.
         dtype: Dtype of the arithmetic, there and back; ``None`` for that of ``x``. What is kept for backward is
             ``x`` itself in any case.
+        copy: Whether backward is to have a copy of ``x``, so that ``x`` may be changed in place.
 
     Returns:
         The fake-quantized activations, shape and dtype of ``x``.
@@ -172,40 +175,75 @@ def fake_quantize_activation(
         >>> fake_quantize_activation(torch.tensor([0.014, 9.0]), high, low, high, low, 8)
         tensor([0.0100, 2.5500])
     """
-    y: Tensor = _FakeQuantizeActivation.apply(x, clip_max, clip_min, upper, lower, num_bits, dtype or x.dtype)  # type: ignore[no-untyped-call]
-    return y
+    with torch.no_grad():
+        scale, offset = activation_scale_offset(upper, lower, num_bits)
+    settings = num_bits, dtype or x.dtype, copy
+    return call(_FakeQuantizeActivation, _DIRECT, x, clip_max, clip_min, upper, lower, scale, offset, settings)
 
 
 class _FakeQuantizeActivation(torch.autograd.Function):
     """Keeps only ``x`` and single numbers for backward; everything else is cheap to rebuild."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         _max: Tensor,
         _min: Tensor,
-        upper: Tensor,
-        lower: Tensor,
-        num_bits: int,
-        dtype: torch.dtype,
+        _upper: Tensor,
+        _lower: Tensor,
+        scale: Tensor,
+        offset: Tensor,
+        settings: tuple[int, torch.dtype, bool],
     ) -> Tensor:
-        scale, offset = activation_scale_offset(upper, lower, num_bits)
-        ctx.save_for_backward(x, upper, lower, scale, offset)
-        ctx.settings = num_bits, dtype
+        num_bits, dtype, _ = settings
         return dequantize_(quantize(x.to(dtype), scale, num_bits, offset), scale, offset).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, _, *numbers, ctx.settings = inputs
+        if any(ctx.needs_input_grad[:3]):
+            ctx.save_for_backward(x.clone() if ctx.settings[-1] else x, *numbers)
+        if transforming():
+            ctx.save_for_forward(x, *numbers)
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, upper, lower, scale, offset = ctx.saved_tensors
-        num_bits, dtype = ctx.settings
-        x, grad = saved.to(dtype), grad.to(dtype)
-        largest, smallest = range_ends(scale, num_bits, offset)
-        above, below = x > largest, x < smallest
-        codes = torch.where(above, upper, torch.where(below, lower, x)).div_(scale)
-        error = torch.round(codes).sub_(codes).div_(2**num_bits - 1)
-        grad_x = torch.where(above | below, 0.0, grad).to(saved.dtype) if ctx.needs_input_grad[0] else None
-        grad_max = (error + above).mul_(grad).sum().to(upper.dtype)
-        grad_min = below.to(error.dtype).sub_(error).mul_(grad).sum().to(lower.dtype)
-        return grad_x, grad_max, grad_min, None, None, None, None
+        (x, upper, lower, *_), dtype = ctx.saved_tensors, ctx.settings[1]
+        grad_x, grad_max, grad_min = None, None, None
+        cast, needs = grad.to(dtype), ctx.needs_input_grad
+        above, below, error = _slopes(ctx, clips=needs[1] or needs[2])
+        if needs[0]:
+            grad_x = torch.where(above | below, 0.0, cast).to(x.dtype)
+        if needs[1]:
+            grad_max = times_(error + above, cast).sum().to(upper.dtype)
+        if needs[2]:
+            grad_min = times_(below.to(error.dtype).sub_(error), cast).sum().to(lower.dtype)
+        return grad_x, grad_max, grad_min, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor | None, clip_max: Tensor | None, clip_min: Tensor | None, *_: Any) -> Tensor:
+        above, below, error = _slopes(ctx, clips=True)
+        tangent = torch.zeros_like(error) if x is None else torch.where(above | below, 0.0, x.to(error.dtype))
+        if clip_max is not None:
+            tangent = tangent + (error + above) * clip_max
+        if clip_min is not None:
+            tangent = tangent + (below.to(error.dtype) - error) * clip_min
+        return tangent.to(ctx.saved_tensors[0].dtype)
+
+
+_DIRECT = direct_form(_FakeQuantizeActivation)
+
+
+def _slopes(ctx: Any, clips: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where ``x`` is above and below the range, and the part of the gradients of the clips that they share."""
+    (saved, upper, lower, scale, offset), (num_bits, dtype, _) = ctx.saved_tensors, ctx.settings
+    x = saved.to(dtype)
+    largest, smallest = range_ends(scale, num_bits, offset)
+    above, below = x > largest, x < smallest
+    if not clips:
+        return above, below, x
+    codes = torch.where(above, upper, torch.where(below, lower, x)).div_(scale)
+    return above, below, torch.round(codes).sub_(codes).div_(2**num_bits - 1)

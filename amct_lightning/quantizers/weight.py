@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_lightning.quantizers.base import Quantizer
+from amct_lightning.quantizers.transforms import transforming
 from amct_lightning.quantizers.weight_functional import (
     ChannelLayout,
     arq_scale,
@@ -112,7 +113,8 @@ class WeightQuantizer(Quantizer):
         else:
             with torch.no_grad():
                 scale = arq_scale(weight, self.layout, self.num_bits, self.channel_wise)
-                self.scale.copy_(scale.flatten())
+                if not transforming():
+                    self.scale.copy_(scale.flatten())
         return fake_quantize_weight(weight, scale, self.layout, self.num_bits)
 
     @torch.no_grad()
@@ -196,9 +198,12 @@ class LearnedWeightQuantizer(WeightQuantizer):
         """Do nothing: what is learned again is the optimizer's business."""
 
     def _quantize(self, weight: Tensor) -> Tensor:
-        if self.starting:
+        scales = self.scale
+        if self.starting and transforming():
+            scales = self.max_abs_scale(weight)
+        elif self.starting:
             self._start(weight)
-        scale = self.layout.spread(self.scale, self.layout.view(weight), self.channel_wise)
+        scale = self.layout.spread(scales, self.layout.view(weight), self.channel_wise)
         return fake_quantize_weight_learned(weight, scale, self.layout, self.num_bits, self.gradient_factor)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from amct_lightning.quantizers.functional import dequantize_, half_range, quantize, range_ends, usable_scale
+from amct_lightning.quantizers.transforms import call, differentiable_once, direct_form, transforming
 
 
 @dataclass(frozen=True)
@@ -98,19 +98,31 @@ def fake_quantize_weight(weight: Tensor, scale: Tensor, layout: ChannelLayout, n
         >>> fake_quantize_weight(torch.tensor([[0.26, -9.0]]), torch.tensor([[0.5]]), ChannelLayout(), 4)
         tensor([[ 0.5000, -4.0000]])
     """
-    y: Tensor = _FakeQuantizeWeight.apply(weight, scale, layout, num_bits)  # type: ignore[no-untyped-call]
-    return y
+    return call(_FakeQuantizeWeight, _DIRECT, weight, scale, layout, num_bits)
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(_ctx: Any, weight: Tensor, scale: Tensor, layout: ChannelLayout, num_bits: int) -> Tensor:
+    def forward(weight: Tensor, scale: Tensor, layout: ChannelLayout, num_bits: int) -> Tensor:
         return dequantize_(quantize(layout.view(weight), scale, num_bits), scale).view_as(weight)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    @differentiable_once
     def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None, None, None
+
+    @staticmethod
+    def jvp(_ctx: Any, weight: Tensor, *_: Any) -> Tensor:
+        return weight.view_as(weight)
+
+
+_DIRECT = direct_form(_FakeQuantizeWeight)
 
 
 def scale_gradient_factor(elements: int, num_bits: int) -> float:
@@ -156,29 +168,54 @@ def fake_quantize_weight_learned(
         >>> y.detach(), scale.grad
         (tensor([[0.5000, 3.5000]]), tensor([[1.8700]]))
     """
-    y: Tensor = _FakeQuantizeWeightLearned.apply(weight, scale, layout, num_bits, factor)  # type: ignore[no-untyped-call]
-    return y
+    return call(_FakeQuantizeWeightLearned, _DIRECT_LEARNED, weight, scale, layout, num_bits, factor)
 
 
 class _FakeQuantizeWeightLearned(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, layout: ChannelLayout, num_bits: int, factor: float) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        ctx.settings = layout, num_bits, factor
-        return _FakeQuantizeWeight.forward(ctx, weight, scale, layout, num_bits)
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
+    def forward(weight: Tensor, scale: Tensor, layout: ChannelLayout, num_bits: int, _factor: float) -> Tensor:
+        return _FakeQuantizeWeight.forward(weight, scale, layout, num_bits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, scale, *ctx.settings = inputs
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(weight, scale)
+        if transforming():
+            ctx.save_for_forward(weight, scale)
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale = ctx.saved_tensors
-        layout, num_bits, factor = ctx.settings
-        view, h = layout.view(weight), half_range(num_bits)
-        codes = view / scale
-        largest, smallest = range_ends(scale, num_bits)
-        above, below = (view > largest).to(view.dtype), (view < smallest).to(view.dtype)
-        # With a negative scale a value is above and below at once. AMCT's sum of the three terms is kept for it, and
-        # its order, which decides the last bit.
-        step = (1 - above - below) * (torch.round(codes) - codes) - below * h + above * (h - 1)
-        terms = step * factor * layout.view(grad)
-        grad_scale = terms.sum().view(scale.shape) if scale.numel() == 1 else terms.sum_to_size(scale.shape)
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            scale, layout = ctx.saved_tensors[1], ctx.settings[0]
+            terms = _slope_of_scale(ctx) * layout.view(grad)
+            grad_scale = terms.sum().view(scale.shape) if scale.numel() == 1 else terms.sum_to_size(scale.shape)
         return grad, grad_scale, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, weight: Tensor | None, scale: Tensor | None, *_: Any) -> Tensor | None:
+        if scale is None:
+            return None if weight is None else weight.view_as(weight)
+        tangent = (_slope_of_scale(ctx) * scale).view_as(ctx.saved_tensors[0])
+        return tangent if weight is None else weight + tangent
+
+
+_DIRECT_LEARNED = direct_form(_FakeQuantizeWeightLearned)
+
+
+def _slope_of_scale(ctx: Any) -> Tensor:
+    """Return by how much the weight changes with its scale, times the factor that normalizes the gradient."""
+    (weight, scale), (layout, num_bits, factor) = ctx.saved_tensors, ctx.settings
+    view, h = layout.view(weight), half_range(num_bits)
+    codes = view / scale
+    largest, smallest = range_ends(scale, num_bits)
+    above, below = (view > largest).to(view.dtype), (view < smallest).to(view.dtype)
+    # With a negative scale a value is above and below at once. AMCT's sum of the three terms is kept for it, and its
+    # order, which decides the last bit.
+    step = (1 - above - below) * (torch.round(codes) - codes) - below * h + above * (h - 1)
+    slope: Tensor = step * factor
+    return slope

@@ -111,17 +111,20 @@ class _Copy:
         self.name, self.other = name, other
         self._own = list(module.parameters())[:_PARAMETERS]
         self._quantized = float_parameters(twin)[:_PARAMETERS]
-        self._begin = [parameter.detach().clone() for parameter in self._own]
+        self._lowest = [parameter.detach().clone() for parameter in self._own]
+        self._highest = [lowest.clone() for lowest in self._lowest]
 
         self.strayed = torch.zeros((), dtype=torch.bool, device=self._own[0].device)
 
     @torch.no_grad()
     def compare(self) -> None:
         """Note whether it is no average any more of what the quantized module was and is."""
-        for own, begin, now in zip(self._own, self._begin, self._quantized, strict=True):
-            low, high = torch.minimum(begin, now), torch.maximum(begin, now)
-            margin = (high - low) + 1e-5 * (1 + begin.abs())
-            self.strayed = self.strayed | ((own < low - margin) | (own > high + margin)).any().to(self.strayed.device)
+        for own, low, high, now in zip(self._own, self._lowest, self._highest, self._quantized, strict=True):
+            low.copy_(torch.minimum(low, now))
+            high.copy_(torch.maximum(high, now))
+            margin = 1e-5 * (1 + high.abs() + low.abs())  # of rounding
+            outside = ((own < low - margin) | (own > high + margin)).any()
+            self.strayed = self.strayed | outside.to(self.strayed.device)
 
     def warn(self) -> None:
         """Warn of it."""
