@@ -34,7 +34,7 @@ class QATLayer(nn.Module):
         weight_quantizer: Quantizer of the layer's weight.
         calibrates_input: Whether this layer is the one that feeds a shared quantizer's calibration.
         keeps_input: Whether the float layer keeps its input for backward even if its weight needs no gradient. Where it
-            does not, the input may be changed in place, so that its quantizer has to keep a copy.
+            does not, the input may be changed in place, so that the quantizer has to work on a copy.
         float_expected_of: The id of this layer if nobody needs to be told that it runs in float; a copy has another.
         quant_mode: ``"quantized"``; ``"float"`` to run as before the conversion; ``"observe"`` to do so and calibrate
             on the way.
@@ -125,7 +125,7 @@ class QATLayer(nn.Module):
                 self._observe(input)
             return self.keep_in_graph(cast(Tensor, self.float_forward(input, *args, **kwargs)))
         weight = cast(Tensor, self.weight)
-        x = self.input_quantizer(input, self.calibrates_input, not (self.keeps_input or weight.requires_grad))
+        x = self.input_quantizer(self.kept(input, weight), self.calibrates_input)
         return self._operate(x, self.weight_quantizer(weight), *args, **kwargs)
 
     def float_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -139,6 +139,13 @@ class QATLayer(nn.Module):
         names = (*self.activation_quantizers, *self.weight_quantizers)
         factors = [p for name in names for p in getattr(self, name).parameters()]
         return call(_KeepInGraph, _KEEP_IN_GRAPH, output, *factors)
+
+    def kept(self, input: Tensor, weight: Tensor) -> Tensor:
+        """Return the input, or a copy of it if backward needs its values and those of the float layer would not."""
+        if self.keeps_input or weight.requires_grad or not torch.is_grad_enabled():
+            return input
+        clips = self.input_quantizer.parameters()
+        return input.clone() if input.requires_grad or any(clip.requires_grad for clip in clips) else input
 
     def _observe(self, input: Tensor) -> None:
         """Calibrate on an input without quantizing it."""

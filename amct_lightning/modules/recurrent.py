@@ -28,6 +28,8 @@ class _QATRecurrent(QATLayer):
         {"weight_quantizer": "weight_ih_l0", "recurrent_weight_quantizer": "weight_hh_l0"}
     )
 
+    keeps_input: ClassVar[bool] = False
+
     hidden_quantizer: ActivationQuantizer
     recurrent_weight_quantizer: WeightQuantizer
     weight_ih_l0: Tensor
@@ -63,7 +65,7 @@ class _QATRecurrent(QATLayer):
             return self.keep_in_graph(output), last
         state = self._initial_state(input, hx, batched)
         input_range, hidden_range = self._ranges(input, hx, state[0], time_axis)
-        x = self.input_quantizer.quantize(input, *input_range, copy=not self.weight_ih_l0.requires_grad)
+        x = self.input_quantizer.quantize(self.kept(input, self.weight_ih_l0), *input_range)
         steps, state = self._loop(x.movedim(time_axis, 0), state, hidden_range)
         if self.hidden_quantizer.learns:
             self.hidden_quantizer.watch(steps)

@@ -137,18 +137,17 @@ class ActivationQuantizer(FlaggedQuantizer):
         """The offset (zero point) of the present clips, an integer in a 0-d float32 tensor."""
         return self._factors()[1]
 
-    def forward(self, x: Tensor, observe: bool = True, copy: bool = False) -> Tensor:
+    def forward(self, x: Tensor, observe: bool = True) -> Tensor:
         """Return the fake-quantized ``x`` in its own shape and dtype; in training mode also keep the books.
 
         Args:
             x: Activations of any shape and floating dtype.
             observe: Whether a calibrating quantizer counts ``x`` as a batch.
-            copy: Whether backward is to have a copy of ``x``, so that ``x`` may be changed in place.
 
         Returns:
             The fake-quantized activations.
         """
-        return self.quantize(x, *self.update_range(x, observe), copy=copy)
+        return self.quantize(x, *self.update_range(x, observe))
 
     def update_range(self, x: Tensor, observe: bool = True, preview: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the clips to quantize ``x`` with; in training mode first calibrate on it or repair the clips.
@@ -172,20 +171,18 @@ class ActivationQuantizer(FlaggedQuantizer):
         self.watch(x, upper, lower)
         return upper, lower
 
-    def quantize(self, x: Tensor, upper: Tensor, lower: Tensor, copy: bool = False) -> Tensor:
+    def quantize(self, x: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
         """Return ``x`` fake-quantized into a range that :meth:`update_range` gave, in its own shape and dtype.
 
         Args:
             x: Activations of any shape and floating dtype.
             upper: Upper clip, 0-d float32.
             lower: Lower clip, 0-d float32.
-            copy: Whether backward is to have a copy of ``x``, so that ``x`` may be changed in place.
 
         Returns:
             The fake-quantized activations.
         """
-        clips = self.clip_max, self.clip_min, upper, lower
-        return fake_quantize_activation(x, *clips, self.num_bits, torch.float32, copy)
+        return fake_quantize_activation(x, self.clip_max, self.clip_min, upper, lower, self.num_bits, torch.float32)
 
     @torch.no_grad()
     def finish_calibration(self, clip_max: Tensor, clip_min: Tensor, degenerate: Tensor | None = None) -> None:

@@ -150,7 +150,6 @@ def fake_quantize_activation(
     lower: Tensor,
     num_bits: int,
     dtype: torch.dtype | None = None,
-    copy: bool = False,
 ) -> Tensor:
     """Quantize and dequantize ``x``, with learned-clip (ULQ) gradients.
 
@@ -165,7 +164,6 @@ def fake_quantize_activation(
         num_bits: 4, 8 or 16.
         dtype: Dtype of the arithmetic, there and back; ``None`` for that of ``x``. What is kept for backward is
             ``x`` itself in any case.
-        copy: Whether backward is to have a copy of ``x``, so that ``x`` may be changed in place.
 
     Returns:
         The fake-quantized activations, shape and dtype of ``x``.
@@ -177,7 +175,7 @@ def fake_quantize_activation(
     """
     with torch.no_grad():
         scale, offset = activation_scale_offset(upper, lower, num_bits)
-    settings = num_bits, dtype or x.dtype, copy
+    settings = num_bits, dtype or x.dtype
     return call(_FakeQuantizeActivation, _DIRECT, x, clip_max, clip_min, upper, lower, scale, offset, settings)
 
 
@@ -195,26 +193,26 @@ class _FakeQuantizeActivation(torch.autograd.Function):
         _lower: Tensor,
         scale: Tensor,
         offset: Tensor,
-        settings: tuple[int, torch.dtype, bool],
+        settings: tuple[int, torch.dtype],
     ) -> Tensor:
-        num_bits, dtype, _ = settings
+        num_bits, dtype = settings
         return dequantize_(quantize(x.to(dtype), scale, num_bits, offset), scale, offset).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, _, _, *numbers, ctx.settings = inputs
         if any(ctx.needs_input_grad[:3]):
-            ctx.save_for_backward(x.clone() if ctx.settings[-1] else x, *numbers)
+            ctx.save_for_backward(x, *numbers)
         if transforming():
             ctx.save_for_forward(x, *numbers)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, upper, lower, *_), dtype = ctx.saved_tensors, ctx.settings[1]
         grad_x, grad_max, grad_min = None, None, None
-        cast, needs = grad.to(dtype), ctx.needs_input_grad
-        above, below, error = _slopes(ctx, clips=needs[1] or needs[2])
+        cast, needs, saved = grad.to(ctx.settings[1]), ctx.needs_input_grad, ctx.saved_tensors
+        x, upper, lower, *_ = saved
+        above, below, error = _slopes(saved, ctx.settings, needs[1] or needs[2])
         if needs[0]:
             grad_x = torch.where(above | below, 0.0, cast).to(x.dtype)
         if needs[1]:
@@ -225,22 +223,24 @@ class _FakeQuantizeActivation(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor | None, clip_max: Tensor | None, clip_min: Tensor | None, *_: Any) -> Tensor:
-        above, below, error = _slopes(ctx, clips=True)
+        saved = ctx.saved_tensors
+        above, below, error = _slopes(saved, ctx.settings, True)
         tangent = torch.zeros_like(error) if x is None else torch.where(above | below, 0.0, x.to(error.dtype))
         if clip_max is not None:
             tangent = tangent + (error + above) * clip_max
         if clip_min is not None:
             tangent = tangent + (below.to(error.dtype) - error) * clip_min
-        return tangent.to(ctx.saved_tensors[0].dtype)
+        return tangent.to(saved[0].dtype)
 
 
 _DIRECT = direct_form(_FakeQuantizeActivation)
 
 
-def _slopes(ctx: Any, clips: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _slopes(saved: tuple[Tensor, ...], settings: tuple[int, torch.dtype], clips: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return where ``x`` is above and below the range, and the part of the gradients of the clips that they share."""
-    (saved, upper, lower, scale, offset), (num_bits, dtype, _) = ctx.saved_tensors, ctx.settings
-    x = saved.to(dtype)
+    kept, upper, lower, scale, offset = saved  # which gradient checkpointing gives out once only
+    num_bits, dtype = settings
+    x = kept.to(dtype)
     largest, smallest = range_ends(scale, num_bits, offset)
     above, below = x > largest, x < smallest
     if not clips:
