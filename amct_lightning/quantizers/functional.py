@@ -211,10 +211,11 @@ class _FakeQuantizeActivation(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, upper, lower, *_), dtype = ctx.saved_tensors, ctx.settings[1]
+        saved, dtype = ctx.saved_tensors, ctx.settings[1]  # read once, as activation checkpointing demands
+        x, upper, lower = saved[:3]
         grad_x, grad_max, grad_min = None, None, None
         cast, needs = grad.to(dtype), ctx.needs_input_grad
-        above, below, error = _slopes(ctx, clips=needs[1] or needs[2])
+        above, below, error = _slopes(ctx, saved, clips=needs[1] or needs[2])
         if needs[0]:
             grad_x = torch.where(above | below, 0.0, cast).to(x.dtype)
         if needs[1]:
@@ -225,22 +226,23 @@ class _FakeQuantizeActivation(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor | None, clip_max: Tensor | None, clip_min: Tensor | None, *_: Any) -> Tensor:
-        above, below, error = _slopes(ctx, clips=True)
+        saved = ctx.saved_tensors
+        above, below, error = _slopes(ctx, saved, clips=True)
         tangent = torch.zeros_like(error) if x is None else torch.where(above | below, 0.0, x.to(error.dtype))
         if clip_max is not None:
             tangent = tangent + (error + above) * clip_max
         if clip_min is not None:
             tangent = tangent + (below.to(error.dtype) - error) * clip_min
-        return tangent.to(ctx.saved_tensors[0].dtype)
+        return tangent.to(saved[0].dtype)
 
 
 _DIRECT = direct_form(_FakeQuantizeActivation)
 
 
-def _slopes(ctx: Any, clips: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _slopes(ctx: Any, saved: tuple[Tensor, ...], clips: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return where ``x`` is above and below the range, and the part of the gradients of the clips that they share."""
-    (saved, upper, lower, scale, offset), (num_bits, dtype, _) = ctx.saved_tensors, ctx.settings
-    x = saved.to(dtype)
+    (x, upper, lower, scale, offset), (num_bits, dtype, _) = saved, ctx.settings
+    x = x.to(dtype)
     largest, smallest = range_ends(scale, num_bits, offset)
     above, below = x > largest, x < smallest
     if not clips:
