@@ -80,10 +80,19 @@ def _shared(run: nn.Module) -> Iterator[Any]:
         yield from parameters
     for module in run.modules():
         for value in vars(module).values():
-            if isinstance(value, _SHARED):
-                yield value
-            elif isinstance(value, Tensor) and not value.is_leaf:
+            yield from _data_in(value)
+            if isinstance(value, Tensor) and not value.is_leaf:
                 yield value  # as an old weight norm leaves them; torch refuses to copy it
+
+
+def _data_in(value: Any) -> Iterator[Any]:
+    """Yield datasets and what loads them, also those in containers."""
+    # By name: this room does not know of Lightning.
+    if isinstance(value, _SHARED) or any(kind.__name__ == "LightningDataModule" for kind in type(value).__mro__):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _data_in(item)
 
 
 def counterpart(module: nn.Module, run: nn.Module, copied: nn.Module) -> nn.Module:
