@@ -34,6 +34,8 @@ class Forward:
         context: Makes the context in which the module runs, such as autocast.
         prepare: Is given the module that will be called, a copy of ``run`` where that can be copied; it returns what
             undoes it.
+        agree: Is given the names of the layers that training reaches in this process, and returns those that it reaches
+            in any; all processes call it.
     """
 
     run: nn.Module
@@ -42,6 +44,7 @@ class Forward:
     sees_training: bool = False
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     prepare: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
+    agree: Callable[[set[str]], set[str]] = set
 
 
 def copy_to_run(run: nn.Module) -> nn.Module | None:
