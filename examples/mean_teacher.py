@@ -6,7 +6,6 @@ student. The loop that moves it goes over ``float_parameters``: the quantized st
 which the teacher does not have.
 
     python examples/mean_teacher.py
-    amct-lightning fit --config examples/mean_teacher.yaml    # the same, from YAML
 """
 
 from __future__ import annotations

@@ -163,8 +163,12 @@ def warn_unfinished(model: nn.Module, steps: int, record: Location) -> None:
     waiting = [name for name, quantizer in quantizers.items() if not quantizer.has_range]
     found = find_plan(model)
     if waiting and found is not None:
-        waits = any(quantizers[name].waits for name in waiting)
-        remedy = "let more than zeros reach them (on_degenerate='wait')" if waits else "lower batch_num"
+        never = [name for name in waiting if not (quantizers[name].batches or quantizers[name].observed)]
+        remedy = "lower batch_num"
+        if any(quantizers[name].waits for name in waiting):
+            remedy = "let more than zeros reach them (on_degenerate='wait')"
+        elif never == waiting and steps >= found[1].config.batch_num:
+            remedy = "as no training batch has reached these layers, leave them out: skip_layers in the config"
         old = " The file that is there is an older one." if is_file(record) else ""
         rank_zero_warn(
             f"No record was written: {len(waiting)} of {len(quantizers)} activation quantizers are not calibrated "

@@ -107,7 +107,7 @@ def _layer_plans(
     in_amct = _owners(enabled, written)
     # A quantizer has one number of bits, so raising INT4 in some of its layers divides it.
     owners = _owners(enabled, {name: (owner, config[name].retrain_data_config) for name, owner in in_amct.items()})
-    first = _first_readers(trace.calls if trace.in_training is None else trace.in_training, owners)
+    first = _first_readers([*(trace.in_training or []), *trace.calls], owners)
     planned: dict[str, LayerPlan] = {}
     for call in trace.calls:
         if call.name not in enabled or call.name in planned:

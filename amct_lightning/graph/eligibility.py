@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from amct_lightning.graph.float_model import check_float_model
 from amct_lightning.graph.forward import Forward, InputData, copy_to_run, counterpart, noticed_calls
 from amct_lightning.graph.observe import observe
+from amct_lightning.graph.preserve import preserved
 from amct_lightning.graph.trace import Call, Trace
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
 from amct_lightning.modules.registry import QAT_CLASSES
@@ -77,9 +78,10 @@ def find_candidates(
         reason = _class_reason(layer) or _weight_reason(layer) or _call_reason(name, called, trace, allow_reuse)
         reason = reason or _use_reason(layer, called, shared)
         in_training = training_calls.get(name, [])
-        if reason is None and trace.in_training is not None and not in_training:
+        is_trained = trace.trained is None or name in trace.trained
+        if reason is None and not is_trained:
             reason = NOT_TRAINED
-        elif reason == NOT_REACHED and in_training:
+        elif reason == NOT_REACHED and trace.trained is not None and is_trained:
             reason = ONLY_TRAINED
         candidates[name] = Candidate(name, layer, tuple(called), tuple(in_training), reason)
     return candidates, trace
@@ -145,7 +147,8 @@ def _observe_layers(model: nn.Module, forward: Forward) -> Trace:
     copied = copy_to_run(forward.run)
     if copied is not None:
         part = counterpart(model, forward.run, copied)
-        with noticed_calls(own) as called:
+        # What the copy holds may lead back to the model, as a function does that was compiled for it.
+        with noticed_calls(own) as called, preserved(forward.run, training=True):
             trace = observe(part, _exact_layers(part), replace(forward, run=copied))
         if not called and _exact_layers(part).keys() == own.keys():
             return trace

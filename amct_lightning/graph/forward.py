@@ -34,6 +34,8 @@ class Forward:
         context: Makes the context in which the module runs, such as autocast.
         prepare: Is given the module that will be called, a copy of ``run`` where that can be copied; it returns what
             undoes it.
+        agree: Is given the names of the layers that training reaches in this process, and returns those that it reaches
+            in any; all processes call it.
     """
 
     run: nn.Module
@@ -42,6 +44,7 @@ class Forward:
     sees_training: bool = False
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     prepare: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
+    agree: Callable[[set[str]], set[str]] = set
 
 
 def copy_to_run(run: nn.Module) -> nn.Module | None:
@@ -80,10 +83,19 @@ def _shared(run: nn.Module) -> Iterator[Any]:
         yield from parameters
     for module in run.modules():
         for value in vars(module).values():
-            if isinstance(value, _SHARED):
-                yield value
-            elif isinstance(value, Tensor) and not value.is_leaf:
+            yield from _data_in(value)
+            if isinstance(value, Tensor) and not value.is_leaf:
                 yield value  # as an old weight norm leaves them; torch refuses to copy it
+
+
+def _data_in(value: Any) -> Iterator[Any]:
+    """Yield datasets and what loads them, also those in containers."""
+    # By name: this room does not know of Lightning.
+    if isinstance(value, _SHARED) or any(kind.__name__ == "LightningDataModule" for kind in type(value).__mro__):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _data_in(item)
 
 
 def counterpart(module: nn.Module, run: nn.Module, copied: nn.Module) -> nn.Module:

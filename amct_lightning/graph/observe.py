@@ -53,7 +53,10 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module], forward: Forward
             f"{_hint(run)}"
         ) from error
     if forward.sees_training:
-        trace.in_training = _observe_training(model, watched, forward, {call.name for call in trace.calls})
+        expected = {call.name for call in trace.calls}
+        trace.in_training = _observe_training(model, watched, forward, expected)
+        seen = trace.in_training
+        trace.trained = forward.agree(expected if seen is None else {call.name for call in seen})
     return trace
 
 

@@ -209,10 +209,11 @@ class _FakeQuantizeActivation(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, dtype = ctx.saved_tensors, ctx.settings[1]  # read once, as activation checkpointing demands
+        x, upper, lower = saved[:3]
         grad_x, grad_max, grad_min = None, None, None
-        cast, needs, saved = grad.to(ctx.settings[1]), ctx.needs_input_grad, ctx.saved_tensors
-        x, upper, lower, *_ = saved
-        above, below, error = _slopes(saved, ctx.settings, needs[1] or needs[2])
+        cast, needs = grad.to(dtype), ctx.needs_input_grad
+        above, below, error = _slopes(ctx, saved, clips=needs[1] or needs[2])
         if needs[0]:
             grad_x = torch.where(above | below, 0.0, cast).to(x.dtype)
         if needs[1]:
@@ -224,7 +225,7 @@ class _FakeQuantizeActivation(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, x: Tensor | None, clip_max: Tensor | None, clip_min: Tensor | None, *_: Any) -> Tensor:
         saved = ctx.saved_tensors
-        above, below, error = _slopes(saved, ctx.settings, True)
+        above, below, error = _slopes(ctx, saved, clips=True)
         tangent = torch.zeros_like(error) if x is None else torch.where(above | below, 0.0, x.to(error.dtype))
         if clip_max is not None:
             tangent = tangent + (error + above) * clip_max
@@ -236,11 +237,10 @@ class _FakeQuantizeActivation(torch.autograd.Function):
 _DIRECT = direct_form(_FakeQuantizeActivation)
 
 
-def _slopes(saved: tuple[Tensor, ...], settings: tuple[int, torch.dtype], clips: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _slopes(ctx: Any, saved: tuple[Tensor, ...], clips: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return where ``x`` is above and below the range, and the part of the gradients of the clips that they share."""
-    kept, upper, lower, scale, offset = saved  # which gradient checkpointing gives out once only
-    num_bits, dtype = settings
-    x = kept.to(dtype)
+    (x, upper, lower, scale, offset), (num_bits, dtype) = saved, ctx.settings
+    x = x.to(dtype)
     largest, smallest = range_ends(scale, num_bits, offset)
     above, below = x > largest, x < smallest
     if not clips:

@@ -41,11 +41,14 @@ class TrainingGate:
         self.is_open = False
         self.is_over = False
         self.batch = 0
+        self._begins_in_training = True
 
     def open(self) -> None:
         """Begin a training batch."""
         self.is_open = True
         self.batch += 1
+        # A model that somebody has left in evaluation mode as a whole is trained in that mode.
+        self._begins_in_training = self._model is not None and self._model.training
 
     def close(self) -> None:
         """End a training batch."""
@@ -64,7 +67,7 @@ class TrainingGate:
         """
         if self._model is None:
             return training
-        return self.is_open and (training if guest else self._model.training)
+        return self.is_open and (training if guest else self._model.training or not self._begins_in_training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of the model goes by the same gate, as a guest."""

@@ -191,8 +191,9 @@ class _FakeQuantizeWeightLearned(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_scale = None
         if ctx.needs_input_grad[1]:
-            weight, scale = ctx.saved_tensors  # which gradient checkpointing gives out once only
-            terms = _slope_of_scale(weight, scale, *ctx.settings) * ctx.settings[0].view(grad)
+            saved, layout = ctx.saved_tensors, ctx.settings[0]  # read once, as activation checkpointing demands
+            scale = saved[1]
+            terms = _slope_of_scale(ctx, saved) * layout.view(grad)
             grad_scale = terms.sum().view(scale.shape) if scale.numel() == 1 else terms.sum_to_size(scale.shape)
         return grad, grad_scale, None, None, None
 
@@ -200,16 +201,17 @@ class _FakeQuantizeWeightLearned(torch.autograd.Function):
     def jvp(ctx: Any, weight: Tensor | None, scale: Tensor | None, *_: Any) -> Tensor | None:
         if scale is None:
             return None if weight is None else weight.view_as(weight)
-        kept = ctx.saved_tensors
-        tangent = (_slope_of_scale(*kept, *ctx.settings) * scale).view_as(kept[0])
+        saved = ctx.saved_tensors
+        tangent = (_slope_of_scale(ctx, saved) * scale).view_as(saved[0])
         return tangent if weight is None else weight + tangent
 
 
 _DIRECT_LEARNED = direct_form(_FakeQuantizeWeightLearned)
 
 
-def _slope_of_scale(weight: Tensor, scale: Tensor, layout: ChannelLayout, num_bits: int, factor: float) -> Tensor:
+def _slope_of_scale(ctx: Any, saved: tuple[Tensor, ...]) -> Tensor:
     """Return by how much the weight changes with its scale, times the factor that normalizes the gradient."""
+    (weight, scale), (layout, num_bits, factor) = saved, ctx.settings
     view, h = layout.view(weight), half_range(num_bits)
     codes = view / scale
     largest, smallest = range_ends(scale, num_bits)

@@ -169,7 +169,7 @@ def test_a_failed_write_leaves_the_old_file(raw: dict[str, Any], write, monkeypa
         raise PermissionError(13, "Permission denied")
 
     path = write("old")
-    monkeypatch.setattr(files.tempfile, "mkstemp", refuse)  # an unwritable folder, also for root
+    monkeypatch.setattr(files.os, "open", refuse)  # an unwritable folder, also for root
     with pytest.raises(PermissionError):
         RetrainConfig.from_dict(raw).to_json(path)
     assert path.read_text() == "old"

@@ -102,3 +102,22 @@ def test_the_plain_twin_writes_its_record(tmp_path: Path) -> None:
     printed = run(command("digits_plain.py", tmp_path, "--epochs", "1", "--qat-epochs", "1"))
     assert "INT8 accuracy" in printed
     assert len(QuantRecord.load(tmp_path / "record.txt")) == 22
+
+
+def test_a_momentum_teacher_is_the_average_of_its_quantized_student(tmp_path: Path) -> None:
+    """And nobody is warned of pairs that do not fit."""
+    finished = subprocess.run(
+        command("mean_teacher.py", tmp_path, "--epochs", "1"),
+        capture_output=True,
+        text=True,
+        check=True,
+        env=ONE_THREAD,
+    )
+    assert re.search(r"student, INT8: [\d.]+% +teacher, float: [\d.]+%", finished.stdout)
+    assert "float copy" not in finished.stderr
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    student, teacher = state["net.0.weight"], state["teacher.0.weight"]
+    assert not torch.equal(student, teacher)
+    assert torch.allclose(student, teacher, atol=0.3)
+    assert "net.0.input_quantizer.clip_max" in state
+    assert not any(name.startswith("teacher") and "quantizer" in name for name in state)

@@ -168,6 +168,8 @@ def _known_modules(model: nn.Module, state_dict: Mapping[str, Tensor], path: str
     foreign = list(
         dict.fromkeys(key.split(".")[0] for key in state_dict if "." in key and key.split(".")[0] not in own)
     )
+    if model.state_dict().keys() - state_dict.keys():
+        return state_dict  # it is of another architecture
     if foreign:
         warnings.warn(
             f"'{path}' also holds {abbreviated(foreign)}, which {type(model).__name__} lacks and which is left "

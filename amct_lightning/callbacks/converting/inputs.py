@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from amct_lightning.callbacks.converting.observed import in_precision_of, unlogged
+from amct_lightning.callbacks.converting.observed import in_any_process, in_precision_of, unlogged
 from amct_lightning.graph.forward import Forward, InputData
 
 BatchToInput = Callable[[Any], InputData]
@@ -102,7 +102,10 @@ def find_forwards(
             inputs, problem = _usual_inputs(run, _first_batch(trainer, pl_module))
         calls = [Forward(run, given) for given in inputs]
     sees_training = trainer.state.fn == TrainerFn.FITTING
-    calls = [replace(call, sees_training=sees_training, prepare=partial(unlogged, trainer)) for call in calls]
+    calls = [
+        replace(call, sees_training=sees_training, prepare=partial(unlogged, trainer), agree=in_any_process)
+        for call in calls
+    ]
     return Forwards([*calls, *(_in_precision(trainer, call) for call in calls)], problem)
 
 

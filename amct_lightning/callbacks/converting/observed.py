@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
@@ -60,3 +61,16 @@ def in_precision_of(trainer: pl.Trainer, run: nn.Module) -> Iterator[None]:
             dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float16
             contexts.enter_context(torch.autocast(device, dtype=dtype))
         yield
+
+
+def in_any_process(names: set[str]) -> set[str]:
+    """Return the names that any process gives; a collective where there are several.
+
+    Args:
+        names: The names of this process.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return names
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, names)
+    return set().union(*gathered)

@@ -38,7 +38,7 @@ class OutsideWrites:
 
     def __init__(self, pl_module: nn.Module, model: nn.Module, interval: int) -> None:
         self._model = model
-        self._interval = interval
+        self._interval = max(1, interval)
         self._batches = 0
         self._before: dict[Quantizer, list[Tensor]] = {}
         self._written: dict[Quantizer, Tensor] = {}

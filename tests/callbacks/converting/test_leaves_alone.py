@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,19 @@ def test_prepare_qat_leaves_the_attributes_alone_as_well() -> None:
     model = Flag()
     prepare_qat(model, None, torch.randn(2, 4))
     assert model.calls == [0]
+
+
+def test_data_that_the_module_holds_is_not_copied(make_trainer: TrainerFactory) -> None:
+    class Uncopied(torch.utils.data.TensorDataset):
+        def __deepcopy__(self, memo: dict[int, Any]) -> None:
+            raise MemoryError("as large as data is")
+
+    class Holds(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            data = Uncopied(torch.zeros(1))
+            self.data, self.parts = data, {"train": [data], "val": (data,)}
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*cannot be copied")
+        make_trainer(callbacks=[QuantRetrainCallback()]).fit(Holds(), loader())

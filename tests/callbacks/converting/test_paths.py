@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from amct_lightning import (
     QuantRecord,
@@ -118,3 +120,19 @@ def test_an_input_is_known_to_be_positive_only_if_it_is_so_in_training_as_well(m
     model = Lit(Noisy())
     make_trainer(callbacks=[QuantRetrainCallback()]).fit(model, loader())
     assert not model.net.last.input_quantizer.fixed_min
+
+
+def test_a_layer_that_the_training_step_passes_by_is_named_with_the_remedy(make_trainer: TrainerFactory) -> None:
+    class OwnPath(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decode = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.decode(self.net(x))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    with pytest.warns(UserWarning, match=r"No record was written: 1 of 3 .*'decode'.*no training batch.*skip_layers"):
+        make_trainer(callbacks=[QuantRetrainCallback()]).fit(OwnPath(), loader())
