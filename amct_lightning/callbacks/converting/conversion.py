@@ -66,7 +66,12 @@ class Conversion:
             self._adopt(pl_module, state, entry, str(path))
             return
         renewed = renew_layers(*found)
-        found = _planned(state.model)
+        found = find_plan(state.model)
+        if found is None:
+            raise ValueError(
+                f"All layers of {type(state.model).__name__} were reverted part by part, so none is left to quantize. "
+                "Call revert_layers on the whole of it to have it converted anew."
+            )
         if renewed:
             rank_zero_warn(
                 f"Replaced in {type(state.model).__name__} since its conversion: {abbreviated(renewed)}. What is there "

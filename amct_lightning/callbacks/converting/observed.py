@@ -22,7 +22,8 @@ def unlogged(trainer: pl.Trainer, run: nn.Module) -> Iterator[None]:
         run: The module that runs, or a copy of it.
     """
     modules = [module for module in run.modules() if isinstance(module, pl.LightningModule)]
-    trainers = [module._trainer for module in modules]  # copies have none
+    # Private in Lightning (2.5, 2.6): the public property raises an error for a copy, which has no Trainer.
+    trainers = [module._trainer for module in modules]
     loggers = trainer.loggers
     trainer.loggers = [DummyLogger() for _ in loggers]
     for module in modules:

@@ -154,6 +154,8 @@ def test_data_that_the_module_holds_is_not_copied(make_trainer: TrainerFactory) 
             data = Uncopied(torch.zeros(1))
             self.data, self.parts = data, {"train": [data], "val": (data,)}
 
+    model = Holds()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*cannot be copied")
-        make_trainer(callbacks=[QuantRetrainCallback()]).fit(Holds(), loader())
+        make_trainer(callbacks=[QuantRetrainCallback()]).fit(model, loader())
+    assert list(quantized_layers(model)) == ["net.0", "net.4"]

@@ -94,6 +94,17 @@ def test_a_part_that_was_reverted_stays_in_float(make_trainer: TrainerFactory, t
     assert list(QuantRecord.load(tmp_path / "record.txt")) == ["net.0"]
 
 
+def test_a_model_that_was_reverted_part_by_part_is_refused_until_the_whole_is(make_trainer: TrainerFactory) -> None:
+    model = Net()
+    make_trainer(callbacks=[QuantRetrainCallback()]).fit(model, loader())
+    revert_layers(model.net)
+    with pytest.raises(ValueError, match=r"reverted part by part.*revert_layers on the whole"):
+        make_trainer(callbacks=[QuantRetrainCallback()]).fit(model, loader())
+    revert_layers(model)
+    make_trainer(callbacks=[QuantRetrainCallback()]).fit(model, loader())
+    assert list(quantized_layers(model)) == ["net.0", "net.4"]
+
+
 def test_a_part_that_owned_a_shared_quantizer_leaves_it_to_the_others(make_trainer: TrainerFactory) -> None:
     class Twins(nn.Module):
         def __init__(self) -> None:

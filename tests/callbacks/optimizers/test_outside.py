@@ -66,9 +66,12 @@ def test_a_teacher_that_is_paired_rightly_is_an_average_and_nobody_is_warned(
 
 
 def test_a_frozen_teacher_for_distillation_is_no_reason_to_warn(make_trainer: TrainerFactory) -> None:
+    model = WithTeacher(lambda _: [])
+    before = {name: parameter.clone() for name, parameter in model.teacher.named_parameters()}
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*float copy|.*written between")
-        make_trainer(callbacks=[QuantRetrainCallback()]).fit(WithTeacher(lambda _: []), loader())
+        make_trainer(callbacks=[QuantRetrainCallback()]).fit(model, loader())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.teacher.named_parameters())
 
 
 @pytest.mark.parametrize("batch_num", [1, 3])
