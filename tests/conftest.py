@@ -1,6 +1,9 @@
-"""Settings of the whole suite: reproducible arithmetic and a fresh seed for every test."""
+"""Settings of the whole suite: reproducible arithmetic, and for every test a fresh seed, compiler and terminal."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,3 +20,17 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """torch counts how often a function was compiled, for all tests of a process together, and gives up after eight."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables fit the terminal; how they are folded must not depend on where the tests run."""
+    monkeypatch.setenv("COLUMNS", "120")
