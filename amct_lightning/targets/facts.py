@@ -74,7 +74,7 @@ _INT16 = Fact(
 _INT4_ON_A2_A3 = Fact(
     "doubtful",
     "the matrix unit computes with INT4, but AMCT's documentation says that its deployed models gain no speed from it",
-    "[read] torch_npu; [doc] AMCT, create_quant_retrain_model: no gain (CANN 8.1 to 9.0), INT8 only (CANN 9.1)",
+    "[doc] torch_npu, npu_quant_matmul; AMCT, create_quant_retrain_model: no gain (CANN 8.1 to 9.0), INT8 only (9.1)",
 )
 _INT4_ON_950 = Fact(
     "unsupported",
