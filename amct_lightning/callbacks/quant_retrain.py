@@ -38,6 +38,7 @@ from amct_lightning.callbacks.sharding import build_layers, check_complete, chec
 from amct_lightning.callbacks.training import Training
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY
 from amct_lightning.config import QuantChoices, RetrainConfig
+from amct_lightning.conversion.on_target import OnUnsupported, TargetLike, TargetRules
 from amct_lightning.modules import leave_out_of_broadcast, quantized_layers
 from amct_lightning.modules.degenerate import OnDegenerate
 from amct_lightning.modules.folding import is_sharded
@@ -77,6 +78,10 @@ class QuantRetrainCallback(pl.Callback):
             state_dict (``.pt``, ``.pth``) or a ``.safetensors`` file. Ignored in a run that resumes with ``ckpt_path``.
         on_degenerate: What to do when only 0, or nearly so, reaches a layer in calibration: ``"amct"`` gives it scale 1
             as AMCT does, and warns; ``"wait"`` does not count the batch. See :func:`amct_lightning.prepare_qat`.
+        target: The hardware that the network is meant for: ``"A2"``, ``"A3"``, ``"950"`` or ``"310P"``. Before any
+            training its layers and types are checked. ``None`` checks nothing.
+        on_unsupported: What to do about layers that the target does not run: ``"error"``, ``"fallback"`` (INT8, or
+            float where that is not enough) or ``"warn"``. See :func:`amct_lightning.prepare_qat`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -111,6 +116,8 @@ class QuantRetrainCallback(pl.Callback):
         schedule: dict[str, Any] | QuantSchedule | None = None,
         float_checkpoint: str | Path | None = None,
         on_degenerate: OnDegenerate = "amct",
+        target: TargetLike = None,
+        on_unsupported: OnUnsupported = "error",
     ) -> None:
         super().__init__()
         self.config = config
@@ -126,6 +133,9 @@ class QuantRetrainCallback(pl.Callback):
         self.schedule = schedule if schedule is None else QuantSchedule.of(schedule)
         self.float_checkpoint = float_checkpoint
         self.on_degenerate = on_degenerate
+        self.target = target
+        self.on_unsupported = on_unsupported
+        self._rules = TargetRules.of(target, on_unsupported, "QuantRetrainCallback")
         check_arguments(self)
         self._calibration = CalibrationCount(on_degenerate)
         self._state: QuantState | None = None
@@ -148,9 +158,8 @@ class QuantRetrainCallback(pl.Callback):
             model, self.submodule, record, self._calibration, self.config is not None, is_fitting, pl_module
         )
         begin_in_float(self.float_checkpoint, trainer, pl_module, self.submodule)
-        Conversion(
-            self.config, self.schedule, self.input_data, self.batch_to_input, self.allow_reuse, self.search_n
-        ).apply(trainer, pl_module, state)
+        choices = self.config, self.schedule, self.input_data, self.batch_to_input
+        Conversion(*choices, self.allow_reuse, self.search_n, self._rules).apply(trainer, pl_module, state)
         leave_out_of_broadcast(pl_module)  # the module that DDP wraps
         self._watch = ModuleWatch(pl_module, model)
         expect_float(model, is_fitting)  # sanity check and model summary run the layers before any calibration

@@ -65,11 +65,13 @@ class ConversionReport:
         warnings: What often costs accuracy or speed, one line per kind.
         float_parts: Products, softmax, norms and modules with parameters that are no such layers and stay in float,
             and how many of each.
+        target: The generation of hardware that the settings were checked for, if that was asked for.
     """
 
     rows: tuple[ReportRow, ...]
     warnings: tuple[str, ...] = ()
     float_parts: tuple[tuple[str, int], ...] = ()
+    target: str | None = None
 
     def __rich__(self) -> RenderableType:
         """Give rich what it shows."""
@@ -89,7 +91,8 @@ class ConversionReport:
 
     @property
     def _head(self) -> str:
-        head = f"{sum(row.quantized for row in self.rows)} of {len(self.rows)} layers are quantized ({_LEGEND})."
+        aim = "" if self.target is None else f" for target {self.target}"
+        head = f"{sum(row.quantized for row in self.rows)} of {len(self.rows)} layers are quantized{aim} ({_LEGEND})."
         return f"{head}\n{beside(self.float_parts)}." if self.float_parts else head
 
     @property
@@ -135,7 +138,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
             else ReportRow(name, kind, reason="disabled in the config")
         )
     ordered = tuple(rows[name] for name in modules if name in rows)
-    return ConversionReport(ordered, tuple(_warnings(ordered, plan, modules)), plan.float_parts)
+    return ConversionReport(ordered, tuple(_warnings(ordered, plan, modules)), plan.float_parts, plan.target)
 
 
 def quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan) -> ReportRow:
