@@ -73,6 +73,7 @@ class ActivationQuantizer(CalibratingQuantizer):
         self.batches = self.batch_num if self.clip else 0
         self.frozen = False
         self.observed = []
+        self.missed = self._is_reached = False
         self._batch_of_gate, self._begun, self._calls_now = -1, 0, 0
         self.reset_flags(self.clip_max.device)
 
@@ -196,9 +197,12 @@ class ActivationQuantizer(CalibratingQuantizer):
     def _observe(self, values: Tensor, observe: bool, preview: Tensor) -> tuple[Tensor, Tensor]:
         # A single NaN would make the range NaN for good; it is told by the flag and left out here.
         values, preview = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in (values, preview))
-        if observe and values.numel() and not in_backward() and self._counts(values):
-            self.observed.append(values)  # a copy: the model may rewrite its activations in place
-            self._count()
+        observe = observe or self.missed  # the layer that should feed it is the one that no batch reaches
+        if observe and values.numel() and not in_backward():
+            self._is_reached = True
+            if self._counts(values):
+                self.observed.append(values)  # a copy: the model may rewrite its activations in place
+                self._count()
         if not self.calibrating or values.numel() == 0:
             return self.usable_clips()
         lower, upper = torch.aminmax(preview)

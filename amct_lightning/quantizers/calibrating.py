@@ -19,6 +19,9 @@ class CalibratingQuantizer(FlaggedQuantizer):
         recalibrating: Whether it calibrates although it has clips from before, with which it is evaluated meanwhile.
         fresh: Whether a calibration has ended since the processes agreed on the clips.
         observed: The batches.
+        missed: Whether it has been given up that a training batch reaches it: it has no range, is evaluated in float
+            and not in the record. It calibrates as soon as one does, and is in use when the processes have agreed.
+        is_told: Whether somebody was told that it is missed.
         waits: Whether batches without values (see :func:`~amct_lightning.quantizers.ifmr.has_values`) are not counted,
             which the host then waits to hear.
     """
@@ -30,6 +33,9 @@ class CalibratingQuantizer(FlaggedQuantizer):
     waits: bool
     observed: list[Tensor]
     calibrated_batches: Tensor
+    missed: bool = False
+    is_told: bool = False
+    _is_reached: bool = False
     _batch_of_gate: int
     _begun: int
     _calls_now: int
@@ -65,22 +71,37 @@ class CalibratingQuantizer(FlaggedQuantizer):
         """Take note that all processes have the same clips, if the calibration is complete."""
         if self.fresh:
             self._note(self.batch_num)
+            self.missed = False
+
+    @property
+    def reached(self) -> bool:
+        """Whether an input of a training batch has come since the calibration began, in this process."""
+        return self._is_reached or bool(self.observed) or not self.calibrating
+
+    def give_up(self) -> None:
+        """Wait no longer for a calibration: no training batch reaches it, on any process. An old range stays in use."""
+        if self.recalibrating:
+            self.batches = self.batch_num
+        else:
+            self.missed, self.is_told = True, False
 
     def catch_up(self) -> None:
         """Take note of a calibration that was copied into the buffers, as averages of weights copy those of a model."""
         if not self.calibrated_batches.is_meta:
             self._note(min(int(self.calibrated_batches), self.batch_num))
+            self.missed = self.missed and self.calibrating
 
     @property
     def has_range(self) -> bool:
-        """Whether there are clips to evaluate with: given, or from a calibration."""
-        return self.recalibrating or not self.calibrating
+        """Whether there are clips to evaluate with: given, or from a calibration; the same on all processes if late."""
+        return not self.missed and (self.recalibrating or not self.calibrating)
 
     def recalibrate(self) -> None:
         """Calibrate anew, on the training batches to come; a range that the configuration gives stays."""
         if self.clip is None and self.has_range:
             self.batches = -self.batch_num
             self.observed = []
+            self._is_reached = False
 
     def finish_calibration(self, clip_max: Tensor, clip_min: Tensor, degenerate: Tensor | None = None) -> None:
         """Take over a calibrated range and stop observing."""
