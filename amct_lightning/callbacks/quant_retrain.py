@@ -12,11 +12,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from amct_lightning.callbacks.averaging import averaged_modules
 from amct_lightning.callbacks.calibration_count import CalibrationCount
 from amct_lightning.callbacks.checkpoints.float_weights import begin_in_float
+from amct_lightning.callbacks.checkpoints.hooks import CheckpointHooks
 from amct_lightning.callbacks.checkpoints.io import RecordCheckpointIO
-from amct_lightning.callbacks.checkpoints.records import RecordFile, copy_records_of_links, present_record, record_text
+from amct_lightning.callbacks.checkpoints.records import RecordFile, record_text
 from amct_lightning.callbacks.checkpoints.state import QuantState
 from amct_lightning.callbacks.checks import (
     check_arguments,
@@ -24,7 +24,6 @@ from amct_lightning.callbacks.checks import (
     explain_matrices_only,
     find_submodule,
     warn_spawned,
-    warn_unfinished,
 )
 from amct_lightning.callbacks.converting.conversion import Conversion
 from amct_lightning.callbacks.converting.inputs import BatchToInput
@@ -36,7 +35,6 @@ from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.schedule.table import schedule_table
 from amct_lightning.callbacks.sharding import build_layers, check_complete, check_tensor_parallel
 from amct_lightning.callbacks.training import Training
-from amct_lightning.checkpoint_file import CHECKPOINT_KEY
 from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.conversion.on_target import OnUnsupported, TargetLike, TargetRules
 from amct_lightning.modules import leave_out_of_broadcast, quantized_layers
@@ -45,7 +43,7 @@ from amct_lightning.modules.folding import is_sharded
 from amct_lightning.modules.shift_hook import synchronize_shift_search
 
 
-class QuantRetrainCallback(pl.Callback):
+class QuantRetrainCallback(CheckpointHooks):
     """Quantization-aware training of a LightningModule; nothing in the module changes.
 
     In ``setup``, for every stage, the layers named by ``config`` are converted in place (once; a second ``fit`` or
@@ -138,12 +136,9 @@ class QuantRetrainCallback(pl.Callback):
         self._rules = TargetRules.of(target, on_unsupported, "QuantRetrainCallback")
         check_arguments(self)
         self._calibration = CalibrationCount(on_degenerate)
-        self._state: QuantState | None = None
         self._modules: list[nn.Module] = []
         self._max_epochs: int | None = None
-        self._training: Training | None = None
         self._watch: ModuleWatch | None = None
-        self._has_trained = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -260,17 +255,6 @@ class QuantRetrainCallback(pl.Callback):
         self._has_trained = not trainer.fast_dev_run  # type: ignore[attr-defined]
 
     @override
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the record of the final state, which other callbacks may have averaged; all ranks wait for it."""
-        if self._has_trained:
-            self._write_record(trainer)
-            if trainer.is_global_zero:
-                warn_unfinished(self._converted(), self._calibration.steps, self._run.record.path)
-        copy_records_of_links(trainer.checkpoint_callbacks)
-        self._has_trained = False
-        trainer.strategy.barrier("QuantRetrainCallback.on_fit_end")
-
-    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the quantizers go by their own mode again."""
         if self._watch is not None:
@@ -289,36 +273,6 @@ class QuantRetrainCallback(pl.Callback):
         self._training = None
         self.teardown(trainer, pl_module, "")
 
-    @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Put plan, calibration state and record into the checkpoint, and frozen factors into averages of weights."""
-        if self._training is not None:
-            self._training.settle_averages()
-        copy_records_of_links(trainer.checkpoint_callbacks)
-        entry = None if self._state is None else self._state.entry()
-        if entry is not None:
-            checkpoint[CHECKPOINT_KEY] = entry
-
-    @override
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Take back batches that a calibration in progress had observed."""
-        self._run.restore(checkpoint.get(CHECKPOINT_KEY, {}), averaged_modules(trainer))
-        if self._training is not None:  # as the searches for learning rate and batch size do
-            self._training.phases.forget()
-
-    @property
-    def _run(self) -> QuantState:
-        if self._state is None:
-            raise RuntimeError("QuantRetrainCallback has no model yet: it is used outside of a Trainer run.")
-        return self._state
-
-    def _converted(self) -> nn.Module:
-        return self._run.converted()
-
     def _look(self, hooks: str | None = None) -> None:
         if self._watch is not None:
             self._watch.look(hooks)
@@ -328,8 +282,3 @@ class QuantRetrainCallback(pl.Callback):
             synchronize_shift_search(self._converted())
         if self.search_n and not self._run.is_fitting:
             self._write_record(trainer)
-
-    def _write_record(self, trainer: pl.Trainer) -> None:
-        text = present_record(trainer, self._converted())
-        if trainer.is_global_zero:
-            self._run.record.write(text)
