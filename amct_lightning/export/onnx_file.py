@@ -12,9 +12,9 @@ from torch import nn
 
 from amct_lightning.export.checks import check_exportable, check_record
 from amct_lightning.export.forms import FORMS, Form, write_form
-from amct_lightning.export.graph import BaseGraph, Names, build_graph
-from amct_lightning.export.prepared import Prepared, prepare, uncompiled
 from amct_lightning.export.report import ExportReport
+from amct_lightning.export.tracing.base_graph import BaseGraph, Names, build_graph
+from amct_lightning.export.tracing.prepared import Prepared, prepare, uncompiled
 from amct_lightning.export.write import save_models
 from amct_lightning.files import check_writable
 from amct_lightning.graph.forward import InputData

@@ -13,7 +13,7 @@ from torch import nn
 from amct_lightning.amct.data_parallel import unwrap
 from amct_lightning.conversion.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.export.numbers import LayerNumbers, layer_numbers
-from amct_lightning.export.placeholder import LayerCall
+from amct_lightning.export.tracing.placeholder import LayerCall
 from amct_lightning.graph.forward import copy_to_run
 from amct_lightning.graph.preserve import preserved
 from amct_lightning.modules.deployed import DEVICE_BITS

@@ -19,9 +19,9 @@ import torch.onnx
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from amct_lightning.export.libraries import quiet
-from amct_lightning.export.placeholder import LayerCall, placeholders
-from amct_lightning.export.prepared import Prepared
-from amct_lightning.export.signature import FlatCall, dynamic_shapes, on_cpu
+from amct_lightning.export.tracing.placeholder import LayerCall, placeholders
+from amct_lightning.export.tracing.prepared import Prepared
+from amct_lightning.export.tracing.signature import FlatCall, dynamic_shapes, on_cpu
 from amct_lightning.graph.forward import InputData
 
 LOWEST_OPSET = 11
