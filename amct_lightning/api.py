@@ -73,6 +73,7 @@ def create_quant_retrain_model(
     *,
     allow_reuse: bool = False,
     search_n: bool = False,
+    deploy_grid: bool = False,
     on_degenerate: OnDegenerate = "amct",
 ) -> nn.Module:
     r"""Make a copy of a model that trains with quantization, as a configuration file says.
@@ -89,6 +90,7 @@ def create_quant_retrain_model(
         input_data: Input for which the model works, see :func:`create_quant_retrain_config`.
         allow_reuse: See :func:`prepare_qat`.
         search_n: See :func:`prepare_qat`.
+        deploy_grid: See :func:`prepare_qat`.
         on_degenerate: See :func:`prepare_qat`.
 
     Returns:
@@ -113,7 +115,8 @@ def create_quant_retrain_model(
     """
     texts = {"config_file": (config_file, str), "record_file": (record_file, str)}
     _check_arguments("create_quant_retrain_model", model, input_data, texts)
-    options = {"allow_reuse": allow_reuse, "search_n": search_n, "on_degenerate": on_degenerate}
+    options: dict[str, Any] = {"allow_reuse": allow_reuse, "search_n": search_n, "deploy_grid": deploy_grid}
+    options["on_degenerate"] = on_degenerate
     converted = _convert(config_file, model, record_file, input_data, options)
     _start_record(converted, record_file)
     return wrap_like(converted, model)
@@ -129,6 +132,7 @@ def restore_quant_retrain_model(
     *,
     allow_reuse: bool = False,
     search_n: bool = False,
+    deploy_grid: bool = False,
     on_degenerate: OnDegenerate = "amct",
 ) -> nn.Module:
     r"""Make a converted copy of a model, as :func:`create_quant_retrain_model` does, and load a saved state into it.
@@ -147,6 +151,7 @@ def restore_quant_retrain_model(
         state_dict_name: The entry of the file that holds the state_dict; ``None`` if the file is the state_dict.
         allow_reuse: See :func:`prepare_qat`.
         search_n: See :func:`prepare_qat`.
+        deploy_grid: See :func:`prepare_qat`.
         on_degenerate: See :func:`prepare_qat`.
 
     Returns:
@@ -180,7 +185,8 @@ def restore_quant_retrain_model(
     _check_arguments("restore_quant_retrain_model", model, input_data, texts)
     _refuse_same_file(record_file, pth_file, "checkpoint")
     state_dict = select_state_dict(read_checkpoint(pth_file), state_dict_name, pth_file)
-    options = {"allow_reuse": allow_reuse, "search_n": search_n, "on_degenerate": on_degenerate}
+    options: dict[str, Any] = {"allow_reuse": allow_reuse, "search_n": search_n, "deploy_grid": deploy_grid}
+    options["on_degenerate"] = on_degenerate
     converted = _convert(config_file, model, record_file, input_data, options)
     restore_state(converted, state_dict, pth_file)
     _start_record(converted, record_file)
@@ -196,6 +202,7 @@ def prepare_qat(
     source: str = "",
     allow_reuse: bool = False,
     search_n: bool = False,
+    deploy_grid: bool = False,
     on_degenerate: OnDegenerate = "amct",
 ) -> nn.Module:
     """Convert a model for quantization-aware training.
@@ -215,6 +222,9 @@ def prepare_qat(
             all their calls. AMCT leaves them in float.
         search_n: Search, in evaluation passes, by how many bits the hardware has to shift the int32 sums of each
             convolution and linear layer to keep them in int16; the record carries the result as ``shift_bit``.
+        deploy_grid: Compute with what the device computes with, so that the deployed network gives the same codes in
+            every layer: quantize by the float32 reciprocal of the scale, add a bias of int32 to integer sums, keep 19
+            bits of their scale, and in evaluation fold the BatchNorm into its convolution. AMCT's training does not.
         on_degenerate: What a calibration does with a batch in which nothing but 0, or nearly so, reaches a layer: with
             ``"amct"`` it counts, the scale becomes 1 as in AMCT and a warning says so; with ``"wait"`` it does not
             count, and the layer calibrates on until a batch has values. It is no part of the state.
@@ -240,7 +250,7 @@ def prepare_qat(
     check_on_degenerate(on_degenerate, "prepare_qat")
     check_float_model(model)
     source = source or config_source(config)
-    plan = make_plan(model, load_config(config), input_data, source, allow_reuse, search_n)
+    plan = make_plan(model, load_config(config), input_data, source, allow_reuse, search_n, deploy_grid)
     target = model if inplace else _copy(model)
     convert_layers(target, plan)
     set_on_degenerate(target, on_degenerate)

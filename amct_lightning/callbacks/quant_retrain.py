@@ -30,7 +30,7 @@ from amct_lightning.callbacks.converting.conversion import Conversion
 from amct_lightning.callbacks.converting.inputs import BatchToInput
 from amct_lightning.callbacks.converting.module_setup import set_up_now
 from amct_lightning.callbacks.converting.watch import ModuleWatch
-from amct_lightning.callbacks.modes import expect_float, start_shift_search
+from amct_lightning.callbacks.modes import begin_evaluation, expect_float
 from amct_lightning.callbacks.optimizers.param_groups import ClipGroups
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.schedule.table import schedule_table
@@ -77,6 +77,7 @@ class QuantRetrainCallback(pl.Callback):
             state_dict (``.pt``, ``.pth``) or a ``.safetensors`` file. Ignored in a run that resumes with ``ckpt_path``.
         on_degenerate: What to do when only 0, or nearly so, reaches a layer in calibration: ``"amct"`` gives it scale 1
             as AMCT does, and warns; ``"wait"`` does not count the batch. See :func:`amct_lightning.prepare_qat`.
+        deploy_grid: Compute with what the device computes with; see :func:`amct_lightning.prepare_qat`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -111,6 +112,7 @@ class QuantRetrainCallback(pl.Callback):
         schedule: dict[str, Any] | QuantSchedule | None = None,
         float_checkpoint: str | Path | None = None,
         on_degenerate: OnDegenerate = "amct",
+        deploy_grid: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -126,6 +128,7 @@ class QuantRetrainCallback(pl.Callback):
         self.schedule = schedule if schedule is None else QuantSchedule.of(schedule)
         self.float_checkpoint = float_checkpoint
         self.on_degenerate = on_degenerate
+        self.deploy_grid = deploy_grid
         check_arguments(self)
         self._calibration = CalibrationCount(on_degenerate)
         self._state: QuantState | None = None
@@ -148,9 +151,9 @@ class QuantRetrainCallback(pl.Callback):
             model, self.submodule, record, self._calibration, self.config is not None, is_fitting, pl_module
         )
         begin_in_float(self.float_checkpoint, trainer, pl_module, self.submodule)
-        Conversion(
-            self.config, self.schedule, self.input_data, self.batch_to_input, self.allow_reuse, self.search_n
-        ).apply(trainer, pl_module, state)
+        options = self.allow_reuse, self.search_n, self.deploy_grid
+        conversion = Conversion(self.config, self.schedule, self.input_data, self.batch_to_input, *options)
+        conversion.apply(trainer, pl_module, state)
         leave_out_of_broadcast(pl_module)  # the module that DDP wraps
         self._watch = ModuleWatch(pl_module, model)
         expect_float(model, is_fitting)  # sanity check and model summary run the layers before any calibration
@@ -173,7 +176,7 @@ class QuantRetrainCallback(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted; start the search of the shifts anew."""
         self._look()
-        start_shift_search(self._converted(), enabled=not trainer.sanity_checking)
+        begin_evaluation(self._converted(), searches=not trainer.sanity_checking)
         if self._training is not None:
             self._training.settle_averages()  # they are evaluated in place of the model
 
@@ -186,7 +189,7 @@ class QuantRetrainCallback(pl.Callback):
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted; start the search of the shifts anew."""
         self._look()
-        start_shift_search(self._converted(), enabled=True)
+        begin_evaluation(self._converted(), searches=True)
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -197,7 +200,7 @@ class QuantRetrainCallback(pl.Callback):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted."""
         self._look()
-        start_shift_search(self._converted(), enabled=False)
+        begin_evaluation(self._converted(), searches=False)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -73,6 +73,7 @@ class QuantPlan:
         refused: The layers that could not be enabled, in module order.
         ends: Names of the first and the last layer of a supported type to run, quantized or not.
         float_parts: What else of the forward stays in float, see ``graph/float_parts.py``: kinds and how many of each.
+        deploy_grid: Whether the layers compute with what the device computes with.
     """
 
     config: RetrainConfig
@@ -81,6 +82,7 @@ class QuantPlan:
     refused: tuple[RefusedLayer, ...] = field(default=(), compare=False)
     ends: tuple[str, ...] = field(default=(), compare=False)
     float_parts: tuple[tuple[str, int], ...] = field(default=(), compare=False)
+    deploy_grid: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain dicts, lists, strings and numbers, for a checkpoint."""
@@ -91,6 +93,7 @@ class QuantPlan:
             "refused": [asdict(layer) for layer in self.refused],
             "ends": list(self.ends),
             "float_parts": dict(self.float_parts),
+            "deploy_grid": self.deploy_grid,
         }
 
     def only(self, layers: Sequence[LayerPlan]) -> QuantPlan:
@@ -165,6 +168,7 @@ class QuantPlan:
                 tuple(RefusedLayer(**layer) for layer in data.get("refused", ())),
                 tuple(data.get("ends", ())),
                 tuple({**data.get("float_parts", {})}.items()),
+                data.get("deploy_grid", False),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(

@@ -19,6 +19,7 @@ _NARROW = 17
 _NOTES_WIDTH = 22
 _GAP = 2
 _TITLES = ("Layer", "Type", "Quantized", "Notes")
+_ON_GRID = "They compute with what the device computes with (deploy_grid=True)."
 _LEGEND = "A8W8: bits of activations and weights; ARQ, ULQ: weight scales, /ch: per channel"
 
 
@@ -65,11 +66,13 @@ class ConversionReport:
         warnings: What often costs accuracy or speed, one line per kind.
         float_parts: Products, softmax, norms and modules with parameters that are no such layers and stay in float,
             and how many of each.
+        deploy_grid: Whether the layers compute with what the device computes with.
     """
 
     rows: tuple[ReportRow, ...]
     warnings: tuple[str, ...] = ()
     float_parts: tuple[tuple[str, int], ...] = ()
+    deploy_grid: bool = False
 
     def __rich__(self) -> RenderableType:
         """Give rich what it shows."""
@@ -90,7 +93,8 @@ class ConversionReport:
     @property
     def _head(self) -> str:
         head = f"{sum(row.quantized for row in self.rows)} of {len(self.rows)} layers are quantized ({_LEGEND})."
-        return f"{head}\n{beside(self.float_parts)}." if self.float_parts else head
+        grid = [_ON_GRID] if self.deploy_grid else []
+        return "\n".join([head, *grid, *([f"{beside(self.float_parts)}."] if self.float_parts else [])])
 
     @property
     def _notes(self) -> list[str]:
@@ -135,7 +139,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
             else ReportRow(name, kind, reason="disabled in the config")
         )
     ordered = tuple(rows[name] for name in modules if name in rows)
-    return ConversionReport(ordered, tuple(_warnings(ordered, plan, modules)), plan.float_parts)
+    return ConversionReport(ordered, tuple(_warnings(ordered, plan, modules)), plan.float_parts, plan.deploy_grid)
 
 
 def quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan) -> ReportRow:

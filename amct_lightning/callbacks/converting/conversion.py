@@ -38,6 +38,7 @@ class Conversion:
     batch_to_input: BatchToInput | None
     allow_reuse: bool
     search_n: bool
+    deploy_grid: bool = False
 
     def apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: QuantState) -> None:
         """Convert a float model, or make sure that a converted one is quantized as it should be.
@@ -113,7 +114,7 @@ class Conversion:
         errors = []
         for forward in inputs.calls:
             try:
-                return make_plan(model, config, forward, source, self.allow_reuse, self.search_n)
+                return make_plan(model, config, forward, source, self.allow_reuse, self.search_n, self.deploy_grid)
             except RuntimeError as error:
                 errors.append(error)
         raise inputs.failure(errors[0])
@@ -130,6 +131,7 @@ class Conversion:
 
     def _wanted(self, root: nn.Module, plan: QuantPlan) -> QuantPlan:
         """Return the plan with the settings of the configuration, or as it is without one."""
+        plan = replace(plan, deploy_grid=plan.deploy_grid or self.deploy_grid)
         if self.config is None:
             return plan
         layers = {layer: _as_float(root.get_submodule(layer)) for layer in plan.config}
