@@ -73,6 +73,7 @@ class QuantPlan:
         refused: The layers that could not be enabled, in module order.
         ends: Names of the first and the last layer of a supported type to run, quantized or not.
         float_parts: What else of the forward stays in float, see ``graph/float_parts.py``: kinds and how many of each.
+        target: The generation of hardware that the settings were checked for, if that was asked for.
         deploy_grid: Whether the layers compute with what the device computes with.
     """
 
@@ -82,6 +83,7 @@ class QuantPlan:
     refused: tuple[RefusedLayer, ...] = field(default=(), compare=False)
     ends: tuple[str, ...] = field(default=(), compare=False)
     float_parts: tuple[tuple[str, int], ...] = field(default=(), compare=False)
+    target: str | None = field(default=None, compare=False)
     deploy_grid: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,6 +95,7 @@ class QuantPlan:
             "refused": [asdict(layer) for layer in self.refused],
             "ends": list(self.ends),
             "float_parts": dict(self.float_parts),
+            "target": self.target,
             "deploy_grid": self.deploy_grid,
         }
 
@@ -168,6 +171,7 @@ class QuantPlan:
                 tuple(RefusedLayer(**layer) for layer in data.get("refused", ())),
                 tuple(data.get("ends", ())),
                 tuple({**data.get("float_parts", {})}.items()),
+                data.get("target"),
                 data.get("deploy_grid", False),
             )
         except (KeyError, TypeError) as error:
@@ -205,6 +209,19 @@ def find_plan(model: nn.Module) -> tuple[nn.Module, QuantPlan] | None:
     if len(left) == len(plan.layers):
         return found
     return (root, plan.only(left)) if left else None
+
+
+def note_target(model: nn.Module, target: str) -> None:
+    """Write into the plan of a converted model for which generation of hardware it was checked since.
+
+    Args:
+        model: A converted model, or a wrapper around one.
+        target: The name of the generation.
+    """
+    found = carried_plan(model)
+    if found is not None:
+        root, plan = found
+        setattr(root, PLAN_ATTRIBUTE, replace(plan, target=target))
 
 
 def carried_plan(model: nn.Module) -> tuple[nn.Module, QuantPlan] | None:

@@ -1,6 +1,6 @@
 """What a deployed layer computes with: integer weights and biases, and the scale of its sums.
 
-The formulas are AMCT's; ``export/`` writes their results into files, and ``grid/`` trains with them.
+The formulas are AMCT's. ``export/`` writes their results into files; a model on the device's grid trains with them.
 All are tensors on the layer's device, and nothing is read on the host.
 """
 
