@@ -81,6 +81,7 @@ def create_quant_retrain_model(
     *,
     allow_reuse: bool = False,
     search_n: bool = False,
+    deploy_grid: bool = False,
     on_degenerate: OnDegenerate = "amct",
     target: TargetLike = None,
     on_unsupported: OnUnsupported = "error",
@@ -99,6 +100,7 @@ def create_quant_retrain_model(
         input_data: Input for which the model works, see :func:`create_quant_retrain_config`.
         allow_reuse: See :func:`prepare_qat`.
         search_n: See :func:`prepare_qat`.
+        deploy_grid: See :func:`prepare_qat`.
         on_degenerate: See :func:`prepare_qat`.
         target: See :func:`prepare_qat`.
         on_unsupported: See :func:`prepare_qat`.
@@ -126,7 +128,7 @@ def create_quant_retrain_model(
     texts = {"config_file": (config_file, str), "record_file": (record_file, str)}
     check_arguments("create_quant_retrain_model", model, input_data, texts)
     options: dict[str, Any] = {"allow_reuse": allow_reuse, "search_n": search_n, "on_degenerate": on_degenerate}
-    options |= {"target": target, "on_unsupported": on_unsupported}
+    options |= {"target": target, "on_unsupported": on_unsupported, "deploy_grid": deploy_grid}
     converted = _convert(config_file, model, record_file, input_data, options)
     _start_record(converted, record_file)
     return wrap_like(converted, model)
@@ -142,6 +144,7 @@ def restore_quant_retrain_model(
     *,
     allow_reuse: bool = False,
     search_n: bool = False,
+    deploy_grid: bool = False,
     on_degenerate: OnDegenerate = "amct",
     target: TargetLike = None,
     on_unsupported: OnUnsupported = "error",
@@ -162,6 +165,7 @@ def restore_quant_retrain_model(
         state_dict_name: The entry of the file that holds the state_dict; ``None`` if the file is the state_dict.
         allow_reuse: See :func:`prepare_qat`.
         search_n: See :func:`prepare_qat`.
+        deploy_grid: See :func:`prepare_qat`.
         on_degenerate: See :func:`prepare_qat`.
         target: See :func:`prepare_qat`.
         on_unsupported: See :func:`prepare_qat`.
@@ -198,7 +202,7 @@ def restore_quant_retrain_model(
     refuse_same_file(record_file, pth_file, "checkpoint")
     state_dict = select_state_dict(read_checkpoint(pth_file), state_dict_name, pth_file)
     options: dict[str, Any] = {"allow_reuse": allow_reuse, "search_n": search_n, "on_degenerate": on_degenerate}
-    options |= {"target": target, "on_unsupported": on_unsupported}
+    options |= {"target": target, "on_unsupported": on_unsupported, "deploy_grid": deploy_grid}
     converted = _convert(config_file, model, record_file, input_data, options)
     restore_state(converted, state_dict, pth_file)
     _start_record(converted, record_file)
@@ -214,6 +218,7 @@ def prepare_qat(
     source: str = "",
     allow_reuse: bool = False,
     search_n: bool = False,
+    deploy_grid: bool = False,
     on_degenerate: OnDegenerate = "amct",
     target: TargetLike = None,
     on_unsupported: OnUnsupported = "error",
@@ -235,6 +240,9 @@ def prepare_qat(
             all their calls. AMCT leaves them in float.
         search_n: Search, in evaluation passes, by how many bits the hardware has to shift the int32 sums of each
             convolution and linear layer to keep them in int16; the record carries the result as ``shift_bit``.
+        deploy_grid: Compute with what the device computes with, so that the deployed network gives the same codes in
+            every layer: quantize by the float32 reciprocal of the scale, add a bias of int32 to integer sums, keep 19
+            bits of their scale, and in evaluation fold the BatchNorm into its convolution. AMCT's training does not.
         on_degenerate: What a calibration does with a batch in which nothing but 0, or nearly so, reaches a layer: with
             ``"amct"`` it counts, the scale becomes 1 as in AMCT and a warning says so; with ``"wait"`` it does not
             count, and the layer calibrates on until a batch has values. It is no part of the state.
@@ -264,7 +272,7 @@ def prepare_qat(
     check_on_degenerate(on_degenerate, "prepare_qat")
     check_float_model(model)
     rules, name = TargetRules.of(target, on_unsupported, "prepare_qat"), source or config_source(config)
-    plan = make_plan(model, load_config(config), input_data, name, allow_reuse, search_n, rules)
+    plan = make_plan(model, load_config(config), input_data, name, allow_reuse, search_n, rules, deploy_grid)
     converted = model if inplace else _copy(model)
     convert_layers(converted, plan)
     set_on_degenerate(converted, on_degenerate)

@@ -32,7 +32,7 @@ from amct_lightning.callbacks.converting.watch import ModuleWatch
 from amct_lightning.callbacks.exporting.at_end import export_at_end
 from amct_lightning.callbacks.exporting.batches import Inputs
 from amct_lightning.callbacks.exporting.settings import ExportForm, ExportSettings
-from amct_lightning.callbacks.modes import expect_float, start_shift_search
+from amct_lightning.callbacks.modes import begin_evaluation, expect_float
 from amct_lightning.callbacks.optimizers.param_groups import ClipGroups
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.schedule.table import schedule_table
@@ -87,6 +87,7 @@ class QuantRetrainCallback(CheckpointHooks):
             ``"fake_quant"``, ``"qdq"``; see :func:`amct_lightning.export_onnx`.
         export_dir: Where to, with its record; ``None`` means ``export`` in the Trainer's ``default_root_dir``.
         verify_batches: Number of evaluation batches to verify it on, see :func:`amct_lightning.verify_export`.
+        deploy_grid: Compute with what the device computes with; see :func:`amct_lightning.prepare_qat`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -126,6 +127,7 @@ class QuantRetrainCallback(CheckpointHooks):
         export: ExportForm | list[ExportForm] | None = None,
         export_dir: str | Path | None = None,
         verify_batches: int = 1,
+        deploy_grid: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -145,6 +147,7 @@ class QuantRetrainCallback(CheckpointHooks):
         self.on_unsupported = on_unsupported
         self._rules = TargetRules.of(target, on_unsupported, "QuantRetrainCallback")
         self._exports = ExportSettings.of(export, export_dir, verify_batches)
+        self.deploy_grid = deploy_grid
         check_arguments(self)
         self._calibration = CalibrationCount(on_degenerate)
         self._modules: list[nn.Module] = []
@@ -165,7 +168,8 @@ class QuantRetrainCallback(CheckpointHooks):
         )
         begin_in_float(self.float_checkpoint, trainer, pl_module, self.submodule)
         choices = self.config, self.schedule, self.input_data, self.batch_to_input
-        Conversion(*choices, self.allow_reuse, self.search_n, self._rules).apply(trainer, pl_module, state)
+        options = self.allow_reuse, self.search_n, self._rules, self.deploy_grid
+        Conversion(*choices, *options).apply(trainer, pl_module, state)
         leave_out_of_broadcast(pl_module)  # the module that DDP wraps
         self._watch = ModuleWatch(pl_module, model)
         expect_float(model, is_fitting)  # sanity check and model summary run the layers before any calibration
@@ -188,7 +192,7 @@ class QuantRetrainCallback(CheckpointHooks):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted; start the search of the shifts anew."""
         self._look()
-        start_shift_search(self._converted(), enabled=not trainer.sanity_checking)
+        begin_evaluation(self._converted(), searches=not trainer.sanity_checking)
         if self._training is not None:
             self._training.settle_averages()  # they are evaluated in place of the model
 
@@ -201,7 +205,7 @@ class QuantRetrainCallback(CheckpointHooks):
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted; start the search of the shifts anew."""
         self._look()
-        start_shift_search(self._converted(), enabled=True)
+        begin_evaluation(self._converted(), searches=True)
 
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -212,7 +216,7 @@ class QuantRetrainCallback(CheckpointHooks):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate a model that could not be converted."""
         self._look()
-        start_shift_search(self._converted(), enabled=False)
+        begin_evaluation(self._converted(), searches=False)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
