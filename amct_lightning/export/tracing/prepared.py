@@ -44,8 +44,9 @@ class Prepared:
 
     @property
     def dequant_bits(self) -> int:
-        """How many bits of the dequantization scales the files hold."""
-        return DEVICE_BITS if self.plan.config.fakequant_precision_mode == "FORCE_FP16_QUANT" else 32
+        """How many bits of the dequantization scales the files hold: those that the model computes with."""
+        forced = self.plan.config.fakequant_precision_mode == "FORCE_FP16_QUANT"
+        return DEVICE_BITS if forced or self.plan.deploy_grid else 32
 
     def numbers(self, call: LayerCall) -> LayerNumbers:
         """Return the numbers of a layer.
