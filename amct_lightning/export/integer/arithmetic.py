@@ -83,10 +83,22 @@ def dequant_scale(parameter: np.ndarray, bits: int = 19) -> np.ndarray:
     return kept_bits(pattern.view(np.float32), bits)
 
 
-def kept_bits(scale: np.ndarray, bits: int = 19) -> np.ndarray:
-    """Return float32 scales with the bits that the device keeps: 19 of them, or all 32."""
+def check_bits(bits: int) -> None:
+    """Refuse a number of bits that is neither that of the device nor that of the file.
+
+    Args:
+        bits: The number.
+
+    Raises:
+        ValueError: If it is not 19 or 32.
+    """
     if bits not in (19, 32):
         raise ValueError(f"deq_bits is {bits!r}, it must be 19, as the device computes, or 32 for comparison.")
+
+
+def kept_bits(scale: np.ndarray, bits: int = 19) -> np.ndarray:
+    """Return float32 scales with the bits that the device keeps: 19 of them, or all 32."""
+    check_bits(bits)
     if bits == 32:
         return scale
     return (scale.view(np.uint32) & np.uint32(KEPT_BITS & 0xFFFFFFFF)).view(np.float32)

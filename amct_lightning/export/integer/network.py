@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amct_lightning.export.integer.arithmetic import kept_bits
+from amct_lightning.export.integer.arithmetic import check_bits
 from amct_lightning.export.integer.compute import Observe, layer_outputs, recurrent_outputs
 from amct_lightning.export.integer.deploy_form import DeployReader, FormReader
 from amct_lightning.export.integer.graph_file import GraphFile, Source, read_by
@@ -159,7 +159,7 @@ class DeployedNetwork(QuantizedNetwork):
     def __init__(
         self, source: Source, *, deq_bits: int = 19, output_dtype: Literal["float32", "float16"] = "float32"
     ) -> None:
-        kept_bits(np.zeros(1, np.float32), deq_bits)
+        check_bits(deq_bits)
         if output_dtype not in ("float32", "float16"):
             raise ValueError(f"output_dtype is {output_dtype!r}, it must be 'float32' or 'float16'.")
         reader = DeployReader(GraphFile(source))
