@@ -1,0 +1,1 @@
+"""Proving exported files equal to the model that they were exported from."""

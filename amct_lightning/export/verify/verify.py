@@ -1,0 +1,81 @@
+"""Proving exported files equal to the model that they were exported from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amct_lightning.conversion.plan import find_plan
+from amct_lightning.export.integer.arithmetic import check_bits
+from amct_lightning.export.tracing.prepared import trained_part
+from amct_lightning.export.verify.expected import ExpectedLayer, expected_layer
+from amct_lightning.export.verify.form import FormVerification
+from amct_lightning.export.verify.report import VerifyReport
+from amct_lightning.export.verify.torch_side import run_model, tensors_in
+from amct_lightning.graph.forward import InputData
+from amct_lightning.record import QuantRecord
+from amct_lightning.wording import closest
+
+FORMS = ("deploy", "fake_quant", "qdq")
+
+
+def compare(
+    model: nn.Module,
+    files: Mapping[str, str | Path],
+    batches: Iterable[InputData],
+    *,
+    deq_bits: int = 19,
+) -> VerifyReport:
+    """Do what :func:`amct_lightning.verify_export` says.
+
+    Args:
+        model: The converted model.
+        files: Form -> file.
+        batches: What the model is called with.
+        deq_bits: 19 or 32.
+    """
+    check_bits(deq_bits)
+    _check(files, batches)
+    record = QuantRecord.from_model(model)
+    found = find_plan(model)
+    assert found is not None
+    root, plan = found[0], trained_part(*found)
+    layers = {layer.name: expected_layer(root, layer, record[layer.name]) for layer in plan.layers}
+    forms = [FormVerification(form, files[form], layers, deq_bits) for form in FORMS if form in files]
+    order, count, samples = list[str](), 0, 0
+    for batch in batches:
+        with torch.no_grad():
+            samples += _compared(model, layers, batch, forms, order)
+        count += 1
+    if not count:
+        raise ValueError("There is no batch to verify the export on; give at least one, as the model takes it.")
+    return VerifyReport(count, samples, deq_bits, tuple(form.report(order) for form in forms))
+
+
+def _compared(
+    model: nn.Module, layers: Mapping[str, ExpectedLayer], batch: Any, forms: list[FormVerification], order: list[str]
+) -> int:
+    for form in forms:
+        form.check(batch)
+    run = run_model(model, layers, batch)
+    order += [name for name in run.calls if name not in order]
+    for form in forms:
+        form.add(batch, run)
+    first = tensors_in(batch)[0]
+    return first.shape[0] if first.dim() else 1
+
+
+def _check(files: Mapping[str, str | Path], batches: object) -> None:
+    for form in files:
+        if form not in FORMS:
+            raise ValueError(f"There is no form {form!r}, only {', '.join(FORMS)}.{closest(form, FORMS)}")
+    if not files:
+        raise ValueError(f"There is no file to verify; files maps one or more of {', '.join(FORMS)} to files.")
+    if isinstance(batches, (Tensor, Mapping)):
+        raise ValueError(
+            f"batches is a {type(batches).__name__}; give several in a list or a DataLoader, one of them as [batch]."
+        )
