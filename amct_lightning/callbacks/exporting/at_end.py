@@ -104,7 +104,7 @@ def _verified(
     files: Mapping[ExportForm, str],
 ) -> str:
     batches = inputs.batches(trainer, trained.module, call, settings.verify_batches)
-    report = verify_export(call.run, files, batches)
+    report = verify_export(call.run, {str(form): file for form, file in files.items()}, batches)
     report.save(settings.file(trainer, "verification.json"))
     if not report.ok:
         rank_zero_warn(f"QuantRetrainCallback: the exported networks depart from the trained one:\n{report}")
