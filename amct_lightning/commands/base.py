@@ -42,7 +42,9 @@ class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _expand_help(self, action: argparse.Action) -> str:
         text = _ROLE.sub(r"\1", super()._expand_help(action))
         text = _LITERAL.sub(lambda found: found[1] if found[1][0] in "'\"" else f"'{found[1]}'", text)
-        return text.replace(" (default: null)", "").replace(" (default: False)", "")
+        for nothing in (" (default: null)", " (default: False)", ", default: null"):
+            text = text.replace(nothing, "")
+        return text
 
 
 class Command(ABC):
