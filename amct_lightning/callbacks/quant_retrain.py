@@ -29,6 +29,9 @@ from amct_lightning.callbacks.converting.conversion import Conversion
 from amct_lightning.callbacks.converting.inputs import BatchToInput
 from amct_lightning.callbacks.converting.module_setup import set_up_now
 from amct_lightning.callbacks.converting.watch import ModuleWatch
+from amct_lightning.callbacks.exporting.at_end import export_at_end
+from amct_lightning.callbacks.exporting.batches import Inputs
+from amct_lightning.callbacks.exporting.settings import ExportForm, ExportSettings
 from amct_lightning.callbacks.modes import expect_float, start_shift_search
 from amct_lightning.callbacks.optimizers.param_groups import ClipGroups
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
@@ -80,6 +83,10 @@ class QuantRetrainCallback(CheckpointHooks):
             training its layers and types are checked. ``None`` checks nothing.
         on_unsupported: What to do about layers that the target does not run: ``"error"``, ``"fallback"`` (INT8, or
             float where that is not enough) or ``"warn"``. See :func:`amct_lightning.prepare_qat`.
+        export: Forms in which the best checkpoint, or else the model, is exported at the end of fit: ``"deploy"``,
+            ``"fake_quant"``, ``"qdq"``; see :func:`amct_lightning.export_onnx`.
+        export_dir: Where to, with its record; ``None`` means ``export`` in the Trainer's ``default_root_dir``.
+        verify_batches: Number of evaluation batches to verify it on, see :func:`amct_lightning.verify_export`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -116,6 +123,9 @@ class QuantRetrainCallback(CheckpointHooks):
         on_degenerate: OnDegenerate = "amct",
         target: TargetLike = None,
         on_unsupported: OnUnsupported = "error",
+        export: ExportForm | list[ExportForm] | None = None,
+        export_dir: str | Path | None = None,
+        verify_batches: int = 1,
     ) -> None:
         super().__init__()
         self.config = config
@@ -134,6 +144,7 @@ class QuantRetrainCallback(CheckpointHooks):
         self.target = target
         self.on_unsupported = on_unsupported
         self._rules = TargetRules.of(target, on_unsupported, "QuantRetrainCallback")
+        self._exports = ExportSettings.of(export, export_dir, verify_batches)
         check_arguments(self)
         self._calibration = CalibrationCount(on_degenerate)
         self._modules: list[nn.Module] = []
@@ -272,6 +283,12 @@ class QuantRetrainCallback(CheckpointHooks):
             self._training.close()
         self._training = None
         self.teardown(trainer, pl_module, "")
+
+    @override
+    def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._exports is not None:
+            inputs = Inputs(self.input_data, self.batch_to_input)
+            export_at_end(self._exports, trainer, pl_module, self.submodule, inputs, self._rules)
 
     def _look(self, hooks: str | None = None) -> None:
         if self._watch is not None:

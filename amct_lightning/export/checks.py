@@ -12,6 +12,7 @@ from amct_lightning.config import RetrainConfig
 from amct_lightning.config.fit import without_int4
 from amct_lightning.config.layer import LayerConfig
 from amct_lightning.conversion.plan import QuantPlan, find_plan
+from amct_lightning.export.tracing.prepared import trained_part
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.modules.layers import QATLayer
 from amct_lightning.record import QuantRecord
@@ -58,7 +59,8 @@ def check_exportable(model: nn.Module) -> QuantPlan:
             f"BatchNorm {cut_off(repr(name) for name in training)} is in training mode, in which it has no fixed "
             "statistics to export. Call model.eval() first."
         )
-    root, plan = found
+    root = found[0]
+    plan = trained_part(*found)
     in_float = [layer.name for layer in plan.layers if _mode(root.get_submodule(layer.name)) != "quantized"]
     if in_float:
         raise ValueError(

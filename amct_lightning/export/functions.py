@@ -156,8 +156,8 @@ def _settings(
     opset: int | None,
     external_data_threshold: int,
 ) -> Settings:
-    from amct_lightning.export.graph import Names  # noqa: PLC0415
     from amct_lightning.export.onnx_file import Settings  # noqa: PLC0415
+    from amct_lightning.export.tracing.base_graph import Names  # noqa: PLC0415
 
     return Settings(Names(input_names, output_names, dynamic_axes), opset, external_data_threshold)
 

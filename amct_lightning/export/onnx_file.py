@@ -12,9 +12,10 @@ from torch import nn
 
 from amct_lightning.export.checks import check_exportable, check_record
 from amct_lightning.export.forms import FORMS, Form, write_form
-from amct_lightning.export.graph import BaseGraph, Names, build_graph
-from amct_lightning.export.prepared import Prepared, prepare, uncompiled
 from amct_lightning.export.report import ExportReport
+from amct_lightning.export.tracing.base_graph import BaseGraph, Names, build_graph
+from amct_lightning.export.tracing.prepared import Prepared, prepare, uncompiled
+from amct_lightning.export.trial import RunsAsTrained
 from amct_lightning.export.write import save_models
 from amct_lightning.files import check_writable
 from amct_lightning.graph.forward import InputData
@@ -69,7 +70,8 @@ def export_forms(
     if record is not None:
         check_record(record, model, plan, source)
     prepared = prepare(model, record)
-    base = build_graph(prepared, input_data, settings.names, settings.opset)
+    check = RunsAsTrained.of(prepared, input_data)
+    base = build_graph(prepared, input_data, settings.names, settings.opset, check)
     models = {form: write_form(base, prepared, form) for form in files}
     save_models({str(files[form]): made for form, made in models.items()}, settings.external_data_threshold)
     reports = {form: _report(form, files[form], base, prepared, made) for form, made in models.items()}

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
 from amct_lightning.callbacks.averaging import averaged_modules
 from amct_lightning.callbacks.calibration_count import CalibrationCount
-from amct_lightning.callbacks.checkpoints.records import copy_records_of_links, present_record
+from amct_lightning.callbacks.checkpoints.records import copy_records_of_links, present_record, record_path
 from amct_lightning.callbacks.checkpoints.state import QuantState
 from amct_lightning.callbacks.checks import warn_unfinished
+from amct_lightning.callbacks.exporting.best import best_checkpoint
 from amct_lightning.callbacks.training import Training
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY
 
@@ -35,6 +37,8 @@ class CheckpointHooks(pl.Callback):
             self._write_record(trainer)
             if trainer.is_global_zero:
                 warn_unfinished(self._converted(), self._calibration.steps, self._run.record.path)
+                self._tell_records(trainer)
+                self._export(trainer, pl_module)
         copy_records_of_links(trainer.checkpoint_callbacks)
         self._has_trained = False
         trainer.strategy.barrier("QuantRetrainCallback.on_fit_end")
@@ -59,6 +63,18 @@ class CheckpointHooks(pl.Callback):
         self._run.restore(checkpoint.get(CHECKPOINT_KEY, {}), averaged_modules(trainer))
         if self._training is not None:  # as the searches for learning rate and batch size do
             self._training.phases.forget()
+
+    def _tell_records(self, trainer: pl.Trainer) -> None:
+        """Say which record belongs to which checkpoint: the record file has the factors of the end."""
+        best = best_checkpoint(trainer)
+        if best is not None:
+            rank_zero_info(
+                f"QuantRetrainCallback: the best checkpoint is '{best}', its record '{record_path(best)}'. "
+                f"'{self._run.record.path}' is the record of the model at the end of the training."
+            )
+
+    def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export the trained model, if that is wanted."""
 
     @property
     def _run(self) -> QuantState:

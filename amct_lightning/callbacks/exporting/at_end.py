@@ -16,6 +16,7 @@ from amct_lightning.callbacks.converting.observed import unlogged
 from amct_lightning.callbacks.exporting.batches import Inputs
 from amct_lightning.callbacks.exporting.best import Trained, best_of
 from amct_lightning.callbacks.exporting.settings import ExportForm, ExportSettings
+from amct_lightning.conversion.on_target import TargetRules
 from amct_lightning.export.atc import atc_command
 from amct_lightning.export.report import ExportReport
 from amct_lightning.files import write_text
@@ -32,7 +33,7 @@ def export_at_end(
     pl_module: pl.LightningModule,
     submodule: str | None,
     inputs: Inputs,
-    target: str | None = None,
+    rules: TargetRules | None = None,
 ) -> None:
     """Export the best checkpoint of a training, or the model as it is at the end; a failure is told, and no more.
 
@@ -44,7 +45,7 @@ def export_at_end(
         pl_module: The module, which is not changed.
         submodule: Name of the converted part of it.
         inputs: What it is called with.
-        target: The generation of Ascend hardware to export for.
+        rules: What the Ascend hardware allows that it is exported for.
     """
     if is_sharded(pl_module):
         rank_zero_warn(
@@ -55,7 +56,7 @@ def export_at_end(
     try:
         trained = best_of(trainer, pl_module)
         with unlogged(trainer, trained.module):
-            _export(settings, trainer, trained, find_submodule(trained.module, submodule), inputs, target)
+            _export(settings, trainer, trained, find_submodule(trained.module, submodule), inputs, rules)
     except Exception as error:  # of whatever kind: the training is complete, and must not end in an error
         _logger.debug("The export failed.", exc_info=error)
         rank_zero_warn(
@@ -70,7 +71,7 @@ def _export(
     trained: Trained,
     model: nn.Module,
     inputs: Inputs,
-    target: str | None,
+    rules: TargetRules | None,
 ) -> None:
     from amct_lightning.export.onnx_file import export_forms  # noqa: PLC0415  (ONNX's libraries may not be installed)
 
@@ -81,7 +82,7 @@ def _export(
     about: dict[str, Any] = {"weights": trained.source, "files": {form: str(file) for form, file in files.items()}}
     lines = [f"QuantRetrainCallback: exported {trained.source}.", *map(str, reports.values())]
     if "deploy" in reports:
-        command = _atc(reports["deploy"], target)
+        command = _atc(reports["deploy"], rules)
         write_text(settings.file(trainer, "atc.sh"), f"{command}\n")
         lines.append(f"Compile it for the device with:\n{command}")
     if settings.verify_batches:
@@ -90,8 +91,8 @@ def _export(
     rank_zero_info("\n".join(lines))
 
 
-def _atc(report: ExportReport, target: str | None) -> str:
-    return atc_command(report.path, target, input_shapes=report.inputs)
+def _atc(report: ExportReport, rules: TargetRules | None) -> str:
+    return atc_command(report.path, None if rules is None else rules.target.name, input_shapes=report.inputs)
 
 
 def _verified(

@@ -15,9 +15,9 @@ from amct_lightning.export.forms.fake_quant import fake_quant_layer
 from amct_lightning.export.forms.qdq import lowest_opset, qdq_layer
 from amct_lightning.export.forms.recurrent import deploy_recurrent, fake_quant_recurrent, qdq_recurrent
 from amct_lightning.export.forms.versions import at_least
-from amct_lightning.export.graph import BaseGraph
-from amct_lightning.export.placeholder import DOMAIN
-from amct_lightning.export.prepared import Prepared
+from amct_lightning.export.tracing.base_graph import BaseGraph
+from amct_lightning.export.tracing.placeholder import DOMAIN
+from amct_lightning.export.tracing.prepared import Prepared
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
 
 Form = Literal["qdq", "deploy", "fake_quant"]

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from amct_lightning.export.numbers import Array, LayerNumbers
-from amct_lightning.export.placeholder import LayerCall
+from amct_lightning.export.tracing.placeholder import LayerCall
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import nn
 from amct_lightning.amct.data_parallel import unwrap
 from amct_lightning.conversion.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.export.numbers import LayerNumbers, layer_numbers
-from amct_lightning.export.placeholder import LayerCall
+from amct_lightning.export.tracing.placeholder import LayerCall
 from amct_lightning.graph.forward import copy_to_run
 from amct_lightning.graph.preserve import preserved
 from amct_lightning.modules.deployed import DEVICE_BITS
@@ -94,7 +94,18 @@ def prepare(model: nn.Module, record: QuantRecord | None = None) -> Prepared:
     found = find_plan(copied)
     if found is None:  # pragma: no cover: the copy has what the model has
         raise RuntimeError("The copy of a converted model has no plan.")
-    return Prepared(copied, *found, factors)
+    root, plan = found
+    return Prepared(copied, root, trained_part(root, plan), factors)
+
+
+def trained_part(root: nn.Module, plan: QuantPlan) -> QuantPlan:
+    """Return a plan without the layers that no training batch has reached, which run in float.
+
+    Args:
+        root: The converted module.
+        plan: Its plan.
+    """
+    return plan.only([layer for layer in plan.layers if not cast(QATLayer, root.get_submodule(layer.name)).is_missed])
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -19,9 +19,9 @@ import torch.onnx
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from amct_lightning.export.libraries import quiet
-from amct_lightning.export.placeholder import LayerCall, placeholders
-from amct_lightning.export.prepared import Prepared
-from amct_lightning.export.signature import FlatCall, dynamic_shapes, on_cpu
+from amct_lightning.export.tracing.placeholder import LayerCall, placeholders
+from amct_lightning.export.tracing.prepared import Prepared
+from amct_lightning.export.tracing.signature import FlatCall, dynamic_shapes, on_cpu
 from amct_lightning.graph.forward import InputData
 
 LOWEST_OPSET = 11
@@ -30,6 +30,10 @@ LOWEST_OPSET = 11
 _TORCHSCRIPT_OPSETS = (11, 14, 17)
 _TORCH_EXPORT_OPSET = 18
 _SEEN_AS = "run."  # the name of the model in a FlatCall
+
+
+class WrongNamesError(ValueError):
+    """The names that are given for inputs or outputs do not fit."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,13 @@ class BaseGraph:
     dropped: Sequence[str]
 
 
-def build_graph(prepared: Prepared, input_data: InputData, names: Names, opset: int | None = None) -> BaseGraph:
+def build_graph(
+    prepared: Prepared,
+    input_data: InputData,
+    names: Names,
+    opset: int | None = None,
+    check: Callable[[BaseGraph], None] = lambda _: None,
+) -> BaseGraph:
     """Translate a model into ONNX.
 
     Args:
@@ -76,6 +86,7 @@ def build_graph(prepared: Prepared, input_data: InputData, names: Names, opset: 
         input_data: Input for which it works.
         names: What its inputs and outputs are called.
         opset: The only opset to try; ``None`` for the lowest that can express the model.
+        check: Raises an error for a graph that is not to be taken; then the next exporter is asked.
 
     Returns:
         The graph.
@@ -88,19 +99,23 @@ def build_graph(prepared: Prepared, input_data: InputData, names: Names, opset: 
     with prepared.ready(), quiet():
         call = FlatCall(prepared.model, on_cpu(input_data)).eval()
         if names.inputs is not None and len(names.inputs) != len(call.names):
-            raise ValueError(
+            raise WrongNamesError(
                 f"input_names has {len(names.inputs)} names, {list(names.inputs)}; the input has {len(call.names)} "
                 f"tensors: {call.names}."
             )
         for title, attempt_opset, export in _attempts(opset):
             try:
                 model, calls = export(call, prepared, names, attempt_opset)
+                _rename(model, call, names)
+                _tidy(model)
+                graph = BaseGraph(model, calls, title, attempt_opset, dict(failed), tuple(call.dropped))
+                check(graph)
+            except WrongNamesError:
+                raise
             except Exception as error:  # exporters raise whatever the translated operators raise
                 failed[f"{title}, opset {attempt_opset}"] = _first_line(error)
                 continue
-            _rename(model, call, names)
-            _tidy(model)
-            return BaseGraph(model, calls, title, attempt_opset, failed, tuple(call.dropped))
+            return graph
     listed = "\n".join(f"- {attempt}: {message}" for attempt, message in failed.items())
     raise RuntimeError(
         f"{type(prepared.model).__name__} cannot be translated into ONNX, by none of torch's exporters. This is about "
@@ -175,7 +190,7 @@ def _rename(model: ir.Model, call: FlatCall, names: Names) -> None:
     graph = model.graph
     outputs = names.outputs or call.output_names
     if len(outputs) != len(graph.outputs):
-        raise ValueError(
+        raise WrongNamesError(
             f"output_names has {len(outputs)} names, {list(outputs)}; the model returns {len(graph.outputs)} tensors: "
             f"{call.output_names}."
         )
