@@ -22,6 +22,7 @@ class GraphFile:
         source: The file, or the model.
 
     Attributes:
+        path: Its path, ``None`` for a model that was given.
         label: What messages call the file.
         model: The model.
         nodes: Its nodes in the order of the file, Constant nodes left out.
@@ -34,7 +35,8 @@ class GraphFile:
     """
 
     def __init__(self, source: Source) -> None:
-        self.label = "the given ONNX model" if isinstance(source, ModelProto) else f"'{source}'"
+        self.path = None if isinstance(source, ModelProto) else str(source)
+        self.label = "the given ONNX model" if self.path is None else f"'{self.path}'"
         self.model = source if isinstance(source, ModelProto) else _load(Path(source))
         graph = self.model.graph
         self._constants: dict[str, onnx.TensorProto | NodeProto] = {tensor.name: tensor for tensor in graph.initializer}

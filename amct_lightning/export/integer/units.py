@@ -64,6 +64,7 @@ class IntegerLayer:
         moves_codes: Transpose nodes between the quantizer and the layer.
         moves_sums: Transpose nodes between the layer and the dequantization.
         parameter: The dequantization parameters as they stand in the file, if it is a deploy model.
+        faults: What does not fit together in the file itself.
     """
 
     name: str
@@ -79,6 +80,7 @@ class IntegerLayer:
     moves_codes: tuple[NodeProto, ...] = ()
     moves_sums: tuple[NodeProto, ...] = ()
     parameter: np.ndarray | None = None
+    faults: tuple[str, ...] = ()
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from onnx import NodeProto
 
 from amct_lightning.export.integer.deploy_form import PRODUCTS, DeployReader, FormReader
 from amct_lightning.export.integer.graph_file import GraphFile, attributes_of
-from amct_lightning.export.integer.units import InputQuantizer, RecurrentLayer
+from amct_lightning.export.integer.units import InputQuantizer, IntegerLayer, RecurrentLayer
 
 _RECURRENT = ("LSTM", "GRU")
 _CODES = ("Sub", "Clip", "Add", "Round", "Mul")  # from the last to the first
@@ -146,6 +147,17 @@ class QdqReader(_FloatFormReader):
         return InputQuantizer(node.name, node.input[0], float(scale.item()), float(zero.item()), bits, divides=True)
 
     fake_quantizer = quantizer
+
+    def layer(self, node: NodeProto) -> IntegerLayer | None:
+        """Return the quantized layer that a convolution or product is, ``None`` if it is one in float."""
+        found = super().layer(node)
+        maker = self._constant_dequant(node.input[2]) if len(node.input) > 2 else None
+        if found is None or maker is None:
+            return found
+        scale = self._factors(maker)[0].ravel()
+        if scale.size in (1, found.scale.size) and np.allclose(scale, found.scale, 1e-6, 0.0):
+            return found
+        return replace(found, faults=("the scale of its bias is not that of its sums, input times weight",))
 
     def integers(self, tensor: str, node: NodeProto, what: str) -> np.ndarray:
         """Return the integers of which a DequantizeLinear makes a weight or bias.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from amct_lightning.export.integer.graph_file import GraphFile
+from amct_lightning.export.integer.graph_file import GraphFile, Source
 from amct_lightning.export.integer.network import DeployedNetwork, QuantizedNetwork
 from amct_lightning.export.integer.segments import check_inputs
 from amct_lightning.export.integer.units import IntegerLayer, LayerTrace, Unit
@@ -35,7 +34,7 @@ class FormVerification:
 
     Args:
         form: ``"deploy"``, ``"fake_quant"`` or ``"qdq"``.
-        path: The file.
+        source: The file, or the model read from it.
         layers: The layers of the model.
         deq_bits: How many bits of the dequantization scale count in the deploy model.
 
@@ -44,12 +43,12 @@ class FormVerification:
         ValueError: If it is no file of that form.
     """
 
-    def __init__(self, form: str, path: Path, layers: Mapping[str, ExpectedLayer], deq_bits: int) -> None:
-        self.form, self.path, self.layers, self.deq_bits = form, path, layers, deq_bits
+    def __init__(self, form: str, source: Source, layers: Mapping[str, ExpectedLayer], deq_bits: int) -> None:
+        self.form, self.layers, self.deq_bits = form, layers, deq_bits
         if form == "deploy":
-            self.network: QuantizedNetwork = DeployedNetwork(path, deq_bits=deq_bits)
+            self.network: QuantizedNetwork = DeployedNetwork(source, deq_bits=deq_bits)
         else:
-            self.network = QuantizedNetwork(reader_of(form, GraphFile(path)))
+            self.network = QuantizedNetwork(reader_of(form, GraphFile(source)))
         self.file = self.network.file
         self.faults: dict[str, list[str]] = {}
         self.rows: dict[str, Row] = {}
@@ -99,7 +98,7 @@ class FormVerification:
             if what.startswith(_AFTER) == late
         )
         outputs = tuple(output.report() for output in self.outputs if output.values)
-        return FormReport(self.form, str(self.path), rows, outputs, departures)
+        return FormReport(self.form, self.file.path or self.file.label, rows, outputs, departures)
 
     def _match_names(self) -> dict[str, tuple[str, int]]:
         """Return for every unit the layer of the model and which of its calls it is."""
@@ -201,13 +200,12 @@ class FormVerification:
     def _free_run(self, inputs: dict[str, np.ndarray], run: TorchRun) -> None:
         try:
             found = self._deployed(inputs, run) if self.form == "deploy" else self._in_onnxruntime(inputs, run)
+            for comparison, array, wanted in zip(self.outputs, found, run.outputs, strict=False):
+                comparison.add(array, wanted)
         except (ValueError, RuntimeError) as error:
             if not self.faults:
                 first = self.network.units[0].name if self.network.units else ""
                 self._fault(first, f"the file cannot be run: {error}")
-            return
-        for comparison, array, wanted in zip(self.outputs, found, run.outputs, strict=False):
-            comparison.add(array, wanted)
 
     def _deployed(self, inputs: dict[str, np.ndarray], run: TorchRun) -> list[np.ndarray]:
         assert isinstance(self.network, DeployedNetwork)
@@ -223,7 +221,7 @@ class FormVerification:
     def _in_onnxruntime(self, inputs: dict[str, np.ndarray], run: TorchRun) -> list[np.ndarray]:
         """Run the file itself, and look at what its quantizers read."""
         if self._session is None:
-            self._session, self._seen = observed_session(self.file, self.network.units, self.path)
+            self._session, self._seen = observed_session(self.file, self.network.units)
         count = len(self.file.outputs)
         names = [*self.file.outputs, *self._seen]
         try:

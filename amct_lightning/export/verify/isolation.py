@@ -56,7 +56,7 @@ class Isolated:
         difference = (found - expected).abs()
         self.outputs += expected.numel()
         self.outputs_wrong += int((~(difference <= tolerance)).sum())
-        self.largest = max(self.largest, float(difference.max()) if difference.numel() else 0.0)
+        self.largest = float(np.maximum(self.largest, float(difference.max()) if difference.numel() else 0.0))
 
 
 def isolated(unit: Unit, expected: ExpectedLayer, call: Call, deq_bits: int) -> Isolated:
@@ -135,8 +135,9 @@ def _product_outputs(
     bias = 0.0 if expected.float_bias is None else float(np.abs(expected.float_bias).max())
     fixed = _SUM_ERRORS * call.eps * (per_channel * scale + bias)
     fixed += (0.5 if unit.bias is not None else 0.0) * scale + float(expected.flips.max()) * largest * scale
-    part = (_KEPT_BY_THE_DEVICE if deq_bits != 32 else 0.0) + given.error
-    tolerance = fixed + part * before.reshape(call.y.shape).abs()
+    magnitude = before.reshape(call.y.shape).abs()
+    # The dropped bits take their part of sums and bias together; another scale of the input that of the sums alone.
+    tolerance = fixed + (_KEPT_BY_THE_DEVICE if deq_bits != 32 else 0.0) * magnitude + given.error * (magnitude + bias)
     result.add_outputs(found.reshape(call.y.shape), call.y, tolerance)
 
 
@@ -190,5 +191,6 @@ def same_input(found: np.ndarray, call: Call, quantizer: InputQuantizer) -> floa
         raise ValueError(f"'{quantizer.source}' has shape {list(array.shape)} instead of {list(wanted.shape)}")
     if not wanted.numel():
         return 0.0
-    difference = (array.reshape(wanted.shape) - wanted).abs()
+    array = array.reshape(wanted.shape)
+    difference = torch.where(array == wanted, 0.0, (array - wanted).abs())
     return float(difference.nan_to_num(torch.inf).max() / wanted.abs().max().clamp(min=1e-30))

@@ -50,10 +50,12 @@ class OutputComparison:
         """
         if found.shape != wanted.shape:
             raise ValueError(f"output '{self.name}' has shape {list(found.shape)} instead of {list(wanted.shape)}")
-        difference = np.abs(found.astype(np.float64) - wanted.astype(np.float64))
+        with np.errstate(invalid="ignore"):
+            difference = np.abs(found.astype(np.float64) - wanted.astype(np.float64))
+        difference[found == wanted] = 0.0  # infinities, of masks, among them
         self.values += difference.size
         self.total += float(difference.sum())
-        self.largest = max(self.largest, float(difference.max(initial=0.0)))
+        self.largest = float(np.maximum(self.largest, difference.max(initial=0.0)))  # keeps NaN
         if wanted.dtype.kind == "f" and wanted.ndim >= 2 and wanted.shape[-1] >= 2:
             self._add_top(found.reshape(-1, wanted.shape[-1]), wanted.reshape(-1, wanted.shape[-1]))
 

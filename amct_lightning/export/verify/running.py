@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,13 +74,12 @@ def made_by_model(
     return {unit.dequantized: y, unit.output: y}
 
 
-def observed_session(file: GraphFile, units: Sequence[Unit], path: Path) -> tuple[Any, list[str]]:
+def observed_session(file: GraphFile, units: Sequence[Unit]) -> tuple[Any, list[str]]:
     """Return a session of a file that also gives what the quantizers read, where the file is small enough for that.
 
     Args:
         file: The graph of the file.
         units: Its quantized layers.
-        path: The file.
 
     Returns:
         The session, and the names of the tensors that it gives besides its outputs.
@@ -89,8 +87,8 @@ def observed_session(file: GraphFile, units: Sequence[Unit], path: Path) -> tupl
     label = file.label
     made = {name for node in file.nodes for name in node.output} - set(file.outputs)
     wanted = [name for name in dict.fromkeys(unit.quantizer.source for unit in units) if name in made]
-    if file.model.ByteSize() >= 2**31 - 1:
-        return session(str(path), label), []
+    if file.path is not None and file.model.ByteSize() >= 2**31 - 1:
+        return session(file.path, label), []
     outputs = file.model.graph.output
     count = len(outputs)
     outputs.extend(onnx.ValueInfoProto(name=name) for name in wanted)

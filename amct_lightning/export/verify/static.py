@@ -36,7 +36,7 @@ def static_faults(unit: Unit, expected: ExpectedLayer) -> list[str]:
     elif expected.hidden is not None:
         return [f"it is a {unit.kind} and a {type(expected.module).__name__} in the model"]
     else:
-        faults += _product(unit, expected.input)
+        faults += [*unit.faults, *_product(unit, expected.input)]
     return [*faults, *_attributes(unit, expected)]
 
 

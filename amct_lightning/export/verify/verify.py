@@ -61,7 +61,7 @@ def verify_export(
     assert found is not None
     root, plan = found
     layers = {layer.name: expected_layer(root, layer, record[layer.name]) for layer in plan.layers}
-    forms = [FormVerification(form, Path(files[form]), layers, deq_bits) for form in FORMS if form in files]
+    forms = [FormVerification(form, files[form], layers, deq_bits) for form in FORMS if form in files]
     order, count, samples = list[str](), 0, 0
     for batch in batches:
         with torch.no_grad():

@@ -250,7 +250,7 @@ class TestErrors:
                 lambda m: m.graph.initializer[1].CopyFrom(
                     numpy_helper.from_array(parameter([1, 1, 1]), "layer.dequant.param")
                 ),
-                r"'layer\.dequant'.*3 parameters for 2 output channels",
+                r"'layer\.dequant'.*3 scales for 2 output channels",
             ),
             (
                 lambda m: m.graph.initializer[0].CopyFrom(
