@@ -52,7 +52,7 @@ def batch_axes(model: nn.Module, input_data: InputData) -> dict[str, dict[int, s
         model: The model.
         input_data: Its input.
     """
-    from amct_lightning.export.signature import FlatCall  # noqa: PLC0415  (a command that exports nothing needs none)
+    from amct_lightning.export.tracing.signature import FlatCall  # noqa: PLC0415  (a command that exports nothing needs none)
 
     call = FlatCall(model, input_data)
     named = zip(call.names, call.tensors, strict=True)
