@@ -21,6 +21,7 @@ examples:
   amct-lightning fit --config run.yaml --quant.config choices.yaml
   amct-lightning config --model my_module.Classifier --input-shape 1,3,32,32 --explain
   amct-lightning record show record.txt
+  amct-lightning export last.ckpt --model run.yaml --input-shape 1,3,32,32
 
 Each command explains itself: amct-lightning fit --help. Modules in the current folder can be named as in a script.
 

@@ -38,13 +38,14 @@ def process(folder: Path, *arguments: str, **environment: str) -> subprocess.Com
 def test_without_arguments_it_shows_the_commands(folder: Folder) -> None:
     status, out, _ = folder()
     assert status == 0
-    assert all(f"\n    {name} " in out for name in ("fit", "validate", "test", "predict", "config", "record", "report"))
+    names = ("fit", "validate", "test", "predict", "config", "record", "report", "export", "verify")
+    assert all(f"\n    {name} " in out for name in names)
 
 
 @pytest.mark.parametrize(
     "command",
     ["fit", "validate", "test", "predict", "config", "record", "record show", "record check", "record diff",
-     "record extract", "report"],
+     "record extract", "report", "export", "verify"],
 )  # fmt: skip
 def test_every_help_has_examples(folder: Folder, command: str) -> None:
     status, out, _ = folder(*command.split(), "--help")

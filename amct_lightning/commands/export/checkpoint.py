@@ -18,6 +18,7 @@ from amct_lightning.checkpoint_file import read_foreign_checkpoint
 from amct_lightning.commands.base import UserError
 from amct_lightning.commands.model_input import find_part, make_model, model_text
 from amct_lightning.conversion.plan import find_plan
+from amct_lightning.modules.convert import PLAN_ATTRIBUTE
 from amct_lightning.record import QuantRecord
 
 _MANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -67,15 +68,26 @@ def load_part(options: Namespace) -> nn.Module:
             :func:`load_model`.
     """
     model = load_model(options.model, options.init_arg or [], options.checkpoint)
-    part = find_part(model, options.submodule)
-    if find_plan(part) is None:
-        raise UserError(f"--submodule {options.submodule}: nothing in it is quantized.")
+    part = _converted_part(model, options.submodule)
     try:
         QuantRecord.from_model(part)
     except ValueError as error:
         raise UserError(
             f"the model in '{options.checkpoint}' cannot be deployed: {error} Or take a later one."
         ) from error
+    return part
+
+
+def _converted_part(model: nn.Module, name: str | None) -> nn.Module:
+    """Return a part of a model with a plan of its own, if the plan by which it was converted is that of more."""
+    part, found = find_part(model, name), find_plan(model)
+    if found is not None and find_plan(part) is None:
+        root, plan = found
+        prefix = next((f"{inner}." for inner, module in root.named_modules() if module is part), "")
+        own = plan.within(prefix) if prefix else plan
+        if not prefix or not own.layers:
+            raise UserError(f"--submodule {name}: nothing in it is quantized.")
+        setattr(part, PLAN_ATTRIBUTE, own)
     return part
 
 
