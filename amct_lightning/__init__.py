@@ -16,7 +16,7 @@ from amct_lightning.callbacks import QuantMonitor, QuantRetrainCallback, QuantSc
 from amct_lightning.callbacks.checkpoints.loading import load_qat_checkpoint
 from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.conversion.report import conversion_report
-from amct_lightning.export import ExportReport, export_onnx, save_quant_retrain_model
+from amct_lightning.export import ExportReport, export_onnx, save_quant_retrain_model, verify_export
 from amct_lightning.modules import quantized_layers
 from amct_lightning.modules.calibration import calibrate
 from amct_lightning.modules.convert import float_parameters
@@ -45,4 +45,5 @@ __all__ = [
     "quantized_layers",
     "restore_quant_retrain_model",
     "save_quant_retrain_model",
+    "verify_export",
 ]

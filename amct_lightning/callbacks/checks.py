@@ -58,7 +58,7 @@ def check_arguments(callback: Any) -> None:
         value = getattr(callback, name)
         if value is not None and (not isinstance(value, (str, Path)) or not str(value)):
             raise TypeError(f"QuantRetrainCallback({name}={value!r}): must be a non-empty text or None.")
-    for name in ("allow_reuse", "search_n"):
+    for name in ("allow_reuse", "search_n", "deploy_grid"):
         if not isinstance(getattr(callback, name), bool):
             raise TypeError(f"QuantRetrainCallback({name}={getattr(callback, name)!r}): must be True or False.")
     if callback.batch_to_input is not None and not callable(callback.batch_to_input):
@@ -130,7 +130,7 @@ def _settings(plan: QuantPlan) -> dict[str, dict[str, Any]]:
     config = plan.config
     run = {"batch_num": config.batch_num, "fakequant_precision_mode": config.fakequant_precision_mode}
     layers = {f"layer '{name}': ": _flat(asdict(layer)) for name, layer in config.items()}
-    return layers | {"": run | {"search_n": plan.search_n}}
+    return layers | {"": run | {"search_n": plan.search_n, "deploy_grid": plan.deploy_grid}}
 
 
 def _data_flow(plan: QuantPlan) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from amct_lightning.conversion.convert import fold_norms
 from amct_lightning.conversion.plan import find_plan
 from amct_lightning.modules import QATLayer, quantized_layers
 from amct_lightning.modules.shift_hook import follow_batch_norm, shift_searches
@@ -18,9 +19,16 @@ def expect_float(model: nn.Module, expected: bool) -> None:
         cast(QATLayer, layer).float_expected_of = id(layer) if expected else 0
 
 
-def start_shift_search(model: nn.Module, enabled: bool) -> None:
-    """Start the search of the shifts anew, or let the coming evaluation pass it by."""
+def begin_evaluation(model: nn.Module, searches: bool) -> None:
+    """Take note of BatchNorms that were replaced, and start the search of the shifts anew, or let it rest.
+
+    Args:
+        model: A converted model, or a wrapper around one.
+        searches: Whether the coming evaluation searches the shifts.
+    """
     found = find_plan(model)
+    if found is not None:
+        fold_norms(*found)
     if found is not None and found[1].search_n:
         root, plan = found
         for layer in plan.layers:
@@ -28,8 +36,8 @@ def start_shift_search(model: nn.Module, enabled: bool) -> None:
                 twin = cast(QATLayer, root.get_submodule(layer.name))
                 follow_batch_norm(twin, root.get_submodule(layer.batch_norm))
     for search in shift_searches(model):
-        search.enabled = enabled
-        if enabled:
+        search.enabled = searches
+        if searches:
             search.reset()
 
 

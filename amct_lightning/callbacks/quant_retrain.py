@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from amct_lightning.callbacks.calibration_count import CalibrationCount
 from amct_lightning.callbacks.checkpoints.float_weights import begin_in_float
-from amct_lightning.callbacks.checkpoints.hooks import CheckpointHooks
 from amct_lightning.callbacks.checkpoints.io import RecordCheckpointIO
 from amct_lightning.callbacks.checkpoints.records import RecordFile, record_text
 from amct_lightning.callbacks.checkpoints.state import QuantState
@@ -29,10 +28,11 @@ from amct_lightning.callbacks.converting.conversion import Conversion
 from amct_lightning.callbacks.converting.inputs import BatchToInput
 from amct_lightning.callbacks.converting.module_setup import set_up_now
 from amct_lightning.callbacks.converting.watch import ModuleWatch
+from amct_lightning.callbacks.evaluating import EvaluationHooks
 from amct_lightning.callbacks.exporting.at_end import export_at_end
 from amct_lightning.callbacks.exporting.batches import Inputs
 from amct_lightning.callbacks.exporting.settings import ExportForm, ExportSettings
-from amct_lightning.callbacks.modes import expect_float, start_shift_search
+from amct_lightning.callbacks.modes import expect_float
 from amct_lightning.callbacks.optimizers.param_groups import ClipGroups
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.schedule.table import schedule_table
@@ -43,10 +43,9 @@ from amct_lightning.conversion.on_target import OnUnsupported, TargetLike, Targe
 from amct_lightning.modules import leave_out_of_broadcast, quantized_layers
 from amct_lightning.modules.degenerate import OnDegenerate
 from amct_lightning.modules.folding import is_sharded
-from amct_lightning.modules.shift_hook import synchronize_shift_search
 
 
-class QuantRetrainCallback(CheckpointHooks):
+class QuantRetrainCallback(EvaluationHooks):
     """Quantization-aware training of a LightningModule; nothing in the module changes.
 
     In ``setup``, for every stage, the layers named by ``config`` are converted in place (once; a second ``fit`` or
@@ -87,6 +86,7 @@ class QuantRetrainCallback(CheckpointHooks):
             ``"fake_quant"``, ``"qdq"``; see :func:`amct_lightning.export_onnx`.
         export_dir: Where to, with its record; ``None`` means ``export`` in the Trainer's ``default_root_dir``.
         verify_batches: Number of evaluation batches to verify it on, see :func:`amct_lightning.verify_export`.
+        deploy_grid: Compute with what the device computes with; see :func:`amct_lightning.prepare_qat`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -126,6 +126,7 @@ class QuantRetrainCallback(CheckpointHooks):
         export: ExportForm | list[ExportForm] | None = None,
         export_dir: str | Path | None = None,
         verify_batches: int = 1,
+        deploy_grid: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -145,11 +146,11 @@ class QuantRetrainCallback(CheckpointHooks):
         self.on_unsupported = on_unsupported
         self._rules = TargetRules.of(target, on_unsupported, "QuantRetrainCallback")
         self._exports = ExportSettings.of(export, export_dir, verify_batches)
+        self.deploy_grid = deploy_grid
         check_arguments(self)
         self._calibration = CalibrationCount(on_degenerate)
         self._modules: list[nn.Module] = []
         self._max_epochs: int | None = None
-        self._watch: ModuleWatch | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -165,7 +166,8 @@ class QuantRetrainCallback(CheckpointHooks):
         )
         begin_in_float(self.float_checkpoint, trainer, pl_module, self.submodule)
         choices = self.config, self.schedule, self.input_data, self.batch_to_input
-        Conversion(*choices, self.allow_reuse, self.search_n, self._rules).apply(trainer, pl_module, state)
+        options = self.allow_reuse, self.search_n, self._rules, self.deploy_grid
+        Conversion(*choices, *options).apply(trainer, pl_module, state)
         leave_out_of_broadcast(pl_module)  # the module that DDP wraps
         self._watch = ModuleWatch(pl_module, model)
         expect_float(model, is_fitting)  # sanity check and model summary run the layers before any calibration
@@ -183,36 +185,6 @@ class QuantRetrainCallback(CheckpointHooks):
             table = schedule_table(self.schedule, quantized_layers(model), self._max_epochs)
             rank_zero_info(f"QuantRetrainCallback: the schedule\n{table}")
         self._groups = ClipGroups.of(trainer, model, self.quant_lr_scale, self.quant_weight_decay)
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse to evaluate a model that could not be converted; start the search of the shifts anew."""
-        self._look()
-        start_shift_search(self._converted(), enabled=not trainer.sanity_checking)
-        if self._training is not None:
-            self._training.settle_averages()  # they are evaluated in place of the model
-
-    @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add up what the processes have found for the shifts; outside of a training, write it down."""
-        self._finish_shift_search(trainer)
-
-    @override
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse to evaluate a model that could not be converted; start the search of the shifts anew."""
-        self._look()
-        start_shift_search(self._converted(), enabled=True)
-
-    @override
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add up what the processes have found for the shifts; outside of a training, write it down."""
-        self._finish_shift_search(trainer)
-
-    @override
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse to evaluate a model that could not be converted."""
-        self._look()
-        start_shift_search(self._converted(), enabled=False)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -289,13 +261,3 @@ class QuantRetrainCallback(CheckpointHooks):
         if self._exports is not None:
             inputs = Inputs(self.input_data, self.batch_to_input)
             export_at_end(self._exports, trainer, pl_module, self.submodule, inputs, self._rules)
-
-    def _look(self, hooks: str | None = None) -> None:
-        if self._watch is not None:
-            self._watch.look(hooks)
-
-    def _finish_shift_search(self, trainer: pl.Trainer) -> None:
-        if not trainer.sanity_checking:
-            synchronize_shift_search(self._converted())
-        if self.search_n and not self._run.is_fitting:
-            self._write_record(trainer)

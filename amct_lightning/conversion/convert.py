@@ -18,6 +18,7 @@ from amct_lightning.layer_types import LAYER_TYPES
 from amct_lightning.modules import QATLayer, leave_out_of_broadcast
 from amct_lightning.modules.convert import PLAN_ATTRIBUTE
 from amct_lightning.modules.folding import whole_tensor
+from amct_lightning.modules.grid.norm import FoldedNorm, fold_norm
 from amct_lightning.modules.registry import QAT_CLASSES, channel_layout
 from amct_lightning.modules.shift_hook import install_shift_search, remove_shift_search
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, Quantizer, WeightQuantizer
@@ -45,6 +46,7 @@ def convert_layers(model: nn.Module, plan: QuantPlan, weights_follow: bool = Fal
     for layer_plan in plan.layers:
         _convert_layer(layers[layer_plan.name], layer_plan, plan, quantizers)
         _install_search(model, layers[layer_plan.name], layer_plan, plan)
+    fold_norms(model, plan)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             # Its fused evaluation path would read the weights directly and pass the quantizers by; this public
@@ -89,8 +91,24 @@ def renew_layers(model: nn.Module, plan: QuantPlan) -> list[str]:
     for layer in missing:
         _convert_layer(layers[layer.name], layer, plan, quantizers)
         _install_search(model, layers[layer.name], layer, plan)
+    fold_norms(model, plan)
     leave_out_of_broadcast(model)
     return list(layers)
+
+
+def fold_norms(model: nn.Module, plan: QuantPlan) -> None:
+    """Let the layers on the device's grid fold their BatchNorms in evaluation, also those that are others by now.
+
+    ``convert_sync_batchnorm`` puts others in their places.
+
+    Args:
+        model: A converted model.
+        plan: Its plan.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False)) if plan.deploy_grid else {}
+    for layer in plan.layers:
+        if isinstance(modules.get(layer.name), QATLayer) and layer.batch_norm is not None:
+            fold_norm(modules[layer.name], model, layer.batch_norm)
 
 
 def revert_layers(model: nn.Module) -> None:
@@ -114,6 +132,8 @@ def revert_layers(model: nn.Module) -> None:
         layer.revert()
         if is_part:  # the plan is with the whole, which must not take it for a layer to be quantized
             setattr(layer, STAYS_FLOAT, True)
+    for norm in [module for module in model.modules() if isinstance(module, FoldedNorm)]:
+        norm.revert()  # without its layer, which is not in this part
     leave_out_of_broadcast(model)
     for module in model.modules():
         module.__dict__.pop(PLAN_ATTRIBUTE, None)
@@ -139,7 +159,9 @@ def _convert_layer(
     layer.__dict__.pop(STAYS_FLOAT, None)
     for name, parameter in twin.weight_quantizers.items():
         own[name] = _weight_quantizer(layer, parameter, config.retrain_weight_config)
-    twin.convert(layer, own, plan.calibrates_input)
+    converted = twin.convert(layer, own, plan.calibrates_input)
+    if model_plan.deploy_grid:
+        converted.deploy_grid = True
 
 
 def _activation_quantizer(config: DataConfig, fixed_min: bool, batch_num: int, calls: int) -> ActivationQuantizer:

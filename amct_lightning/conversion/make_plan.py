@@ -18,6 +18,7 @@ from amct_lightning.graph.forward import Forward, InputData
 from amct_lightning.graph.nodes import RELU, Value
 from amct_lightning.graph.trace import Call, Trace
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
+from amct_lightning.modules.folding import only_normalizes
 
 
 def make_plan(
@@ -28,6 +29,7 @@ def make_plan(
     allow_reuse: bool = False,
     search_n: bool = False,
     target: TargetRules | None = None,
+    deploy_grid: bool = False,
 ) -> QuantPlan:
     """Decide which layers are quantized and how, from an observed forward and the user's choices.
 
@@ -42,6 +44,7 @@ def make_plan(
             factors for all calls.
         search_n: Whether the shifts of the int32 accumulators are searched.
         target: The hardware that the network is meant for, and what to do about layers that it does not run.
+        deploy_grid: Whether the layers compute with what the device computes with.
 
     Returns:
         The plan.
@@ -67,6 +70,7 @@ def make_plan(
     if not eligible.keys() - untrained:
         raise ValueError(_nothing_eligible(model, candidates))
     resolved = disabled(untrained, config.resolve(eligible, source))
+    _check_grid(resolved, deploy_grid, source)
     # Choices that are no complete configuration are written down as one first, in AMCT with INT4 already raised.
     written = settings_as_written(config.layers, eligible) if isinstance(config, RetrainConfig) else resolved.layers
     if target is not None:
@@ -80,8 +84,16 @@ def make_plan(
         }
     layers = _layer_plans(resolved, written, candidates, trace, dict(model.named_modules()))
     ends = (trace.calls[0].name, trace.calls[-1].name)
-    aim = None if target is None else target.target.name
-    return QuantPlan(resolved, layers, search_n, tuple(refused.values()), ends, _float_parts(trace, layers), aim)
+    aim, parts = None if target is None else target.target.name, _float_parts(trace, layers)
+    return QuantPlan(resolved, layers, search_n, tuple(refused.values()), ends, parts, aim, deploy_grid)
+
+
+def _check_grid(config: RetrainConfig, deploy_grid: bool, source: str) -> None:
+    if deploy_grid and config.fakequant_precision_mode == "FORCE_FP16_QUANT":
+        raise ValueError(
+            f"{source} has fakequant_precision_mode 'FORCE_FP16_QUANT', which rounds the activation scales only when "
+            "they are recorded, so deploy_grid=True could not train with what is deployed. Use one of the two."
+        )
 
 
 def _refuse_named(named: frozenset[str], candidates: Mapping[str, Candidate], model: nn.Module, source: str) -> None:
@@ -173,13 +185,7 @@ def _folded_batch_norm(candidate: Candidate, trace: Trace, modules: dict[str, nn
     (reader,) = output.readers
     if not isinstance(reader, str) or trace.batch_norm_calls.get(reader) != 1:
         return None
-    return reader if _only_normalizes(modules[reader]) else None
-
-
-def _only_normalizes(module: nn.Module) -> bool:
-    """Tell whether a BatchNorm multiplies and adds what its parameters and statistics say, and nothing else."""
-    own = type(module).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward) and "forward" not in vars(module)
-    return own and getattr(module, "running_var", None) is not None
+    return reader if only_normalizes(modules[reader]) else None
 
 
 def _float_parts(trace: Trace, layers: tuple[LayerPlan, ...]) -> tuple[tuple[str, int], ...]:

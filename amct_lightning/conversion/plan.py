@@ -74,6 +74,7 @@ class QuantPlan:
         ends: Names of the first and the last layer of a supported type to run, quantized or not.
         float_parts: What else of the forward stays in float, see ``graph/float_parts.py``: kinds and how many of each.
         target: The generation of hardware that the settings were checked for, if that was asked for.
+        deploy_grid: Whether the layers compute with what the device computes with.
     """
 
     config: RetrainConfig
@@ -83,6 +84,7 @@ class QuantPlan:
     ends: tuple[str, ...] = field(default=(), compare=False)
     float_parts: tuple[tuple[str, int], ...] = field(default=(), compare=False)
     target: str | None = field(default=None, compare=False)
+    deploy_grid: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain dicts, lists, strings and numbers, for a checkpoint."""
@@ -94,6 +96,7 @@ class QuantPlan:
             "ends": list(self.ends),
             "float_parts": dict(self.float_parts),
             "target": self.target,
+            "deploy_grid": self.deploy_grid,
         }
 
     def only(self, layers: Sequence[LayerPlan]) -> QuantPlan:
@@ -169,6 +172,7 @@ class QuantPlan:
                 tuple(data.get("ends", ())),
                 tuple({**data.get("float_parts", {})}.items()),
                 data.get("target"),
+                data.get("deploy_grid", False),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(

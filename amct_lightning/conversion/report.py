@@ -23,6 +23,7 @@ _NARROW = 17
 _NOTES_WIDTH = 22
 _GAP = 2
 _TITLES = ("Layer", "Type", "Quantized", "Notes")
+_ON_GRID = "They compute with what the device computes with (deploy_grid=True)."
 _LEGEND = "A8W8: bits of activations and weights; ARQ, ULQ: weight scales, /ch: per channel"
 
 
@@ -70,12 +71,14 @@ class ConversionReport:
         float_parts: Products, softmax, norms and modules with parameters that are no such layers and stay in float,
             and how many of each.
         target: The generation of hardware that the settings were checked for, if that was asked for.
+        deploy_grid: Whether the layers compute with what the device computes with.
     """
 
     rows: tuple[ReportRow, ...]
     warnings: tuple[str, ...] = ()
     float_parts: tuple[tuple[str, int], ...] = ()
     target: str | None = None
+    deploy_grid: bool = False
 
     def __rich__(self) -> RenderableType:
         """Give rich what it shows."""
@@ -97,7 +100,8 @@ class ConversionReport:
     def _head(self) -> str:
         aim = "" if self.target is None else f" for target {self.target}"
         head = f"{sum(row.quantized for row in self.rows)} of {len(self.rows)} layers are quantized{aim} ({_LEGEND})."
-        return f"{head}\n{beside(self.float_parts)}." if self.float_parts else head
+        grid = [_ON_GRID] if self.deploy_grid else []
+        return "\n".join([head, *grid, *([f"{beside(self.float_parts)}."] if self.float_parts else [])])
 
     @property
     def _notes(self) -> list[str]:
@@ -143,7 +147,8 @@ def conversion_report(model: nn.Module) -> ConversionReport:
             else ReportRow(name, kind, reason=MISSED if name in missed else "disabled in the config")
         )
     ordered = tuple(rows[name] for name in modules if name in rows)
-    return ConversionReport(ordered, tuple(_warnings(ordered, plan, modules)), plan.float_parts, plan.target)
+    notes = tuple(_warnings(ordered, plan, modules))
+    return ConversionReport(ordered, notes, plan.float_parts, plan.target, plan.deploy_grid)
 
 
 def quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan) -> ReportRow:

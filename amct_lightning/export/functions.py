@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ from amct_lightning.record import QuantRecord
 
 if TYPE_CHECKING:
     from amct_lightning.export.onnx_file import Settings
+    from amct_lightning.export.verify.report import VerifyReport
 
 _LIBRARIES = ("onnx", "onnx_ir", "onnxscript")
 
@@ -88,6 +89,50 @@ def export_onnx(
     if isinstance(record, (str, Path)):
         record, source = _record_of(record)
     return export_forms(model, {form: path}, input_data, record, settings, source)[form]
+
+
+def verify_export(
+    model: nn.Module, files: Mapping[str, str | Path], batches: Iterable[InputData], *, deq_bits: int = 19
+) -> VerifyReport:
+    """Run a converted model and the files exported from it side by side, and say which layer departs first.
+
+    For every layer three things are compared: the *numbers* in the file with those that follow from the model; what the
+    layer *reads* with what the file's operators make of the model's outputs of the layers before; and what the layer
+    makes *in isolation*, given the very input that the model's layer had. Differences that an export is known to make
+    are allowed: a code may differ by one at a tie of rounding, an output by what rounding the bias to an integer, the
+    bits of the scale that the device drops and the rounding of float sums make. The files are run as a whole, too: the
+    deploy network in the integer arithmetic of the device, the others by onnxruntime.
+
+    Args:
+        model: The converted model, or a wrapper around it that is called in the same way. It is evaluated, and is
+            afterwards in the mode it was in.
+        files: Form (``"deploy"``, ``"fake_quant"``, ``"qdq"``) -> file; one or more of them.
+        batches: What the model is called with, without labels: tensors, tuples or mappings. Real data shows most.
+        deq_bits: 19 as the hardware has it, or 32 to compute with the whole dequantization scale.
+
+    Returns:
+        The report: ``ok``, ``first_departure``, a table as text, JSON.
+
+    Raises:
+        ModuleNotFoundError: If ONNX's libraries or onnxruntime are not installed.
+        FileNotFoundError: If a file does not exist.
+        ValueError: If the model is not converted or calibrated, a form is not known, a file is none of that form, or a
+            batch does not fit it.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from amct_lightning import calibrate, export_onnx, prepare_qat
+        >>> x = torch.linspace(-1, 1, 8).view(2, 4)
+        >>> model = prepare_qat(nn.Sequential(nn.Linear(4, 2)), None, x)
+        >>> calibrate(model, [x])
+        >>> file = export_onnx(model.eval(), tempfile.mkdtemp() + "/net.onnx", x, "deploy").path
+        >>> verify_export(model, {"deploy": file}, [x]).ok
+        True
+    """
+    need(*_LIBRARIES, "onnxruntime")
+    from amct_lightning.export.verify.verify import compare  # noqa: PLC0415
+
+    return compare(model, files, batches, deq_bits=deq_bits)
 
 
 def save_quant_retrain_model(

@@ -23,7 +23,7 @@ class ExportReport:
 
     Example:
         >>> print(ExportReport("net.onnx", "qdq", 13, "TorchScript", 2, {"x": (1, 4)}, {"output": (1, 2)}, {}, ()))
-        net.onnx: qdq, opset 13 (TorchScript exporter), 2 quantized layers, input x 1x4, output output 1x2.
+        net.onnx: qdq, opset 13 (TorchScript exporter), 2 quantized layers, x[1x4] -> output[1x2].
     """
 
     path: str
@@ -40,7 +40,7 @@ class ExportReport:
         """Tell it in a line, and what did not work before in one each."""
         lines = [
             f"{self.path}: {self.form}, opset {self.opset} ({self.exporter} exporter), {self.layers} quantized layers, "
-            f"input {_sizes(self.inputs)}, output {_sizes(self.outputs)}."
+            f"{_sizes(self.inputs)} -> {_sizes(self.outputs)}."
         ]
         lines += [f"  not possible with {attempt}: {error}" for attempt, error in self.failed.items()]
         if self.dropped:
@@ -49,4 +49,4 @@ class ExportReport:
 
 
 def _sizes(values: Mapping[str, tuple[int | str, ...]]) -> str:
-    return ", ".join(f"{name} {'x'.join(map(str, shape)) or 'scalar'}" for name, shape in values.items())
+    return ", ".join(f"{name}[{'x'.join(map(str, shape))}]" for name, shape in values.items())

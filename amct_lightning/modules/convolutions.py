@@ -14,8 +14,8 @@ class _QATConv(QATLayer):
     _conv_forward: Any
     bias: Tensor | None
 
-    def _operate(self, x: Tensor, weight: Tensor) -> Tensor:
-        return cast(Tensor, self._conv_forward(x, weight, self.bias))
+    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return cast(Tensor, self._conv_forward(x, weight, bias))
 
 
 class QATConv1d(_QATConv, nn.Conv1d):
@@ -39,12 +39,12 @@ class _QATConvTranspose(QATLayer):
     dilation: tuple[int, ...]
     groups: int
 
-    def _operate(self, x: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
         dims = len(self.kernel_size)
         # _output_padding is private to torch.nn, but the only place that turns output_size into padding.
         padding = self._output_padding(x, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation)
         operate = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-        return operate(x, weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
+        return operate(x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation)
 
 
 class QATConvTranspose1d(_QATConvTranspose, nn.ConvTranspose1d):

@@ -122,4 +122,18 @@ def dequant_scale(scale_d: Tensor, scale_w: Tensor, bits: int = 32) -> Tensor:
         0.029998779296875
     """
     scale = scale_w * scale_d
-    return scale if bits >= 32 else (scale.view(torch.int32) & KEPT_BITS).view(torch.float32)
+    return scale if bits >= 32 else kept_bits(scale)
+
+
+@torch.no_grad()
+def kept_bits(scale: Tensor) -> Tensor:
+    """Return what the hardware keeps of a dequantization scale: the top 19 bits of the float32 number.
+
+    Args:
+        scale: The scale, float32.
+
+    Example:
+        >>> kept_bits(torch.tensor(0.03)).item()
+        0.029998779296875
+    """
+    return (scale.view(torch.int32) & KEPT_BITS).view(torch.float32)

@@ -59,6 +59,20 @@ def fold_factor(batch_norm: nn.Module) -> Tensor:
     return factor if batch_norm.weight is None else current_weight(batch_norm).float() * factor
 
 
+def only_normalizes(module: nn.Module) -> bool:
+    """Tell whether a BatchNorm multiplies and adds what its parameters and statistics say, and nothing else.
+
+    Args:
+        module: A module.
+
+    Example:
+        >>> only_normalizes(nn.BatchNorm1d(2)), only_normalizes(nn.BatchNorm1d(2, track_running_stats=False))
+        (True, False)
+    """
+    own = type(module).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward) and "forward" not in vars(module)
+    return own and getattr(module, "running_var", None) is not None
+
+
 @torch.no_grad()
 def current_weight(layer: nn.Module, name: str = "weight") -> Tensor:
     """Return a weight as it is now, also of a layer that ``torch.nn.utils.prune`` has pruned.

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amct_lightning.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
+from amct_lightning.modules.grid.forward import forward_on_grid
+from amct_lightning.modules.grid.norm import FoldedNorm, norm_of, release_norm
+from amct_lightning.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer, is_exporting
 from amct_lightning.quantizers.transforms import call, direct_form
 
 _Layer = TypeVar("_Layer", bound="QATLayer")
@@ -38,6 +40,7 @@ class QATLayer(nn.Module):
         float_expected_of: The id of this layer if nobody needs to be told that it runs in float; a copy has another.
         quant_mode: ``"quantized"``; ``"float"`` to run as before the conversion; ``"observe"`` to do so and calibrate
             on the way.
+        deploy_grid: Whether it computes with what the device computes with, see :func:`amct_lightning.prepare_qat`.
     """
 
     activation_quantizers: ClassVar[tuple[str, ...]] = ("input_quantizer",)
@@ -49,6 +52,7 @@ class QATLayer(nn.Module):
     calibrates_input: bool
     float_expected_of: int = 0
     quant_mode: Literal["quantized", "float", "observe"] = "quantized"
+    deploy_grid: bool = False
 
     @classmethod
     def convert(
@@ -87,9 +91,10 @@ class QATLayer(nn.Module):
 
     def revert(self) -> None:
         """Turn the layer back into the float layer that it was made from, in place; its weights stay."""
+        release_norm(self)
         for name in (*self.activation_quantizers, *self.weight_quantizers):
             delattr(self, name)
-        for attribute in ("calibrates_input", "float_expected_of", "quant_mode"):
+        for attribute in ("calibrates_input", "float_expected_of", "quant_mode", "deploy_grid"):
             self.__dict__.pop(attribute, None)
         self.__class__ = self.float_class()  # type: ignore[assignment]
 
@@ -98,8 +103,11 @@ class QATLayer(nn.Module):
         """Whether the layer is to run in float, or is evaluated before it is calibrated; then it warns."""
         if self.quant_mode != "quantized":
             return True
-        early = any(not (q.has_range or q.learns) for q in map(self.get_quantizer, self.activation_quantizers))
-        return early and self._stays_float()
+        return self._lacks_range and self._stays_float()
+
+    @property
+    def _lacks_range(self) -> bool:
+        return any(not (q.has_range or q.learns) for q in map(self.get_quantizer, self.activation_quantizers))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _stays_float(self) -> bool:
@@ -131,8 +139,29 @@ class QATLayer(nn.Module):
                 self._observe(input)
             return self.keep_in_graph(cast(Tensor, self.float_forward(input, *args, **kwargs)))
         weight = cast(Tensor, self.weight)
+        if self.on_grid:
+
+            def operate(x: Tensor, weight: Tensor) -> Tensor:
+                return self._operate(x, weight, None, *args, **kwargs)
+
+            return forward_on_grid(self, self.folded_norm(), self.kept(input, weight), operate)
         x = self.input_quantizer(self.kept(input, weight), self.calibrates_input)
-        return self._operate(x, self.weight_quantizer(weight), *args, **kwargs)
+        return self._operate(x, self.weight_quantizer(weight), cast("Tensor | None", self.bias), *args, **kwargs)
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether it computes as the device does, if it is quantized; what is exported says itself what it computes."""
+        return self.deploy_grid and not is_exporting()
+
+    def folded_norm(self) -> FoldedNorm | None:
+        """Return the BatchNorm whose output is that of this layer at present, if there is one.
+
+        In training, and where either of the two is in training, the BatchNorm normalizes what the layer gives.
+        """
+        if not self.on_grid or self.training or self.quant_mode != "quantized" or self._lacks_range:
+            return None
+        norm = norm_of(self)
+        return None if norm is None or norm.training else norm
 
     def float_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer as it was before the conversion."""
@@ -158,8 +187,21 @@ class QATLayer(nn.Module):
         if self.input_quantizer.calibrating:
             self.input_quantizer.update_range(input, self.calibrates_input)
 
-    def _operate(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The float layer's operation with a given weight."""
+    def extra_repr(self) -> str:
+        """Show the settings in ``print(model)``."""
+        settings: str = super().extra_repr()
+        return f"{settings}, deploy_grid=True" if self.deploy_grid else settings
+
+    def bias_follows(self, input: Tensor) -> bool:
+        """Tell whether the deployed operator takes no bias, which is then added to its output in float.
+
+        Args:
+            input: The input of the layer.
+        """
+        return False
+
+    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        """The float layer's operation with a given weight and bias."""
         raise TypeError(f"{type(self).__name__} is not a complete QAT layer: it defines no _operate().")
 
 
@@ -193,8 +235,12 @@ class QATLinear(QATLayer, nn.Linear):
 
     keeps_input: ClassVar[bool] = False
 
-    def _operate(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
+    def bias_follows(self, input: Tensor) -> bool:
+        """Tell so for all inputs but those of two axes: MatMul takes no bias."""
+        return input.dim() != 2
+
+    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -6,7 +6,7 @@ the step before (the input, its product with the weight, both weights) is comput
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -15,11 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from amct_lightning.modules.grid.codes import activation_codes, weight_codes
+from amct_lightning.modules.grid.sums import integer_product, output_dtype
 from amct_lightning.modules.layers import QATLayer
 from amct_lightning.quantizers import ActivationQuantizer, WeightQuantizer
 
 State = tuple[Tensor, ...]
 """The hidden state, for LSTM also the cell state; each (batch, hidden size)."""
+
+Range = tuple[Tensor, Tensor]
+"""Upper and lower clip."""
+
+Multiply = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From the hidden state to its product with the recurrent weight, and the quantized hidden state."""
 
 
 class _QATRecurrent(QATLayer):
@@ -65,8 +73,8 @@ class _QATRecurrent(QATLayer):
             return self.keep_in_graph(output), last
         state = self._initial_state(input, hx, batched)
         input_range, hidden_range = self._ranges(input, hx, state[0], time_axis)
-        x = self.input_quantizer.quantize(self.kept(input, self.weight_ih_l0), *input_range)
-        steps, state = self._loop(x.movedim(time_axis, 0), state, hidden_range)
+        run = self._run_on_grid if self.on_grid else self._run
+        steps, state = run(self.kept(input, self.weight_ih_l0), time_axis, state, input_range, hidden_range)
         if self.hidden_quantizer.learns:
             self.hidden_quantizer.watch(steps)
         last = tuple(part.unsqueeze(0) for part in state)
@@ -84,12 +92,12 @@ class _QATRecurrent(QATLayer):
         self.check_forward_args(whole, full if len(full) > 1 else full[0], None)
         return tuple(part.squeeze(0) for part in parts)
 
-    def _ranges(self, input: Tensor, hx: Any, h: Tensor, time_axis: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    def _ranges(self, input: Tensor, hx: Any, h: Tensor, time_axis: int) -> tuple[Range, ...]:
         """Return the clips of hidden state and input, calibrated on them where that is due."""
         hidden_range = self._hidden_range(input, hx, h, time_axis)
         return self.input_quantizer.update_range(input, self.calibrates_input, input[:1]), hidden_range
 
-    def _hidden_range(self, input: Tensor, hx: Any, h: Tensor, time_axis: int) -> tuple[Tensor, Tensor]:
+    def _hidden_range(self, input: Tensor, hx: Any, h: Tensor, time_axis: int) -> Range:
         if not (self.hidden_quantizer.calibrating and self.hidden_quantizer.learns):
             return self.hidden_quantizer.update_range(h)
         with torch.no_grad():
@@ -97,15 +105,46 @@ class _QATRecurrent(QATLayer):
         states = torch.cat((h.detach().unsqueeze(0), steps[:-1]))
         return self.hidden_quantizer.update_range(states, preview=states[:1])
 
-    def _loop(self, x: Tensor, state: State, hidden_range: tuple[Tensor, Tensor]) -> tuple[Tensor, State]:
+    def _run(
+        self, x: Tensor, time_axis: int, state: State, input_range: Range, hidden_range: Range
+    ) -> tuple[Tensor, State]:
+        x = self.input_quantizer.quantize(x, *input_range).movedim(time_axis, 0)
         weight = self.weight_quantizer(self.weight_ih_l0)
         recurrent = self.recurrent_weight_quantizer(self.weight_hh_l0)
+        bias = getattr(self, "bias_hh_l0", None)
+
+        def multiply(h: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.hidden_quantizer.quantize(h, *hidden_range)
+            return F.linear(h, recurrent, bias), h
+
         gates = F.linear(x, weight, getattr(self, "bias_ih_l0", None))
-        state = tuple(part.to(gates.dtype) for part in state)
+        return self._loop(gates, tuple(part.to(gates.dtype) for part in state), multiply)
+
+    def _run_on_grid(
+        self, x: Tensor, time_axis: int, state: State, input_range: Range, hidden_range: Range
+    ) -> tuple[Tensor, State]:
+        """Like :meth:`_run`, with what the device computes with; what is no product is in float32."""
+        exact, dtype = not self.training, output_dtype(x)
+        codes = activation_codes(self.input_quantizer, x.movedim(time_axis, 0), *input_range)
+        weight = weight_codes(self.weight_quantizer, self.weight_ih_l0)
+        recurrent = weight_codes(self.recurrent_weight_quantizer, self.weight_hh_l0)
+        bias = getattr(self, "bias_hh_l0", None)
+
+        def multiply(h: Tensor) -> tuple[Tensor, Tensor]:
+            codes = activation_codes(self.hidden_quantizer, h, *hidden_range)
+            gates = integer_product(F.linear, codes, recurrent, bias, self.hidden_size, exact)
+            return gates, codes.values * codes.scale.detach()  # which leaves out its forward derivative, too
+
+        bias_ih = getattr(self, "bias_ih_l0", None)
+        gates = integer_product(F.linear, codes, weight, bias_ih, self.weight_ih_l0.shape[1], exact)
+        steps, state = self._loop(gates, tuple(part.float() for part in state), multiply)
+        return steps.to(dtype), tuple(part.to(dtype) for part in state)
+
+    def _loop(self, gates: Tensor, state: State, multiply: Multiply) -> tuple[Tensor, State]:
         outputs = []
         for step in gates.unbind(0):
-            h = self.hidden_quantizer.quantize(state[0], *hidden_range)
-            state = self._cell(step, F.linear(h, recurrent, getattr(self, "bias_hh_l0", None)), h, state)
+            hidden_gates, h = multiply(state[0])
+            state = self._cell(step, hidden_gates, h, state)
             outputs.append(state[0])
         return torch.stack(outputs), state
 

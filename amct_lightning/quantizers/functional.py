@@ -7,6 +7,7 @@ AMCT's search, which is another one.) ``b`` is the number of bits and ``h = 2^(b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -209,37 +210,65 @@ class _FakeQuantizeActivation(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, dtype = ctx.saved_tensors, ctx.settings[1]  # read once, as activation checkpointing demands
-        x, upper, lower = saved[:3]
-        grad_x, grad_max, grad_min = None, None, None
-        cast, needs = grad.to(dtype), ctx.needs_input_grad
-        above, below, error = _slopes(ctx, saved, clips=needs[1] or needs[2])
-        if needs[0]:
-            grad_x = torch.where(above | below, 0.0, cast).to(x.dtype)
-        if needs[1]:
-            grad_max = times_(error + above, cast).sum().to(upper.dtype)
-        if needs[2]:
-            grad_min = times_(below.to(error.dtype).sub_(error), cast).sum().to(lower.dtype)
-        return grad_x, grad_max, grad_min, None, None, None, None, None
+        gradients = activation_gradients(ctx.saved_tensors, ctx.settings, ctx.needs_input_grad[:3], grad)
+        return (*gradients, None, None, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor | None, clip_max: Tensor | None, clip_min: Tensor | None, *_: Any) -> Tensor:
         saved = ctx.saved_tensors
-        above, below, error = _slopes(ctx, saved, clips=True)
-        tangent = torch.zeros_like(error) if x is None else torch.where(above | below, 0.0, x.to(error.dtype))
-        if clip_max is not None:
-            tangent = tangent + (error + above) * clip_max
-        if clip_min is not None:
-            tangent = tangent + (below.to(error.dtype) - error) * clip_min
-        return tangent.to(saved[0].dtype)
+        return activation_tangent(saved, ctx.settings, (x, clip_max, clip_min)).to(saved[0].dtype)
 
 
 _DIRECT = direct_form(_FakeQuantizeActivation)
 
 
-def _slopes(ctx: Any, saved: tuple[Tensor, ...], clips: bool) -> tuple[Tensor, Tensor, Tensor]:
+def activation_gradients(
+    saved: tuple[Tensor, ...], settings: tuple[int, torch.dtype], needs: Sequence[bool], grad: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of the input and of both clips from that of the fake-quantized activations.
+
+    Args:
+        saved: The activations, upper and lower clip, scale and offset.
+        settings: Number of bits, and dtype of the arithmetic.
+        needs: Which of the three are wanted; the others are ``None``.
+        grad: The gradient.
+    """
+    (x, upper, lower), dtype = saved[:3], settings[1]
+    grad_x, grad_max, grad_min = None, None, None
+    cast = grad.to(dtype)
+    above, below, error = _slopes(saved, settings, clips=needs[1] or needs[2])
+    if needs[0]:
+        grad_x = torch.where(above | below, 0.0, cast).to(x.dtype)
+    if needs[1]:
+        grad_max = times_(error + above, cast).sum().to(upper.dtype)
+    if needs[2]:
+        grad_min = times_(below.to(error.dtype).sub_(error), cast).sum().to(lower.dtype)
+    return grad_x, grad_max, grad_min
+
+
+def activation_tangent(
+    saved: tuple[Tensor, ...], settings: tuple[int, torch.dtype], tangents: Sequence[Tensor | None]
+) -> Tensor:
+    """Return the tangent of the fake-quantized activations, in the dtype of the arithmetic.
+
+    Args:
+        saved: The activations, upper and lower clip, scale and offset.
+        settings: Number of bits, and dtype of the arithmetic.
+        tangents: Those of the input, the upper and the lower clip.
+    """
+    x, clip_max, clip_min = tangents
+    above, below, error = _slopes(saved, settings, clips=True)
+    tangent = torch.zeros_like(error) if x is None else torch.where(above | below, 0.0, x.to(error.dtype))
+    if clip_max is not None:
+        tangent = tangent + (error + above) * clip_max
+    if clip_min is not None:
+        tangent = tangent + (below.to(error.dtype) - error) * clip_min
+    return tangent
+
+
+def _slopes(saved: tuple[Tensor, ...], settings: tuple[int, torch.dtype], clips: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return where ``x`` is above and below the range, and the part of the gradients of the clips that they share."""
-    (x, upper, lower, scale, offset), (num_bits, dtype) = saved, ctx.settings
+    (x, upper, lower, scale, offset), (num_bits, dtype) = saved, settings
     x = x.to(dtype)
     largest, smallest = range_ends(scale, num_bits, offset)
     above, below = x > largest, x < smallest

@@ -108,14 +108,21 @@ class WeightQuantizer(Quantizer):
         return self._quantize(weight.float()).to(weight.dtype)
 
     def _quantize(self, weight: Tensor) -> Tensor:
+        return fake_quantize_weight(weight, self.present_scale(weight), self.layout, self.num_bits)
+
+    def present_scale(self, weight: Tensor) -> Tensor:
+        """Return the scale for a forward, shaped to broadcast over ``layout.view(weight)``, and keep the books.
+
+        Args:
+            weight: The weight of the layer, float32.
+        """
         if self.frozen:
-            scale = self.layout.spread(self.scale, self.layout.view(weight), self.channel_wise)
-        else:
-            with torch.no_grad():
-                scale = arq_scale(weight, self.layout, self.num_bits, self.channel_wise)
-                if not transforming():
-                    self.scale.copy_(scale.flatten())
-        return fake_quantize_weight(weight, scale, self.layout, self.num_bits)
+            return self.layout.spread(self.scale, self.layout.view(weight), self.channel_wise)
+        with torch.no_grad():
+            scale = arq_scale(weight, self.layout, self.num_bits, self.channel_wise)
+            if not transforming():
+                self.scale.copy_(scale.flatten())
+        return scale
 
     @torch.no_grad()
     def compute_scale(self, weight: Tensor) -> Tensor:
@@ -198,13 +205,21 @@ class LearnedWeightQuantizer(WeightQuantizer):
         """Do nothing: what is learned again is the optimizer's business."""
 
     def _quantize(self, weight: Tensor) -> Tensor:
+        scale = self.present_scale(weight)
+        return fake_quantize_weight_learned(weight, scale, self.layout, self.num_bits, self.gradient_factor)
+
+    def present_scale(self, weight: Tensor) -> Tensor:
+        """Return the learned scale for a forward, which begins with that of the weight.
+
+        Args:
+            weight: The weight of the layer, float32.
+        """
         scales = self.scale
         if self.starting and transforming():
             scales = self.max_abs_scale(weight)
         elif self.starting:
             self._start(weight)
-        scale = self.layout.spread(scales, self.layout.view(weight), self.channel_wise)
-        return fake_quantize_weight_learned(weight, scale, self.layout, self.num_bits, self.gradient_factor)
+        return self.layout.spread(scales, self.layout.view(weight), self.channel_wise)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,10 +192,8 @@ class _FakeQuantizeWeightLearned(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_scale = None
         if ctx.needs_input_grad[1]:
-            saved, layout = ctx.saved_tensors, ctx.settings[0]  # read once, as activation checkpointing demands
-            scale = saved[1]
-            terms = _slope_of_scale(ctx, saved) * layout.view(grad)
-            grad_scale = terms.sum().view(scale.shape) if scale.numel() == 1 else terms.sum_to_size(scale.shape)
+            saved = ctx.saved_tensors  # read once, as activation checkpointing demands
+            grad_scale = gradient_of_scale(saved, ctx.settings, grad)
         return grad, grad_scale, None, None, None
 
     @staticmethod
@@ -202,16 +201,34 @@ class _FakeQuantizeWeightLearned(torch.autograd.Function):
         if scale is None:
             return None if weight is None else weight.view_as(weight)
         saved = ctx.saved_tensors
-        tangent = (_slope_of_scale(ctx, saved) * scale).view_as(saved[0])
+        tangent = (slope_of_scale(saved, ctx.settings) * scale).view_as(saved[0])
         return tangent if weight is None else weight + tangent
 
 
 _DIRECT_LEARNED = direct_form(_FakeQuantizeWeightLearned)
 
 
-def _slope_of_scale(ctx: Any, saved: tuple[Tensor, ...]) -> Tensor:
-    """Return by how much the weight changes with its scale, times the factor that normalizes the gradient."""
-    (weight, scale), (layout, num_bits, factor) = saved, ctx.settings
+def gradient_of_scale(saved: tuple[Tensor, ...], settings: Sequence[Any], grad: Tensor) -> Tensor:
+    """Return the gradient of a learned scale from that of the fake-quantized weight.
+
+    Args:
+        saved: The weight and the scale.
+        settings: Layout, number of bits and the factor that normalizes the gradient.
+        grad: The gradient.
+    """
+    scale, layout = saved[1], settings[0]
+    terms: Tensor = slope_of_scale(saved, settings) * layout.view(grad)
+    return terms.sum().view(scale.shape) if scale.numel() == 1 else terms.sum_to_size(scale.shape)
+
+
+def slope_of_scale(saved: tuple[Tensor, ...], settings: Sequence[Any]) -> Tensor:
+    """Return by how much the weight changes with its scale, times the factor that normalizes the gradient.
+
+    Args:
+        saved: The weight and the scale.
+        settings: Layout, number of bits and the factor.
+    """
+    (weight, scale), (layout, num_bits, factor) = saved, settings
     view, h = layout.view(weight), half_range(num_bits)
     codes = view / scale
     largest, smallest = range_ends(scale, num_bits)

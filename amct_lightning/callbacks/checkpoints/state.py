@@ -209,7 +209,8 @@ def different_checkpoint(source: str, model: QuantPlan, checkpoint: QuantPlan) -
     return ValueError(
         f"The checkpoint '{source}' was quantized differently from the model: "
         f"{describe_difference(model, checkpoint)}. "
-        "Leave `config` out to have it taken from the checkpoint, or start a new run with the new configuration."
+        "Leave `config` out (and `deploy_grid`) to have it taken from the checkpoint, or start a new run with the new "
+        "configuration."
     )
 
 

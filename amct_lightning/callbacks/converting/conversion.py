@@ -40,6 +40,7 @@ class Conversion:
     allow_reuse: bool
     search_n: bool
     target: TargetRules | None
+    deploy_grid: bool = False
 
     def apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: QuantState) -> None:
         """Convert a float model, or make sure that a converted one is quantized as it should be.
@@ -117,7 +118,8 @@ class Conversion:
         errors = []
         for forward in inputs.calls:
             try:
-                return make_plan(model, config, forward, source, self.allow_reuse, self.search_n, self.target)
+                args = self.allow_reuse, self.search_n, self.target, self.deploy_grid
+                return make_plan(model, config, forward, source, *args)
             except RuntimeError as error:
                 errors.append(error)
         raise inputs.failure(errors[0])
@@ -134,6 +136,7 @@ class Conversion:
 
     def _wanted(self, root: nn.Module, plan: QuantPlan) -> QuantPlan:
         """Return the plan with the settings of the configuration, or its own, as the target allows them."""
+        plan = replace(plan, deploy_grid=plan.deploy_grid or self.deploy_grid)
         if self.config is None and self.target is None:
             return plan
         layers = {layer: _as_float(root.get_submodule(layer)) for layer in plan.config}

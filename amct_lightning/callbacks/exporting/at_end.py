@@ -17,7 +17,7 @@ from amct_lightning.callbacks.exporting.batches import Inputs
 from amct_lightning.callbacks.exporting.best import Trained, best_of
 from amct_lightning.callbacks.exporting.settings import ExportForm, ExportSettings
 from amct_lightning.conversion.on_target import TargetRules
-from amct_lightning.export.atc import atc_command
+from amct_lightning.export import atc_command, verify_export
 from amct_lightning.export.report import ExportReport
 from amct_lightning.files import write_text
 from amct_lightning.graph.forward import Forward
@@ -103,10 +103,8 @@ def _verified(
     inputs: Inputs,
     files: Mapping[ExportForm, str],
 ) -> str:
-    from amct_lightning.export.verify import verify_export  # noqa: PLC0415  (as above)
-
     batches = inputs.batches(trainer, trained.module, call, settings.verify_batches)
-    report = verify_export(call.run, files, batches)
+    report = verify_export(call.run, {str(form): file for form, file in files.items()}, batches)
     report.save(settings.file(trainer, "verification.json"))
     if not report.ok:
         rank_zero_warn(f"QuantRetrainCallback: the exported networks depart from the trained one:\n{report}")

@@ -11,56 +11,41 @@ from torch import Tensor, nn
 
 from amct_lightning.conversion.plan import find_plan
 from amct_lightning.export.integer.arithmetic import check_bits
+from amct_lightning.export.tracing.prepared import kept_bits, trained_part
 from amct_lightning.export.verify.expected import ExpectedLayer, expected_layer
 from amct_lightning.export.verify.form import FormVerification
 from amct_lightning.export.verify.report import VerifyReport
 from amct_lightning.export.verify.torch_side import run_model, tensors_in
+from amct_lightning.graph.forward import InputData
 from amct_lightning.record import QuantRecord
 from amct_lightning.wording import closest
 
 FORMS = ("deploy", "fake_quant", "qdq")
 
 
-def verify_export(
+def compare(
     model: nn.Module,
     files: Mapping[str, str | Path],
-    batches: Iterable[Tensor | tuple[Any, ...] | Mapping[str, Any]],
+    batches: Iterable[InputData],
     *,
     deq_bits: int = 19,
 ) -> VerifyReport:
-    """Run a converted model and the files exported from it side by side, and say where a file departs.
-
-    For every layer three things are compared. The *numbers* in the file (integers of weight and bias, factors,
-    dequantization parameters) must be those that follow from the model. What the layer *reads* must be what the file's
-    operators make of the model's outputs of the layers before. And the layer *alone*, given the very input that the
-    model's layer had, must make the same codes and outputs. Differences that the export is known to make are allowed:
-    a code may differ by one at a tie of rounding, an output by the rounding of the bias to an integer, by the bits of
-    the scale that the device drops, and by the rounding of float sums. The files are also run as a whole: the deploy
-    model in the device's arithmetic, the others by onnxruntime.
+    """Do what :func:`amct_lightning.verify_export` says.
 
     Args:
-        model: The converted model, or a wrapper around it that is called in the same way. It is evaluated, and
-            afterwards in the mode it was in.
-        files: Form (``"deploy"``, ``"fake_quant"``, ``"qdq"``) -> file; one or more of them.
-        batches: What the model is called with, without labels: tensors, tuples or mappings.
-        deq_bits: 19, or 32 to let the deploy model compute with the whole dequantization scale.
-
-    Returns:
-        The report.
-
-    Raises:
-        FileNotFoundError: If a file does not exist.
-        ValueError: If the model is not converted or calibrated, a form is not known, a file is none of that form, or a
-            batch does not fit it.
-        ImportError: If onnxruntime is not installed.
+        model: The converted model.
+        files: Form -> file.
+        batches: What the model is called with.
+        deq_bits: 19 or 32.
     """
     check_bits(deq_bits)
     _check(files, batches)
     record = QuantRecord.from_model(model)
     found = find_plan(model)
     assert found is not None
-    root, plan = found
-    layers = {layer.name: expected_layer(root, layer, record[layer.name]) for layer in plan.layers}
+    root, plan = found[0], trained_part(*found)
+    bits = kept_bits(plan)
+    layers = {layer.name: expected_layer(root, layer, record[layer.name], bits) for layer in plan.layers}
     forms = [FormVerification(form, files[form], layers, deq_bits) for form in FORMS if form in files]
     order, count, samples = list[str](), 0, 0
     for batch in batches:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_lightning import QuantRecord, RetrainConfig, prepare_qat
+from amct_lightning import QuantChoices, QuantRecord, RetrainConfig, prepare_qat
 from amct_lightning.callbacks.monitor.layers import Drift, monitored_layers
 from amct_lightning.callbacks.monitor.sampling import Sampler
 from amct_lightning.callbacks.nonfinite import NonfiniteWatch
-from amct_lightning.config import DataConfig, LayerConfig
+from amct_lightning.config import DataConfig, LayerConfig, WeightConfig
 from amct_lightning.modules import QATLayer, quantized_layers
 from tests.ascend.operators.tracing import DeviceTrace
 from tests.modules.cases import COMBINATIONS, LAYERS, WIDTHS, LayerCase, Width
@@ -211,7 +211,7 @@ class Watched(nn.Module):
 
 
 def trace_options(trace: DeviceTrace) -> None:
-    """Every option: several calibration batches, given ranges, FORCE_FP16_QUANT, allow_reuse, search_n."""
+    """Every option: several calibration batches, given ranges, FORCE_FP16_QUANT, allow_reuse, search_n, deploy_grid."""
     torch.manual_seed(0)
     x = torch.randn(IMAGES)
     for force in ("DEFAULT", "FORCE_FP16_QUANT"):
@@ -223,6 +223,15 @@ def trace_options(trace: DeviceTrace) -> None:
         steps.train()
         steps.evaluate("search of the shifts")
         steps.evaluate("search of the shifts")
+    learned = LayerConfig(
+        retrain_data_config=DataConfig(dst_type="INT16"), retrain_weight_config=WeightConfig("ulq_retrain")
+    )
+    for choices in (QuantChoices(), QuantChoices(defaults=learned)):
+        steps = Steps(trace, prepare_qat(Watched(), choices, x, deploy_grid=True), x)
+        steps.train("calibration")
+        steps.train("forward, deploy_grid")
+        steps.train("forward, deploy_grid", lambda: torch.autocast("npu", torch.bfloat16))
+        steps.evaluate("evaluation, deploy_grid")
     given = LayerConfig(retrain_data_config=DataConfig(clip_max=2.0, clip_min=-2.0, fixed_min=True))
     host = nn.Sequential(nn.Linear(4, 3))
     Steps(trace, prepare_qat(host, RetrainConfig(layers={"0": given}), torch.ones(2, 4)), torch.ones(2, 4)).train()

@@ -1,10 +1,8 @@
-"""The entry points without Lightning: AMCT's functions under their own names, and ``prepare_qat``."""
+"""AMCT's functions under their own names, for scripts without Lightning."""
 
 from __future__ import annotations
 
-import copy
 import logging
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,15 +11,13 @@ from amct_lightning.amct.arguments import check_arguments, refuse_same_file
 from amct_lightning.amct.data_parallel import unwrap, wrap_like
 from amct_lightning.amct.plain_hooks import install_hooks
 from amct_lightning.amct.restore import read_checkpoint, restore_state, select_state_dict
-from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config
-from amct_lightning.conversion.convert import convert_layers
-from amct_lightning.conversion.make_plan import make_plan
+from amct_lightning.api.prepare import prepare_qat
+from amct_lightning.config import RetrainConfig
 from amct_lightning.conversion.on_target import OnUnsupported, TargetLike, TargetRules
 from amct_lightning.conversion.report import conversion_report
 from amct_lightning.files import check_writable, is_file, write_text
-from amct_lightning.graph.float_model import check_float_model
 from amct_lightning.graph.forward import InputData
-from amct_lightning.modules.degenerate import OnDegenerate, check_on_degenerate, set_on_degenerate
+from amct_lightning.modules.degenerate import OnDegenerate
 
 _logger = logging.getLogger(__name__)
 
@@ -81,6 +77,7 @@ def create_quant_retrain_model(
     *,
     allow_reuse: bool = False,
     search_n: bool = False,
+    deploy_grid: bool = False,
     on_degenerate: OnDegenerate = "amct",
     target: TargetLike = None,
     on_unsupported: OnUnsupported = "error",
@@ -99,6 +96,7 @@ def create_quant_retrain_model(
         input_data: Input for which the model works, see :func:`create_quant_retrain_config`.
         allow_reuse: See :func:`prepare_qat`.
         search_n: See :func:`prepare_qat`.
+        deploy_grid: See :func:`prepare_qat`.
         on_degenerate: See :func:`prepare_qat`.
         target: See :func:`prepare_qat`.
         on_unsupported: See :func:`prepare_qat`.
@@ -126,7 +124,7 @@ def create_quant_retrain_model(
     texts = {"config_file": (config_file, str), "record_file": (record_file, str)}
     check_arguments("create_quant_retrain_model", model, input_data, texts)
     options: dict[str, Any] = {"allow_reuse": allow_reuse, "search_n": search_n, "on_degenerate": on_degenerate}
-    options |= {"target": target, "on_unsupported": on_unsupported}
+    options |= {"target": target, "on_unsupported": on_unsupported, "deploy_grid": deploy_grid}
     converted = _convert(config_file, model, record_file, input_data, options)
     _start_record(converted, record_file)
     return wrap_like(converted, model)
@@ -142,6 +140,7 @@ def restore_quant_retrain_model(
     *,
     allow_reuse: bool = False,
     search_n: bool = False,
+    deploy_grid: bool = False,
     on_degenerate: OnDegenerate = "amct",
     target: TargetLike = None,
     on_unsupported: OnUnsupported = "error",
@@ -162,6 +161,7 @@ def restore_quant_retrain_model(
         state_dict_name: The entry of the file that holds the state_dict; ``None`` if the file is the state_dict.
         allow_reuse: See :func:`prepare_qat`.
         search_n: See :func:`prepare_qat`.
+        deploy_grid: See :func:`prepare_qat`.
         on_degenerate: See :func:`prepare_qat`.
         target: See :func:`prepare_qat`.
         on_unsupported: See :func:`prepare_qat`.
@@ -198,77 +198,11 @@ def restore_quant_retrain_model(
     refuse_same_file(record_file, pth_file, "checkpoint")
     state_dict = select_state_dict(read_checkpoint(pth_file), state_dict_name, pth_file)
     options: dict[str, Any] = {"allow_reuse": allow_reuse, "search_n": search_n, "on_degenerate": on_degenerate}
-    options |= {"target": target, "on_unsupported": on_unsupported}
+    options |= {"target": target, "on_unsupported": on_unsupported, "deploy_grid": deploy_grid}
     converted = _convert(config_file, model, record_file, input_data, options)
     restore_state(converted, state_dict, pth_file)
     _start_record(converted, record_file)
     return wrap_like(converted, model)
-
-
-def prepare_qat(
-    model: nn.Module,
-    config: ConfigLike,
-    input_data: InputData,
-    *,
-    inplace: bool = False,
-    source: str = "",
-    allow_reuse: bool = False,
-    search_n: bool = False,
-    on_degenerate: OnDegenerate = "amct",
-    target: TargetLike = None,
-    on_unsupported: OnUnsupported = "error",
-) -> nn.Module:
-    """Convert a model for quantization-aware training.
-
-    Parameter names stay as they are; each quantized layer gets an ``input_quantizer`` and a ``weight_quantizer``.
-
-    Args:
-        model: The float model.
-        config: What to quantize and how: a preset such as ``"INT8"`` or ``"A4W4"``, the path of a JSON, ``.cfg`` or
-            YAML file, the content of a JSON or YAML one as a mapping, or a :class:`RetrainConfig` or
-            :class:`QuantChoices`. ``None`` quantizes every layer that can be, with AMCT's defaults.
-        input_data: Input for which the model works: a tensor, a tuple of positional arguments or a mapping of
-            keyword arguments. It only shows the data flow; layers that it does not reach stay in float.
-        inplace: Convert ``model`` itself instead of a copy.
-        source: What the config is called in messages; by default its path.
-        allow_reuse: Also quantize layers that are called several times in one forward, with one set of factors for
-            all their calls. AMCT leaves them in float.
-        search_n: Search, in evaluation passes, by how many bits the hardware has to shift the int32 sums of each
-            convolution and linear layer to keep them in int16; the record carries the result as ``shift_bit``.
-        on_degenerate: What a calibration does with a batch in which nothing but 0, or nearly so, reaches a layer: with
-            ``"amct"`` it counts, the scale becomes 1 as in AMCT and a warning says so; with ``"wait"`` it does not
-            count, and the layer calibrates on until a batch has values. It is no part of the state.
-        target: The hardware that the network is meant for: ``"A2"`` or ``"A3"`` (Atlas), ``"950"`` or ``"310P"``
-            (Ascend). Its layers and types are checked, and what is doubtful is said. ``None`` checks nothing.
-        on_unsupported: What to do about layers that the target does not run: ``"error"`` refuses them; ``"fallback"``
-            takes INT8, or float for layers that it does not quantize at all, and says so; ``"warn"`` goes on.
-
-    Returns:
-        The converted model.
-
-    Raises:
-        TypeError: If ``model`` or ``config`` has the wrong type.
-        ValueError: If the configuration does not fit the model or the target or nothing is left to quantize, or a
-            weight is NaN or infinite.
-        RuntimeError: If the model is quantized already or fails on the input.
-
-    Example:
-        >>> import torch
-        >>> prepare_qat(nn.Sequential(nn.Linear(4, 2)), None, torch.ones(1, 4))[0]
-        QATLinear(
-          in_features=4, out_features=2, bias=True
-          (input_quantizer): ActivationQuantizer(num_bits=8, fixed_min=False, calibrating)
-          (weight_quantizer): WeightQuantizer(num_bits=8, channel_wise=False)
-        )
-    """
-    check_on_degenerate(on_degenerate, "prepare_qat")
-    check_float_model(model)
-    rules, name = TargetRules.of(target, on_unsupported, "prepare_qat"), source or config_source(config)
-    plan = make_plan(model, load_config(config), input_data, name, allow_reuse, search_n, rules)
-    converted = model if inplace else _copy(model)
-    convert_layers(converted, plan)
-    set_on_degenerate(converted, on_degenerate)
-    return converted
 
 
 def _convert(
@@ -278,18 +212,6 @@ def _convert(
     check_writable(record_file, "record file")
     refuse_same_file(record_file, config_file, "configuration file")
     return prepare_qat(unwrap(model), config, input_data, source=config_file, **options)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        warnings.warn(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), so it is converted in place, "
-            "as AMCT does. Use the model that is returned, and no longer the one that was given.",
-            stacklevel=3,
-        )
-        return model
 
 
 def _start_record(converted: nn.Module, record_file: str) -> None:

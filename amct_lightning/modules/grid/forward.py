@@ -1,0 +1,71 @@
+"""The forward of a layer that has one product, on the device's grid, and of the BatchNorm that is folded into it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amct_lightning.modules.deployed import folded_bias, folded_weight
+from amct_lightning.modules.deployed import weight_codes as folded_codes
+from amct_lightning.modules.folding import current_weight, deployed_scale
+from amct_lightning.modules.grid.codes import Codes, activation_codes, weight_codes
+from amct_lightning.modules.grid.norm import FoldedNorm, has_lost_norm
+from amct_lightning.modules.grid.sums import Operate, integer_product, output_dtype, replaced
+from amct_lightning.quantizers import ChannelLayout
+from amct_lightning.quantizers.transforms import transforming
+
+
+def forward_on_grid(layer: Any, norm: FoldedNorm | None, input: Tensor, operate: Operate) -> Tensor:
+    """Run a layer with what the device computes with.
+
+    Args:
+        layer: The layer.
+        norm: The BatchNorm that is folded into it now: its output is that of the layer.
+        input: The input.
+        operate: The operation of the layer without its bias, from input and weight.
+
+    Returns:
+        The output, in the dtype that the float layer would give it.
+    """
+    dtype, terms = output_dtype(input), _terms(layer.weight, layer.weight_quantizer.layout)
+    clips = layer.input_quantizer.update_range(input, layer.calibrates_input)
+    x = activation_codes(layer.input_quantizer, input, *clips)
+    folded = None if norm is None else _folded_output(layer, norm, operate, x, terms).to(dtype)
+    if folded is not None and not (torch.is_grad_enabled() or transforming()):
+        return folded
+    exact = not layer.training and folded is None
+    if exact and has_lost_norm(layer):
+        _warn_unfolded()
+    weight = weight_codes(layer.weight_quantizer, layer.weight)
+    follows = layer.bias is not None and layer.bias_follows(input)
+    output = integer_product(operate, x, weight, None if follows else layer.bias, terms, exact)
+    output = (output + layer.bias.float() if follows else output).to(dtype)
+    return output if norm is None or folded is None else replaced(norm.float_forward(output), folded)
+
+
+@torch.no_grad()
+def _folded_output(layer: Any, norm: FoldedNorm, operate: Operate, x: Codes, terms: int) -> Tensor:
+    """Return the output with the integers that an export writes; it has no gradient."""
+    weight, quantizer = current_weight(layer), layer.weight_quantizer
+    scale = deployed_scale(quantizer, weight, norm)
+    codes = folded_codes(folded_weight(weight, norm), scale, quantizer.layout, quantizer.num_bits)
+    bias = folded_bias(layer.bias, norm)
+    return integer_product(operate, x, Codes(codes, scale, quantizer.num_bits), bias, terms, exact=True)
+
+
+def _terms(weight: Tensor, layout: ChannelLayout) -> int:
+    """Return how many products one sum has, at most."""
+    return weight.numel() // (layout.groups * weight.shape[1] if layout.transposed else weight.shape[0])
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _warn_unfolded() -> None:
+    warnings.warn(
+        "A BatchNorm that belongs to a layer of deploy_grid=True was replaced since the conversion, so evaluation "
+        "does not fold it and differs from the deployed network by rounding. Convert to SyncBatchNorm before "
+        "prepare_qat; with QuantRetrainCallback either order is right.",
+        stacklevel=3,
+    )
