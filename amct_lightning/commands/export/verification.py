@@ -18,6 +18,7 @@ from amct_lightning.commands.export.files import Network, need_onnx, read_networ
 from amct_lightning.commands.export.inputs import example_input
 from amct_lightning.commands.model_input import add_model_options, spelled_out
 from amct_lightning.commands.output import short_warnings, show
+from amct_lightning.export import verify_export
 from amct_lightning.files import check_writable
 from amct_lightning.graph.forward import InputData
 
@@ -125,8 +126,6 @@ def verify(
     Raises:
         UserError: If a batch does not fit.
     """
-    from amct_lightning.export.verify import verify_export  # noqa: PLC0415  (needs ONNX, which may not be installed)
-
     notes: list[str] = []
     inputs = next(iter(networks.values())).inputs
     given = islice(fitted(batches, inputs, notes.append), most)
