@@ -22,6 +22,7 @@ from amct_lightning import QuantRecord, load_qat_checkpoint
 from amct_lightning.cli import main
 from amct_lightning.commands.base import UserError
 from amct_lightning.commands.export.batches import fitted, read_batches
+from amct_lightning.files import is_file
 from tests.cli.conftest import MODULE, RUN, Finished, Folder
 
 MORE = """
@@ -146,6 +147,16 @@ def test_the_script_of_atc_works_from_any_folder(folder: Folder, trained: Traine
     assert '--soc_version="Ascend910B3"' in script
 
 
+def test_an_export_may_go_to_a_remote_place(folder: Folder, trained: Trained) -> None:
+    trained()
+    status, out, _ = folder("export", "last.ckpt", *MODEL, "--output", "memory://test_export/net")
+    assert status == 0
+    assert '--model="net_deploy_model.onnx"' in out
+    kinds = ("deploy_model.onnx", "fake_quant_model.onnx", "record.txt", "atc.sh")
+    assert all(is_file(f"memory://test_export/net_{kind}") for kind in kinds)
+    assert written(folder) == []
+
+
 def test_all_forms_are_made_from_one_graph(folder: Folder, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     trained()
     original, calls = torch.onnx.export, []
@@ -254,6 +265,7 @@ def test_a_part_of_what_was_quantized_is_exported_and_verified_alone(folder: Fol
         ([*MODEL, "--submodule", "net.1"], "--submodule net.1: nothing in it is quantized."),
         ([*MODEL, "--submodule", "nett"], "Classifier has no such module; its children are 'net'."),
         ([*MODEL, "--output", "last.ckpt/net"], "'last.ckpt/net_record.txt' cannot be written: Not a directory"),
+        ([*MODEL, "--output", "memory://x/net", "--verify", "1"], "a remote file system cannot be verified"),
         ([*MODEL, "--form", "qdg"], "invalid choice: 'qdg'"),
         ([*MODEL, "--opset", "3"], "cannot be translated into ONNX"),
         ([*MODEL, "--record", "other.txt"], "The record in 'other.txt' is not that of this model: 'net.4'"),

@@ -118,7 +118,7 @@ def test_the_yaml_of_a_run_works_in_a_folder_with_nothing_but_the_module(tmp_pat
 
 def test_a_shell_gets_completions(tmp_path: Path) -> None:
     answers = {}
-    for line in ("amct-lightning record ", "amct-lightning fit --quant.record"):
+    for line in ("amct-lightning record ", "amct-lightning fit --quant.record", "amct-lightning export --dyn"):
         read, write = os.pipe()
         environment = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9", "_ARGCOMPLETE": "1"}
         subprocess.run(
@@ -134,6 +134,7 @@ def test_a_shell_gets_completions(tmp_path: Path) -> None:
             answers[line] = pipe.read().split()
     assert {"show", "check", "diff", "extract"} <= set(answers["amct-lightning record "])
     assert answers["amct-lightning fit --quant.record"] == ["--quant.record_file"]
+    assert answers["amct-lightning export --dyn"] == ["--dynamic-batch"]
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:

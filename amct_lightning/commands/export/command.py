@@ -20,7 +20,7 @@ from amct_lightning.commands.export.table import remarks, written_table
 from amct_lightning.commands.export.verification import verify
 from amct_lightning.commands.model_input import add_model_options, spelled_out
 from amct_lightning.commands.output import short_warnings, show
-from amct_lightning.files import check_writable, write_text
+from amct_lightning.files import check_writable, location, write_text
 from amct_lightning.graph.forward import InputData
 from amct_lightning.record import QuantRecord
 from amct_lightning.targets import TARGETS
@@ -111,6 +111,11 @@ class ExportCommand(ParsedCommand):
             raise UserError(f"--verify {options.verify}: must be a number of batches, 1 or more.")
         need_onnx(*(["onnxruntime"] if is_verified else []))
         prefix = prefix_of(options.output, options.checkpoint)
+        if is_verified and isinstance(location(prefix), str):
+            raise UserError(
+                f"--output {options.output}: files on a remote file system cannot be verified. Export to a local folder "
+                "and copy them, or leave --batches and --verify out."
+            )
         check_writable(_record_file(prefix), "record")
         with short_warnings():
             model = load_part(options)

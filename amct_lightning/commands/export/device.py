@@ -10,6 +10,7 @@ from torch import nn
 from amct_lightning.conversion.on_target import TargetRules, listed
 from amct_lightning.conversion.plan import find_plan
 from amct_lightning.export.atc import atc_command
+from amct_lightning.files import location
 from amct_lightning.targets import find_target
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ def compile_script(report: ExportReport, target: str | None, soc_version: str | 
         target: The generation of the device.
         soc_version: Its processor.
     """
-    name = report.path.rpartition("/")[2]
-    command = atc_command(name, target, soc_version=soc_version, input_shapes=report.inputs)
+    command = atc_command(_name(report), target, soc_version=soc_version, input_shapes=report.inputs)
     return f'#!/bin/sh\ncd "$(dirname "$0")" || exit\n{command}\n'
 
 
@@ -65,4 +65,10 @@ def compile_command(report: ExportReport, target: str | None, soc_version: str |
         target: The generation of the device.
         soc_version: Its processor.
     """
-    return atc_command(report.path, target, soc_version=soc_version, input_shapes=report.inputs)
+    place = location(report.path)
+    path = _name(report) if isinstance(place, str) else place  # ATC reads local files, once they are fetched
+    return atc_command(path, target, soc_version=soc_version, input_shapes=report.inputs)
+
+
+def _name(report: ExportReport) -> str:
+    return report.path.rpartition("/")[2]
