@@ -113,7 +113,7 @@ class ExportCommand(ParsedCommand):
         prefix = prefix_of(options.output, options.checkpoint)
         if is_verified and isinstance(location(prefix), str):
             raise UserError(
-                f"--output {options.output}: files on a remote file system cannot be verified. Export to a local folder "
+                f"--output {options.output}: files on a remote file system cannot be verified. Export to a folder here "
                 "and copy them, or leave --batches and --verify out."
             )
         check_writable(_record_file(prefix), "record")
