@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_lightning.quantizers.base import Quantizer
+from amct_lightning.quantizers.operators import takes_operators, weight_operator
 from amct_lightning.quantizers.transforms import transforming
 from amct_lightning.quantizers.weight_functional import (
     ChannelLayout,
@@ -105,7 +106,13 @@ class WeightQuantizer(Quantizer):
         Returns:
             The fake-quantized weight.
         """
+        if takes_operators():
+            return weight_operator(weight, self._kept_scale(), self.layout, self.num_bits, self.channel_wise)
         return self._quantize(weight.float()).to(weight.dtype)
+
+    def _kept_scale(self) -> Tensor | None:
+        """Return the scales if they are not to be computed from the weight."""
+        return self.scale if self.frozen else None
 
     def _quantize(self, weight: Tensor) -> Tensor:
         if self.frozen:
@@ -196,6 +203,9 @@ class LearnedWeightQuantizer(WeightQuantizer):
 
     def unfreeze(self) -> None:
         """Do nothing: what is learned again is the optimizer's business."""
+
+    def _kept_scale(self) -> Tensor | None:
+        return None if self.starting else self.scale
 
     def _quantize(self, weight: Tensor) -> Tensor:
         scales = self.scale
