@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from amct_lightning.quantizers.base import Quantizer
+from amct_lightning.quantizers.base import Quantizer, is_exporting
 from amct_lightning.quantizers.operators import takes_operators, weight_operator
 from amct_lightning.quantizers.transforms import transforming
 from amct_lightning.quantizers.weight_functional import (
@@ -120,7 +120,7 @@ class WeightQuantizer(Quantizer):
         else:
             with torch.no_grad():
                 scale = arq_scale(weight, self.layout, self.num_bits, self.channel_wise)
-                if not transforming():
+                if not (transforming() or is_exporting()):
                     self.scale.copy_(scale.flatten())
         return fake_quantize_weight(weight, scale, self.layout, self.num_bits)
 
@@ -209,7 +209,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
 
     def _quantize(self, weight: Tensor) -> Tensor:
         scales = self.scale
-        if self.starting and transforming():
+        if self.starting and (transforming() or is_exporting()):
             scales = self.max_abs_scale(weight)
         elif self.starting:
             self._start(weight)
