@@ -12,8 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch import Tensor, nn
 
 from amct_lightning.quantizers.base import in_torch_export
 from amct_lightning.quantizers.functional import fake_quantize_activation, repair_clips
@@ -98,13 +97,14 @@ def weight_operator(
 def _once(operator: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
     """Call an operator, or return what it has given for the same tensors in this graph: layers share a quantizer.
 
-    The note of it hangs on the tensor, so that it goes with it. A tensor that was written to since is another one.
+    The note of it hangs on the tensor of the graph, so that it goes with it, and never on one with values, which the
+    model may keep. A tensor that was written to since is another one.
     """
     tensors = [arg for arg in (x, *args) if isinstance(arg, Tensor)]
-    graph = None if torch.compiler.is_dynamo_compiling() else get_proxy_mode()
-    if graph is None or any(tensor.is_inference() for tensor in tensors):
+    noted = type(x) not in (Tensor, nn.Parameter) and not any(tensor.is_inference() for tensor in tensors)
+    if torch.compiler.is_dynamo_compiling() or not noted:
         return operator(x, *args)
-    state = (graph, [tensor._version for tensor in tensors])
+    state = [tensor._version for tensor in tensors]
     notes: dict[Any, Any] = x.__dict__.setdefault("_amct_lightning_quantized", {})
     key = (operator, *(id(arg) if isinstance(arg, Tensor) else arg for arg in args))
     if key not in notes or notes[key][0] != state:

@@ -84,12 +84,30 @@ def test_a_tensor_that_is_written_to_between_two_readers_is_quantized_again() ->
 
 
 def test_an_export_of_tensors_that_are_fake_already_begins_anew() -> None:
-    """What was noted on such a tensor in the export before belongs to another graph."""
+    """What was found out about such a tensor in the export before belongs to another graph."""
     model = made().model
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(2, 3, 8)
         programs = [torch.export.export(model, (x,)) for _ in range(2)]
     assert [quantizers(program) for program in programs] == [(2, 4)] * 2
+
+
+def test_a_tensor_that_the_model_keeps_stays_as_it_is() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.table = nn.Linear(4, 4), nn.Linear(4, 4), torch.randn(2, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(self.table) + self.second(self.table) + x
+
+    x = torch.randn(2, 4)
+    model = prepare_qat(Table(), None, x).train()
+    model(x)
+    model.eval()
+    for _ in range(2):
+        assert_equal(outputs(torch.export.export(model, (x,)).module(), x), outputs(model, x))
+        assert_equal(outputs(copy.deepcopy(model), x), outputs(model, x))
 
 
 def test_batch_and_sequence_may_be_dynamic() -> None:
@@ -134,6 +152,23 @@ def test_a_model_in_training_mode_is_exported_without_training_it() -> None:
     assert quantizers(program) == (2, 4)
     assert all(torch.equal(value, state[key]) for key, value in exported.model.state_dict().items())
     assert_equal(outputs(program.module(), *exported.args), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "trace",
+    [
+        lambda model, args: torch.jit.trace(model, args, check_trace=False),  # the check runs the model once more
+        lambda model, args: torch.export.export(model, args).module(),
+    ],
+    ids=["trace", "export"],
+)
+def test_a_model_that_is_to_be_calibrated_is_not_calibrated_by_an_export(trace: Any) -> None:
+    exported = made(calibrated=False)
+    expected = exported.eager()
+    graph = trace(exported.model.train(), exported.args)
+    assert all(layer.input_quantizer.batches == 0 for layer in layers(exported.model))
+    assert_equal(outputs(graph, *exported.args), expected)
 
 
 @pytest.mark.parametrize("strict", [False, True])
