@@ -192,6 +192,14 @@ class QATLayer(nn.Module):
         settings: str = super().extra_repr()
         return f"{settings}, deploy_grid=True" if self.deploy_grid else settings
 
+    def bias_follows(self, input: Tensor) -> bool:
+        """Tell whether the deployed operator takes no bias, which is then added to its output in float.
+
+        Args:
+            input: The input of the layer.
+        """
+        return False
+
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """The float layer's operation with a given weight and bias."""
         raise TypeError(f"{type(self).__name__} is not a complete QAT layer: it defines no _operate().")
@@ -226,6 +234,10 @@ class QATLinear(QATLayer, nn.Linear):
     """Quantized twin of :class:`torch.nn.Linear`, for inputs of any rank."""
 
     keeps_input: ClassVar[bool] = False
+
+    def bias_follows(self, input: Tensor) -> bool:
+        """Tell so for all inputs but those of two axes: MatMul takes no bias."""
+        return input.dim() != 2
 
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

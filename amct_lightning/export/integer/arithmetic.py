@@ -203,7 +203,7 @@ def matmul_sums(x: Tensor, weight: Tensor) -> Tensor:
 def _exact(operate: Any, x: Tensor, weight: Tensor, channel_axis: int) -> Tensor:
     """Compute in float32 if no partial sum can leave the integers that it holds exactly, else in float64."""
     others = [axis for axis in range(weight.dim()) if axis != channel_axis]
-    largest = float(weight.long().abs().sum(others).max()) if weight.numel() else 0.0
+    largest = float(weight.short().abs().sum(others, dtype=torch.int64).max()) if weight.numel() else 0.0
     bound = largest * (float(x.abs().max()) if x.numel() else 0.0)
     dtype = torch.float32 if bound < EXACT_IN_FLOAT32 else torch.float64
     with torch.no_grad(), _full_precision():

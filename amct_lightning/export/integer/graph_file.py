@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ Source = str | Path | ModelProto
 """An ONNX file, or the model that was read from one."""
 
 
+LARGE = 2**26
+"""From this size of a file on, in bytes, memory is spared."""
+
+
 class GraphFile:
     """The graph of an ONNX file.
 
@@ -25,6 +29,7 @@ class GraphFile:
         path: Its path, ``None`` for a model that was given.
         label: What messages call the file.
         model: The model.
+        large: Whether it is a file of so many bytes that its numbers should not be in memory several times.
         nodes: Its nodes in the order of the file, Constant nodes left out.
         inputs: Name -> type of the inputs that are no initializers.
         outputs: Names of the outputs.
@@ -38,9 +43,16 @@ class GraphFile:
         self.path = None if isinstance(source, ModelProto) else str(source)
         self.label = "the given ONNX model" if self.path is None else f"'{self.path}'"
         self.model = source if isinstance(source, ModelProto) else _load(Path(source))
-        graph = self.model.graph
-        self._constants: dict[str, onnx.TensorProto | NodeProto] = {tensor.name: tensor for tensor in graph.initializer}
+        self.large = self.path is not None and self.model.ByteSize() >= LARGE
         self._arrays: dict[str, np.ndarray] = {}
+        self._constants: dict[str, onnx.TensorProto | NodeProto | None] = {}
+        if self.path is None:
+            self._constants.update({tensor.name: tensor for tensor in self.model.graph.initializer})
+        else:  # the numbers are taken out, so that those that are not needed any more can be let go of
+            self._arrays = {found.name: numpy_helper.to_array(found).copy() for found in self.model.graph.initializer}
+            self._constants.update(dict.fromkeys(self._arrays))
+            self.model = _without_initializers(self.model)
+        graph = self.model.graph
         self.inputs = {value.name: value.type for value in graph.input if value.name not in self._constants}
         self.outputs = [value.name for value in graph.output]
         self.nodes: list[NodeProto] = []
@@ -80,15 +92,19 @@ class GraphFile:
     def needs(self, tensor: str) -> onnx.TensorProto | None:
         """Return the initializer that stands for a constant tensor, ``None`` if the tensor is not constant."""
         found = self._constants.get(tensor)
-        if found is None or isinstance(found, onnx.TensorProto):
+        if isinstance(found, onnx.TensorProto):
             return found
         array = self.constant(tensor)
-        assert array is not None
-        return numpy_helper.from_array(array, tensor)
+        return None if array is None else numpy_helper.from_array(array, tensor)
 
-    def forget(self) -> None:
-        """Let go of the arrays that :meth:`constant` has kept."""
-        self._arrays.clear()
+    def release(self, kept: Collection[str]) -> None:
+        """Let go of the arrays of a file, but for some.
+
+        Args:
+            kept: Names of the constant tensors that will be needed again.
+        """
+        arrays = {name: self.constant(name) for name in kept}
+        self._arrays = {name: array for name, array in arrays.items() if array is not None}
 
     def _is_constant(self, node: NodeProto) -> bool:
         if node.op_type == "Constant":
@@ -133,6 +149,14 @@ def read_by(node: NodeProto) -> Iterator[str]:
 def named(node: NodeProto) -> str:
     """Return how messages name a node."""
     return f"'{node.name or node.output[0]}' ({node.op_type})"
+
+
+def _without_initializers(model: ModelProto) -> ModelProto:
+    """Return a model without its initializers, whose memory is free when the given one is gone."""
+    del model.graph.initializer[:]
+    copied = ModelProto()
+    copied.CopyFrom(model)
+    return copied
 
 
 def _load(path: Path) -> ModelProto:

@@ -38,6 +38,8 @@ class QuantizedNetwork:
         self._nodes = [node for node in self.file.nodes if id(node) not in reader.taken]
         self._level = self._levels()
         self._segments, self._units_at = self._cut()
+        read = {name for node in self._nodes for name in read_by(node)}
+        self.file.release(read.union(self.file.outputs, *(unit.reads for unit in self.units)))
 
     def compute(self, inputs: Arrays, compute: Compute) -> dict[str, np.ndarray]:
         """Compute the outputs of the graph.

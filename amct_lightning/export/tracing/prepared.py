@@ -44,9 +44,8 @@ class Prepared:
 
     @property
     def dequant_bits(self) -> int:
-        """How many bits of the dequantization scales the files hold: those that the model computes with."""
-        forced = self.plan.config.fakequant_precision_mode == "FORCE_FP16_QUANT"
-        return DEVICE_BITS if forced or self.plan.deploy_grid else 32
+        """How many bits of the dequantization scales the files hold."""
+        return kept_bits(self.plan)
 
     def numbers(self, call: LayerCall) -> LayerNumbers:
         """Return the numbers of a layer.
@@ -97,6 +96,16 @@ def prepare(model: nn.Module, record: QuantRecord | None = None) -> Prepared:
         raise RuntimeError("The copy of a converted model has no plan.")
     root, plan = found
     return Prepared(copied, root, trained_part(root, plan), factors)
+
+
+def kept_bits(plan: QuantPlan) -> int:
+    """Return how many bits of the dequantization scales are exported: all, or those that a model computes with.
+
+    Args:
+        plan: The plan by which the model was converted.
+    """
+    forced = plan.config.fakequant_precision_mode == "FORCE_FP16_QUANT"
+    return DEVICE_BITS if forced or plan.deploy_grid else 32
 
 
 def trained_part(root: nn.Module, plan: QuantPlan) -> QuantPlan:

@@ -66,25 +66,28 @@ class ExpectedLayer:
 
 
 @torch.no_grad()
-def expected_layer(root: nn.Module, layer_plan: LayerPlan, record: LayerRecord) -> ExpectedLayer:
+def expected_layer(
+    root: nn.Module, layer_plan: LayerPlan, record: LayerRecord, dequant_bits: int = 32
+) -> ExpectedLayer:
     """Return what a file must hold for a layer.
 
     Args:
         root: The converted module.
         layer_plan: The plan of the layer.
         record: The factors of the layer, as they are now.
+        dequant_bits: How many bits of the dequantization scales the file holds.
     """
     layer = cast(QATLayer, root.get_submodule(layer_plan.name))
-    weight_bits = _bits(record.wts_type)
+    kept = _bits(record.wts_type), dequant_bits
     norm = None if layer_plan.batch_norm is None else root.get_submodule(layer_plan.batch_norm)
     hidden = None
     if "hidden_quantizer" in layer.activation_quantizers:
-        first = _product(layer, "weight_quantizer", "bias_ih_l0", record.scale_d, record.scale_w, weight_bits, None)
+        first = _product(layer, "weight_quantizer", "bias_ih_l0", record.scale_d, record.scale_w, kept, None)
         hidden = _product(
-            layer, "recurrent_weight_quantizer", "bias_hh_l0", record.scale_h or 1.0, record.scale_r, weight_bits, None
+            layer, "recurrent_weight_quantizer", "bias_hh_l0", record.scale_h or 1.0, record.scale_r, kept, None
         )
     else:
-        first = _product(layer, "weight_quantizer", "bias", record.scale_d, record.scale_w, weight_bits, norm)
+        first = _product(layer, "weight_quantizer", "bias", record.scale_d, record.scale_w, kept, norm)
     bits = _bits(record.act_type)
     return ExpectedLayer(layer_plan.name, layer, record, first, hidden, bits, norm, _attributes(layer))
 
@@ -95,9 +98,10 @@ def _product(
     bias_name: str,
     scale_d: float,
     scale_w: Any,
-    bits: int,
+    kept: tuple[int, int],
     norm: nn.Module | None,
 ) -> Product:
+    bits, dequant_bits = kept
     weights = cast(WeightQuantizer, getattr(layer, quantizer))
     trained = current_weight(layer, layer.weight_quantizers[quantizer]).detach()
     gates = LAYER_TYPES[supported_class(layer)].gates
@@ -107,7 +111,8 @@ def _product(
     codes = weight_codes(weight, per_row, weights.layout, bits)
     bias = getattr(layer, bias_name, None)
     folded = folded_bias(None if bias is None else current_weight(layer, bias_name).detach(), norm)
-    total = dequant_scale(torch.tensor(scale_d, dtype=torch.float32, device=weight.device), per_row)
+    given = torch.tensor(scale_d, dtype=torch.float32, device=weight.device)
+    total = dequant_scale(given, per_row)
     ordered = None if folded is None else _reordered(folded, gates)
     own = weights.compute_scale(trained)
     as_trained = _reordered(weight_codes(trained.float(), own, weights.layout, bits), gates)
@@ -117,7 +122,7 @@ def _product(
     flips = different.sum(weights.layout.reduced_dims(different, True))
     return Product(
         codes.to(torch.int8).cpu().numpy(),
-        total.cpu().numpy(),
+        dequant_scale(given, per_row, dequant_bits).cpu().numpy(),
         scale.cpu().numpy(),
         None if ordered is None else bias_codes(ordered, total).long().cpu().numpy(),
         None if ordered is None else ordered.cpu().numpy(),

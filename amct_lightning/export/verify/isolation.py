@@ -23,6 +23,37 @@ _SUM_ERRORS = 8.0
 _MOST_STEPS = 32
 
 
+class _Codes:
+    """The codes of a tensor.
+
+    Args:
+        quantizer: What makes them in the model.
+        x: The tensor.
+        scale: The scale in the record, that of the quantizer or that rounded to float16.
+        offset: The offset in the record.
+        bits: Bits of the codes.
+
+    Attributes:
+        x: The tensor.
+        scale: The scale in the record.
+        offset: The offset in the record.
+        wanted: The codes by the record's factors.
+        trained: The codes by the quantizer, which training and the model know, moved to the offset in the record.
+        error: By which part the record's scale differs from the quantizer's.
+    """
+
+    def __init__(self, quantizer: ActivationQuantizer, x: Tensor, scale: float, offset: int, bits: int) -> None:
+        self.x, self.scale, self.offset = x, scale, offset
+        own, shift = float(quantizer.scale), offset - int(quantizer.offset)
+        self.trained = torch_codes(quantizer, x) + shift
+        self.error = abs(scale / own - 1.0)
+        half = 2.0 ** (bits - 1)
+        same = np.float32(scale) == np.float32(own) and not shift
+        self.wanted = (
+            self.trained if same else (torch.round(x / np.float32(scale).item() + offset)).clamp(-half, half - 1)
+        )
+
+
 @dataclass
 class Isolated:
     """What came of a layer alone.
@@ -43,13 +74,15 @@ class Isolated:
     outputs_wrong: int = 0
     largest: float = 0.0
 
-    def add_codes(self, found: Tensor, expected: Tensor, tie: Tensor) -> None:
-        """Count codes that differ; by one, and at a tie, is rounding."""
-        difference = (found - expected).abs()
-        at_tie = (difference == 1) & tie
-        self.codes += expected.numel()
-        self.ties += int(at_tie.sum())
-        self.wrong += int(((difference > 0) & ~at_tie).sum())
+    def add_codes(self, found: Tensor, expected: _Codes, first: int | None = None) -> None:
+        """Count codes that differ, by one at a tie as rounding; of all or the first along the first axis."""
+        x, wanted = expected.x[:first], expected.wanted[:first]
+        places = found != wanted
+        near = near_a_tie(x[places], expected.scale, expected.offset)
+        ties = int(((found[places] - wanted[places]).abs().eq(1) & near).sum())
+        self.codes += wanted.numel()
+        self.ties += ties
+        self.wrong += int(places.sum()) - ties
 
     def add_outputs(self, found: Tensor, expected: Tensor, tolerance: Tensor) -> None:
         """Count outputs that differ by more than a tolerance."""
@@ -81,41 +114,12 @@ def isolated(unit: Unit, expected: ExpectedLayer, call: Call, deq_bits: int) -> 
     result = Isolated()
     record = expected.record
     codes = _Codes(expected.module.input_quantizer, call.x, record.scale_d, record.offset_d, expected.bits)
-    result.add_codes(unit.quantizer.codes(call.x), codes.wanted, codes.tie)
+    result.add_codes(unit.quantizer.codes(call.x), codes)
     if isinstance(unit, IntegerLayer):
         _product_outputs(result, unit, expected.input, call, codes, deq_bits)
     elif expected.hidden is not None:
         _recurrent_outputs(result, unit, expected, call, codes, deq_bits)
     return result
-
-
-class _Codes:
-    """The codes of a tensor.
-
-    Args:
-        quantizer: What makes them in the model.
-        x: The tensor.
-        scale: The scale in the record, that of the quantizer or that rounded to float16.
-        offset: The offset in the record.
-        bits: Bits of the codes.
-
-    Attributes:
-        wanted: The codes by the record's factors.
-        trained: The codes by the quantizer, which training and the model know, moved to the offset in the record.
-        tie: Where rounding is a matter of the last bits.
-        error: By which part the record's scale differs from the quantizer's.
-    """
-
-    def __init__(self, quantizer: ActivationQuantizer, x: Tensor, scale: float, offset: int, bits: int) -> None:
-        own, shift = float(quantizer.scale), offset - int(quantizer.offset)
-        self.trained = torch_codes(quantizer, x) + shift
-        self.error = abs(scale / own - 1.0)
-        self.tie = near_a_tie(x, scale, offset)
-        half = 2.0 ** (bits - 1)
-        same = np.float32(scale) == np.float32(own) and not shift
-        self.wanted = (
-            self.trained if same else (torch.round(x / np.float32(scale).item() + offset)).clamp(-half, half - 1)
-        )
 
 
 def _product_outputs(
@@ -128,9 +132,9 @@ def _product_outputs(
     if found.numel() != call.y.numel() or (found.dim() == call.y.dim() and found.shape != call.y.shape):
         raise ValueError(f"its output has shape {list(found.shape)} instead of {list(call.y.shape)}")
     largest = float((codes - unit.quantizer.offset).abs().max()) if codes.numel() else 0.0
-    rows = np.abs(expected.codes.astype(np.int64))
-    # Of a transposed convolution all weights count for every channel, which is more than needed.
-    per_channel = rows.reshape(rows.shape[0], -1).sum(1).max() * largest
+    rows = np.abs(expected.codes.astype(np.int16))
+    # Of a transposed convolution these are sums per input channel, which is near enough for a bound of rounding.
+    per_channel = rows.reshape(rows.shape[0], -1).sum(1, dtype=np.int64).max() * largest
     scale = float(expected.scale.max())
     bias = 0.0 if expected.float_bias is None else float(np.abs(expected.float_bias).max())
     fixed = _SUM_ERRORS * call.eps * (per_channel * scale + bias)
@@ -150,13 +154,12 @@ def _recurrent_outputs(
     hidden = torch.cat((call.state[0], call.y))[: len(call.y)]
     quantizer = expected.module.get_quantizer("hidden_quantizer")
     own = _Codes(quantizer, hidden, scale_h, offset_h, expected.bits)
-    wanted, tie = own.wanted, own.tie
     if unit.scale.size == 0:  # computed in float, with hidden states that are not quantized
-        result.add_codes(unit.hidden_quantizer.codes(hidden[:1]), wanted[:1], tie[:1])
+        result.add_codes(unit.hidden_quantizer.codes(hidden[:1]), own, 1)
         return
     trace, (y, _, _) = recurrent_outputs(unit, call.x, call.state, deq_bits, codes=given.trained, hidden=hidden)
     assert trace.hidden_codes is not None
-    result.add_codes(trace.hidden_codes.float(), wanted, tie)
+    result.add_codes(trace.hidden_codes.float(), own)
     gates = float(trace.sums.abs().max()) * float(unit.scale.max()) + 1.0
     part = (_KEPT_BY_THE_DEVICE if deq_bits != 32 else _SUM_ERRORS * call.eps) + given.error + own.error
     error = part * gates

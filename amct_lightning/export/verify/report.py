@@ -38,7 +38,8 @@ class LayerReport:
         outputs: How many outputs were compared; 0 where the form does not compute the layer in integers.
         outputs_wrong: How many of them differ in isolation by more than the export is known to round.
         largest_difference: The largest difference of an output in isolation.
-        codes_flipped: How many codes differ when the whole network runs; ``None`` where that is not seen.
+        codes_flipped: How many codes differ when the whole network runs; ``None`` where that is not seen: a fake-quant
+            or QDQ model of 64 MiB and more runs in onnxruntime without being looked into.
         weights_flipped: How many integers of the weight folding a BatchNorm has rounded otherwise than training did.
         overflows: How many int32 sums wrapped around when the whole network ran.
         faults: What is wrong with it, in the order in which it was looked at; none if it is as the model says.

@@ -75,7 +75,9 @@ def made_by_model(
 
 
 def observed_session(file: GraphFile, units: Sequence[Unit]) -> tuple[Any, list[str]]:
-    """Return a session of a file that also gives what the quantizers read, where the file is small enough for that.
+    """Return a session of a file that also gives what the quantizers read, unless the file is large.
+
+    Its numbers would be in memory three times meanwhile.
 
     Args:
         file: The graph of the file.
@@ -87,12 +89,9 @@ def observed_session(file: GraphFile, units: Sequence[Unit]) -> tuple[Any, list[
     label = file.label
     made = {name for node in file.nodes for name in node.output} - set(file.outputs)
     wanted = [name for name in dict.fromkeys(unit.quantizer.source for unit in units) if name in made]
-    if file.path is not None and file.model.ByteSize() >= 2**31 - 1:
+    if file.large and file.path is not None:
         return session(file.path, label), []
-    outputs = file.model.graph.output
-    count = len(outputs)
-    outputs.extend(onnx.ValueInfoProto(name=name) for name in wanted)
-    try:
-        return session(file.model, label), wanted
-    finally:
-        del outputs[count:]
+    model = onnx.ModelProto()
+    model.CopyFrom(file.model if file.path is None else onnx.load(file.path))
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+    return session(model, label), wanted

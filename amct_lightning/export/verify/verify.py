@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from amct_lightning.conversion.plan import find_plan
 from amct_lightning.export.integer.arithmetic import check_bits
-from amct_lightning.export.tracing.prepared import trained_part
+from amct_lightning.export.tracing.prepared import kept_bits, trained_part
 from amct_lightning.export.verify.expected import ExpectedLayer, expected_layer
 from amct_lightning.export.verify.form import FormVerification
 from amct_lightning.export.verify.report import VerifyReport
@@ -44,7 +44,8 @@ def compare(
     found = find_plan(model)
     assert found is not None
     root, plan = found[0], trained_part(*found)
-    layers = {layer.name: expected_layer(root, layer, record[layer.name]) for layer in plan.layers}
+    bits = kept_bits(plan)
+    layers = {layer.name: expected_layer(root, layer, record[layer.name], bits) for layer in plan.layers}
     forms = [FormVerification(form, files[form], layers, deq_bits) for form in FORMS if form in files]
     order, count, samples = list[str](), 0, 0
     for batch in batches:

@@ -40,7 +40,9 @@ def forward_on_grid(layer: Any, norm: FoldedNorm | None, input: Tensor, operate:
     if exact and has_lost_norm(layer):
         _warn_unfolded()
     weight = weight_codes(layer.weight_quantizer, layer.weight)
-    output = integer_product(operate, x, weight, layer.bias, terms, exact).to(dtype)
+    follows = layer.bias is not None and layer.bias_follows(input)
+    output = integer_product(operate, x, weight, None if follows else layer.bias, terms, exact)
+    output = (output + layer.bias.float() if follows else output).to(dtype)
     return output if norm is None or folded is None else replaced(norm.float_forward(output), folded)
 
 

@@ -50,10 +50,12 @@ def side_of_torch(case: str) -> tuple[Any, dict[str, ExpectedLayer], TorchRun]:
         return batch, layers, run_model(model, layers, batch)
 
 
-def verified(case: str, form: str, model: ModelProto) -> FormReport:
+def verified(case: str, form: str, model: ModelProto, until_found: bool = False) -> FormReport:
+    """What is found on the recorded batch; to save time, nothing is run if the numbers alone show a fault."""
     batch, layers, run = side_of_torch(case)
     found = FormVerification(form, model, layers, 19)
-    found.add(batch, run)
+    if not (until_found and found.faults):
+        found.add(batch, run)
     return found.report(list(run.calls))
 
 
@@ -101,7 +103,7 @@ class TestRecordedExports:
             broken = golden_model(case, form)
             plant(broken)
             try:
-                found = [departure.layer for departure in verified(case, form, broken).departures]
+                found = [departure.layer for departure in verified(case, form, broken, until_found=True).departures]
             except ValueError as error:
                 found = [layer] if f"'{layer}" in str(error) else [str(error)]
             if found[:1] != [layer]:
