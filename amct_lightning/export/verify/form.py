@@ -239,7 +239,8 @@ class FormVerification:
         name, call = self._call(unit, run)
         if call is None or name not in self.layers or codes.numel() != call.x.numel():
             return
-        wanted = torch_codes(self.layers[name].module.input_quantizer, call.x)
+        module = self.layers[name].module
+        wanted = torch_codes(module.input_quantizer, call.x, module.deploy_grid)
         row = self._row(name)
         row.flipped = (row.flipped or 0) + int((codes.reshape(wanted.shape) != wanted).sum())
 
