@@ -3,8 +3,9 @@
 Trains a small depthwise-separable CNN in FP32, then fine-tunes it twice with ``QuantRetrainCallback``: with INT8,
 and with INT4 (A4W4) where the hardware can pack it; and once more in FP32, for as long, so that the comparison is
 fair. Then it exports the quantized networks and verifies them: the column "deployed" is the accuracy of the very file
-that the Ascend compiler takes, computed as the device computes. Stop it whenever you like, even with ``kill -9``:
-started again with the same ``--out`` it goes on where it was, to the bit.
+that the Ascend compiler takes, computed as the device computes. Training computes so as well (``deploy_grid``), so that
+nothing changes with the export. Stop it whenever you like, even with ``kill -9``: started again with the same ``--out``
+it goes on where it was, to the bit.
 
     python examples/digits.py
 """
@@ -90,10 +91,10 @@ def accuracy(net: nn.Module, seed: int) -> float:
     return float((net.eval()(x).argmax(1) == y).float().mean())
 
 
-def quantized_only(model: nn.Module, config: RetrainConfig, seed: int) -> nn.Module:
+def quantized_only(model: nn.Module, config: RetrainConfig, args: argparse.Namespace) -> nn.Module:
     """Quantize without retraining: calibrate on one training batch, change no weight."""
-    quantized = prepare_qat(model, config, EXAMPLE_INPUT)
-    calibrate(quantized, (x for x, _ in digits(seed)[0]))
+    quantized = prepare_qat(model, config, EXAMPLE_INPUT, deploy_grid=args.deploy_grid)
+    calibrate(quantized, (x for x, _ in digits(args.seed)[0]))
     return quantized
 
 
@@ -151,7 +152,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--epochs", type=int, default=15, help="epochs of FP32 training")
     parser.add_argument("--qat-epochs", type=int, default=10, help="epochs of each fine-tuning")
-    parser.add_argument("--deploy-grid", action="store_true", help="compute with what the device computes with")
+    parser.add_argument(
+        "--deploy-grid",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute with what the device computes with; without it as in AMCT",
+    )
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # a network this small is not faster with more, and much slower on a busy machine
@@ -169,7 +175,7 @@ def main() -> None:
     for name, config in configs.items():
         args.out.mkdir(parents=True, exist_ok=True)
         config.to_json(args.out / f"{name}.json")
-        before = accuracy(quantized_only(float_model, config, args.seed), args.seed)
+        before = accuracy(quantized_only(float_model, config, args), args.seed)
         record = args.out / f"{name}.record.txt"
         callback = QuantRetrainCallback(args.out / f"{name}.json", record, deploy_grid=args.deploy_grid)
         nets[name] = finetune(name, float_model, args, [callback])
@@ -184,18 +190,18 @@ def show(rows: list[Row], times: dict[str, float], out: Path) -> None:
     for column in ("network", "not retrained", "retrained", "deployed", "training step"):
         results.add_column(column, justify="left" if column == "network" else "right")
     files = Table(title="Files", show_lines=False)
-    for column in ("network", "checkpoint", "record file", "for the Ascend compiler"):
+    for column in ("network", "checkpoint", "record file"):
         files.add_column(column, overflow="fold")
     for row in rows:
         time_of = times.get(row.name)
-        step = "-" if time_of is None else f"{time_of:.1f} ms ({time_of / times['fp32']:.1f}x)"
+        step = "-" if time_of is None else f"{time_of:.0f} ms ({time_of / times['fp32']:.1f}x)"
         shares = ("-" if share is None else f"{share:.1%}" for share in (row.before, row.after, row.deployed))
         results.add_row(row.title, *shares, step)
-        made = [out / f"{row.name}.record.txt", out / f"{row.name}_deploy_model.onnx"]
-        paths = [str(path) if path.exists() else "-" for path in made]
-        files.add_row(row.title, str(out / row.name / "last.ckpt"), *paths)
+        record = out / f"{row.name}.record.txt"
+        files.add_row(row.title, str(out / row.name / "last.ckpt"), str(record) if record.exists() else "-")
     console = Console()
-    console.print(results, *(row.verified for row in rows if row.verified), files, sep="\n")
+    console.print(results, *(f"- {row.verified}" for row in rows if row.verified), files, sep="\n", highlight=False)
+    console.print(f"For the Ascend compiler: {out / '*_deploy_model.onnx'}", highlight=False)
     console.print(f"Logs: {out / 'logs'}", highlight=False)
 
 
