@@ -23,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the name of the command; ``None`` takes those of the process.
 
     Returns:
-        The exit status: 0 if all went well, 1 if ``record check`` or ``record diff`` found something, 2 after an
-        error, which then stands on stderr in one message, 130 after Ctrl-C, 143 after SIGTERM.
+        The exit status: 0 if all went well, 1 if ``record check``, ``record diff`` or the verification of an export
+        found something, 2 after an error, which then stands on stderr in one message, 130 after Ctrl-C, 143 after
+        SIGTERM.
 
     Example:
         >>> main(["--version"])  # doctest: +ELLIPSIS

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from amct_lightning.commands.base import Command, UserError, finished_words, is_completing, offer, root_parser
 from amct_lightning.commands.config import ConfigCommand
+from amct_lightning.commands.export.command import ExportCommand
+from amct_lightning.commands.export.verification import VerifyCommand
 from amct_lightning.commands.record.command import RecordCommand
 from amct_lightning.commands.report import ReportCommand
 from amct_lightning.commands.run import RunCommand
@@ -22,7 +24,7 @@ def all_commands() -> tuple[Command, ...]:
 
     Example:
         >>> [command.name for command in all_commands()]
-        ['fit', 'validate', 'test', 'predict', 'config', 'record', 'report']
+        ['fit', 'validate', 'test', 'predict', 'config', 'record', 'report', 'export', 'verify']
     """
     return (
         RunCommand("fit", "Train with quantization: a LightningModule and a Trainer from YAML or options."),
@@ -32,6 +34,8 @@ def all_commands() -> tuple[Command, ...]:
         ConfigCommand(),
         RecordCommand(),
         ReportCommand(),
+        ExportCommand(),
+        VerifyCommand(),
     )
 
 

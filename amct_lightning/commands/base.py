@@ -21,6 +21,7 @@ examples:
   amct-lightning fit --config run.yaml --quant.config choices.yaml
   amct-lightning config --model my_module.Classifier --input-shape 1,3,32,32 --explain
   amct-lightning record show record.txt
+  amct-lightning export last.ckpt --model run.yaml --input-shape 1,3,32,32
 
 Each command explains itself: amct-lightning fit --help. Modules in the current folder can be named as in a script.
 
@@ -42,7 +43,9 @@ class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _expand_help(self, action: argparse.Action) -> str:
         text = _ROLE.sub(r"\1", super()._expand_help(action))
         text = _LITERAL.sub(lambda found: found[1] if found[1][0] in "'\"" else f"'{found[1]}'", text)
-        return text.replace(" (default: null)", "").replace(" (default: False)", "")
+        for nothing in (" (default: null)", " (default: False)", ", default: null"):
+            text = text.replace(nothing, "")
+        return text
 
 
 class Command(ABC):

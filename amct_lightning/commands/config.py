@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from typing import get_args
@@ -13,7 +12,7 @@ from typing_extensions import override
 
 from amct_lightning.commands.base import ParsedCommand
 from amct_lightning.commands.choices_text import in_few_words, to_simple, to_yaml
-from amct_lightning.commands.model_input import find_part, make_input, make_model
+from amct_lightning.commands.model_input import add_model_options, find_part, make_input, make_model, spelled_out
 from amct_lightning.commands.output import check_output, deliver, short_warnings
 from amct_lightning.config import config_source, load_config
 from amct_lightning.conversion.convert import convert_layers
@@ -56,27 +55,8 @@ class ConfigCommand(ParsedCommand):
     @override
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add the arguments to the parser of the command."""
-        parser.add_argument(
-            "--model",
-            required=True,
-            metavar="CLASS_PATH|YAML",
-            help="Class path of a LightningModule or any module, or the YAML of a run, whose model is taken.",
-        )
-        parser.add_argument(
-            "--init-arg",
-            action="append",
-            metavar="KEY=VALUE",
-            help="An argument of the class; may be repeated. --model.KEY=VALUE is the same.",
-        )
+        add_model_options(parser, "Quantize this part of the model only.")
         parser.add_argument("--ckpt", metavar="FILE", help="Load the weights of this checkpoint (of the float model).")
-        parser.add_argument(
-            "--input-shape",
-            action="append",
-            metavar="[NAME=]SHAPE[:DTYPE]",
-            help="Shape of an argument of forward, such as 1,3,32,32 or ids=1,128:int64; repeat it for each. Without "
-            "it, the example_input_array of the model is used.",
-        )
-        parser.add_argument("--submodule", metavar="NAME", help="Quantize this part of the model only.")
         parser.add_argument(
             "--choices",
             metavar="FILE|PRESET",
@@ -101,20 +81,7 @@ class ConfigCommand(ParsedCommand):
     @override
     def prepare(self, arguments: Sequence[str]) -> list[str]:
         """Spell ``--model.width=16`` as ``--init-arg width=16``."""
-        result: list[str] = []
-        waiting = ""
-        for argument in arguments:
-            found = re.fullmatch(r"--model\.([^=]+)(=.*)?", argument, re.DOTALL)
-            if waiting:
-                result.append(f"{waiting}={argument}")
-                waiting = ""
-            elif found is None:
-                result.append(argument)
-            else:
-                result.append("--init-arg")
-                waiting = "" if found[2] else found[1]
-                result += [f"{found[1]}{found[2]}"] if found[2] else []
-        return [*result, waiting] if waiting else result
+        return spelled_out(arguments)
 
     @override
     def run(self, options: Namespace) -> int:

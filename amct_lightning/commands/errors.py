@@ -20,7 +20,7 @@ TERMINATED = 143
 PIPE_CLOSED = 141
 
 _RUNS = ("fit", "validate", "test", "predict")
-_OTHERS = ("config", "record", "report")
+_OTHERS = ("config", "record", "report", "export", "verify")
 # What jsonargparse says of each form that an option could have had, beside what is wrong with the one it has.
 _NOISE = re.compile(
     r"\s*(- Expected a path but .* either not accessible or invalid|(- )?Does not validate against any of the Union.*"

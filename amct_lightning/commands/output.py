@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from amct_lightning.commands.base import UserError
@@ -66,8 +66,8 @@ def new_table(*columns: str) -> Table:
     return table
 
 
-def show(table: Table) -> None:
-    """Print a table; one that goes into a pipe or file is never cut to the width of a terminal."""
+def show(table: RenderableType) -> None:
+    """Print a table, or whatever rich can; what goes into a pipe or file is never cut to the width of a terminal."""
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else _UNLIMITED, highlight=False).print(table)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from amct_lightning.config import LayerConfig, RetrainConfig
 from amct_lightning.config.fit import without_int4
+from amct_lightning.layer_types import supported_class
 from amct_lightning.targets import Fact, Target, TargetName, find_target
 from amct_lightning.wording import cut_off
 
@@ -106,7 +107,7 @@ class TargetRules:
         unsupported = [obstacle for obstacle in found if obstacle.fact.verdict == "unsupported"]
         head = f"{source}: target {self.target.name} ({self.target.products})"
         if unsupported:
-            text = f"{head} does not run as configured: {_listed(unsupported)}."
+            text = f"{head} does not run as configured: {listed(unsupported)}."
             if self.on_unsupported == "error":
                 raise ValueError(f"{text} {self._allowed()} {_remedy(unsupported)}")
             avoided = self.on_unsupported == "fallback"
@@ -115,7 +116,7 @@ class TargetRules:
             done = _taken(unsupported) if avoided else "They train as configured all the same."
             warnings.warn(f"{text} {done}", stacklevel=4)
         if doubtful:
-            warnings.warn(f"{head}, worth a second look: {_listed(doubtful)}.", stacklevel=4)
+            warnings.warn(f"{head}, worth a second look: {listed(doubtful)}.", stacklevel=4)
         return unsupported if self.on_unsupported == "fallback" else []
 
     def fitted(self, config: RetrainConfig, modules: Mapping[str, nn.Module], source: str) -> RetrainConfig:
@@ -130,7 +131,7 @@ class TargetRules:
 
     def _of_layer(self, name: str, layer: LayerConfig, module: nn.Module) -> list[Obstacle]:
         data, weight = layer.retrain_data_config, layer.retrain_weight_config
-        kind = type(module).__name__
+        kind = supported_class(module).__name__
         types = f"A{data.num_bits}W{weight.num_bits}"
         of_kind = self.target.layers[kind]
         facts = [(of_kind, True)]
@@ -169,8 +170,12 @@ def fall_back(layers: Mapping[str, LayerConfig], obstacles: Iterable[Obstacle]) 
     return {**layers, **changed}
 
 
-def _listed(obstacles: Iterable[Obstacle]) -> str:
-    """List layers by what is known of them."""
+def listed(obstacles: Iterable[Obstacle]) -> str:
+    """List layers by what is known of them.
+
+    Args:
+        obstacles: The layers.
+    """
     groups: dict[Fact, list[str]] = {}
     for obstacle in obstacles:
         groups.setdefault(obstacle.fact, []).append(f"'{obstacle.layer}' ({obstacle.kind}, {obstacle.types})")

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 
+import torch
+
 
 def need(*names: str) -> None:
     """Check that libraries are installed.
@@ -37,11 +39,14 @@ def need(*names: str) -> None:
 def quiet() -> Iterator[None]:
     """Keep what torch's exporters say to their own developers from users."""
     logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    level, graphs = logger.level, torch._C._jit_is_onnx_log_enabled()
     logger.setLevel(logging.ERROR)
+    # Private (torch 2.6 to 2.13): with each error of the TorchScript exporter its whole graph is printed.
+    torch._C._jit_set_onnx_log_enabled(False)
     try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()):  # a graph is printed with each error
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
+        torch._C._jit_set_onnx_log_enabled(graphs)

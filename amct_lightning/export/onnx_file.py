@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,9 +72,15 @@ def export_forms(
     prepared = prepare(model, record)
     check = RunsAsTrained.of(prepared, input_data)
     base = build_graph(prepared, input_data, settings.names, settings.opset, check)
-    models = {form: write_form(base, prepared, form) for form in files}
-    save_models({str(files[form]): made for form, made in models.items()}, settings.external_data_threshold)
-    reports = {form: _report(form, files[form], base, prepared, made) for form, made in models.items()}
+    reports: dict[Form, ExportReport] = {}
+
+    def models() -> Iterator[tuple[str, ir.Model]]:
+        for form, path in files.items():
+            made = write_form(base, prepared, form)
+            reports[form] = _report(form, path, base, prepared, made)
+            yield str(path), made
+
+    save_models(models(), settings.external_data_threshold)
     for report in reports.values():
         _logger.info("%s", report)
     return reports

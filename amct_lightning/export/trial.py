@@ -15,7 +15,7 @@ from amct_lightning.export.numbers import Array
 from amct_lightning.export.tracing.base_graph import BaseGraph
 from amct_lightning.export.tracing.prepared import Prepared
 from amct_lightning.export.tracing.signature import FlatCall, on_cpu
-from amct_lightning.export.write import check_network
+from amct_lightning.export.write import check_graph
 from amct_lightning.graph.forward import InputData
 from amct_lightning.graph.preserve import preserved
 
@@ -62,11 +62,11 @@ class RunsAsTrained:
             RuntimeError: If its outputs are others than the model's.
             Exception: Those of the checker and of onnxruntime.
         """
-        model = write_form(graph, self.prepared, "fake_quant")
+        model = write_form(graph, self.prepared, "qdq")  # whose weights take least
+        check_graph(model)
         proto = ir.to_proto(model)
         if proto.ByteSize() > _LARGEST:
             return
-        check_network(proto)
         if importlib.util.find_spec("onnxruntime") is None:
             return
         names = [str(value.name) for value in model.graph.inputs]
@@ -79,6 +79,8 @@ def _run(network: bytes, inputs: dict[str, Array]) -> list[Array]:
     onnxruntime: Any = importlib.import_module("onnxruntime")  # it may not be installed
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     session: Any = onnxruntime.InferenceSession(network, options, providers=["CPUExecutionProvider"])
     wanted = {entry.name for entry in session.get_inputs()}
     return list(session.run(None, {name: value for name, value in inputs.items() if name in wanted}))

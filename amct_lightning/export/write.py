@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir import external_data
 
+from amct_lightning.export.forms.versions import weights_taken_out
 from amct_lightning.files import atomic_path, location, write_bytes
 
 VENDOR_OPERATORS = frozenset(
@@ -21,11 +22,11 @@ _CHECKED_DOMAIN = "ascend"
 _LARGE_TENSOR = 1024  # bytes; smaller ones stay in the file
 
 
-def save_models(models: Mapping[str, ir.Model], external_data_threshold: int) -> None:
+def save_models(models: Iterable[tuple[str, ir.Model]], external_data_threshold: int) -> None:
     """Write networks to files; if one cannot be written, no file is changed.
 
     Args:
-        models: Path -> network.
+        models: Paths and networks; one is made after the other, so that they need not be in memory together.
         external_data_threshold: Networks whose constants take more bytes have them in a file of their own beside them,
             ``<path>.data``.
 
@@ -35,7 +36,7 @@ def save_models(models: Mapping[str, ir.Model], external_data_threshold: int) ->
     """
     with ExitStack() as stack:
         remote: dict[str, bytes] = {}
-        for path, model in models.items():
+        for path, model in models:
             place = location(path)
             large = _size(model) > external_data_threshold
             if large and isinstance(place, str):
@@ -49,7 +50,7 @@ def save_models(models: Mapping[str, ir.Model], external_data_threshold: int) ->
                     raise IsADirectoryError(f"'{path}' is a folder; give the path of the file to write.")
                 if large:
                     _write_constants(model, place, stack)
-                content = _serialized(model, checked=not large)
+                content = _serialized(model)
                 stack.enter_context(atomic_path(place)).write_bytes(content)
             else:
                 remote[path] = _serialized(model)
@@ -87,15 +88,27 @@ def check_network(model: onnx.ModelProto) -> None:
             model.opset_import.pop()
 
 
+def check_graph(model: ir.Model) -> None:
+    """Run ONNX's checker on a network, with its weights as inputs, as it makes two copies of what it checks.
+
+    Args:
+        model: The network.
+
+    Raises:
+        onnx.checker.ValidationError: If it is not valid.
+    """
+    light = model.clone()
+    weights_taken_out(light)
+    check_network(ir.to_proto(light))
+
+
 def _size(model: ir.Model) -> int:
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
-def _serialized(model: ir.Model, checked: bool = True) -> bytes:
-    proto = ir.to_proto(model)
-    if checked:
-        check_network(proto)
-    content: bytes = proto.SerializeToString()
+def _serialized(model: ir.Model) -> bytes:
+    check_graph(model)
+    content: bytes = ir.to_proto(model).SerializeToString()
     return content
 
 

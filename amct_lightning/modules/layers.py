@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from amct_lightning.modules.grid.forward import forward_on_grid
 from amct_lightning.modules.grid.norm import FoldedNorm, norm_of, release_norm
 from amct_lightning.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer, is_exporting
+from amct_lightning.quantizers.base import in_torch_export
 from amct_lightning.quantizers.transforms import call, direct_form
 
 _Layer = TypeVar("_Layer", bound="QATLayer")
@@ -103,11 +104,18 @@ class QATLayer(nn.Module):
         """Whether the layer is to run in float, or is evaluated before it is calibrated; then it warns."""
         if self.quant_mode != "quantized":
             return True
-        return self._lacks_range and self._stays_float()
+        return self._lacks_range and (self._exports_float() if in_torch_export() else self._stays_float())
 
     @property
     def _lacks_range(self) -> bool:
         return any(not (q.has_range or q.learns) for q in map(self.get_quantizer, self.activation_quantizers))
+
+    def _exports_float(self) -> bool:
+        """Tell of a layer whose range is not known here that it is exported in float; nothing can be read now."""
+        if self.float_expected_of != id(self) and not torch.compiler.is_dynamo_compiling():
+            copied = any(self.get_quantizer(name).is_copy for name in self.activation_quantizers)
+            (_warn_copy if copied else _warn_float)()
+        return True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _stays_float(self) -> bool:
@@ -169,7 +177,7 @@ class QATLayer(nn.Module):
 
     def keep_in_graph(self, output: Tensor) -> Tensor:
         """Let the factors of a layer that is told to run in float have a gradient, of zero, as DDP wants them to."""
-        if self.quant_mode == "quantized" or not torch.is_grad_enabled():
+        if self.quant_mode == "quantized" or not torch.is_grad_enabled() or is_exporting():
             return output
         names = (*self.activation_quantizers, *self.weight_quantizers)
         factors = [p for name in names for p in getattr(self, name).parameters()]
@@ -177,7 +185,7 @@ class QATLayer(nn.Module):
 
     def kept(self, input: Tensor, weight: Tensor) -> Tensor:
         """Return the input, or a copy of it if backward needs its values and those of the float layer would not."""
-        if self.keeps_input or weight.requires_grad or not torch.is_grad_enabled():
+        if self.keeps_input or weight.requires_grad or not torch.is_grad_enabled() or is_exporting():
             return input
         clips = self.input_quantizer.parameters()
         return input.clone() if input.requires_grad or any(clip.requires_grad for clip in clips) else input
@@ -249,5 +257,14 @@ def _warn_float() -> None:
     warnings.warn(
         "The model is evaluated before its activation quantizers are calibrated: un-calibrated layers run in "
         "float. Train for at least `batch_num` batches, or call amct_lightning.calibrate(model, batches), first.",
+        stacklevel=3,
+    )
+
+
+def _warn_copy() -> None:
+    warnings.warn(
+        "A copy of a model is exported that knows of no calibration: its layers are exported in float. If it was "
+        "given the state of a calibrated model otherwise than by load_state_dict, as averages of weights are, call it "
+        "once in evaluation mode before the export; if not, call amct_lightning.calibrate(model, batches) first.",
         stacklevel=3,
     )

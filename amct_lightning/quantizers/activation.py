@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from amct_lightning.quantizers.base import in_backward, several_processes
 from amct_lightning.quantizers.calibrating import CalibratingQuantizer
 from amct_lightning.quantizers.functional import activation_scale_offset, fake_quantize_activation, repair_clips
+from amct_lightning.quantizers.operators import activation_operator, takes_operators
 from amct_lightning.quantizers.transforms import transforming_calibrated
 
 
@@ -110,6 +111,8 @@ class ActivationQuantizer(CalibratingQuantizer):
         Returns:
             The upper and the lower clip, 0-d float32.
         """
+        if takes_operators():
+            return self._stored()  # which the operator repairs
         if not self.learns or transforming_calibrated(not self.calibrating):
             return self.usable_clips()
         if self.calibrating:
@@ -132,6 +135,9 @@ class ActivationQuantizer(CalibratingQuantizer):
         Returns:
             The fake-quantized activations.
         """
+        if takes_operators():
+            previous = self.clip_max_previous, self.clip_min_previous
+            return activation_operator(x, (upper, lower, *previous), self.num_bits, self.fixed_min)
         return fake_quantize_activation(x, self.clip_max, self.clip_min, upper, lower, self.num_bits, torch.float32)
 
     @torch.no_grad()
@@ -177,7 +183,10 @@ class ActivationQuantizer(CalibratingQuantizer):
             >>> ActivationQuantizer(fixed_min=True, clip=(2.5, -1.0)).usable_clips()[1]
             tensor(0.)
         """
-        return (self.clip_max_previous, self.clip_min_previous) if self.frozen else self._repaired()
+        return self._stored() if self.frozen else self._repaired()
+
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        return (self.clip_max_previous, self.clip_min_previous) if self.frozen else (self.clip_max, self.clip_min)
 
     def _repaired(self) -> tuple[Tensor, Tensor]:
         return repair_clips(

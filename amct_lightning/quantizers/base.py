@@ -41,6 +41,8 @@ class Quantizer(nn.Module):
     @property
     def learns(self) -> bool:
         """Whether a forward now may calibrate and move ranges: if it is one of a training step."""
+        if is_exporting():
+            return False
         gate = self.gate
         return self.training if gate is None else gate.admits(self.training, guest=self.is_copy)
 
@@ -83,7 +85,13 @@ class Quantizer(nn.Module):
 
 
 def is_exporting() -> bool:
-    """Tell whether a graph is made of the model by ``torch.export``: nothing is evaluated then, nor can be read."""
+    """Tell whether a graph is made of the model, by ``torch.export`` or by tracing: nothing is trained or evaluated."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing or in_torch_export()
+
+
+def in_torch_export() -> bool:
+    """Tell whether ``torch.export`` is at work, so that no tensor has values that could be read."""
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()  # torch 2.6 has no way to tell
 
 

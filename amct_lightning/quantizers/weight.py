@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from amct_lightning.quantizers.base import Quantizer
+from amct_lightning.quantizers.base import Quantizer, is_exporting
+from amct_lightning.quantizers.operators import takes_operators, weight_operator
 from amct_lightning.quantizers.transforms import transforming
 from amct_lightning.quantizers.weight_functional import (
     ChannelLayout,
@@ -105,7 +106,13 @@ class WeightQuantizer(Quantizer):
         Returns:
             The fake-quantized weight.
         """
+        if takes_operators():
+            return weight_operator(weight, self._kept_scale(), self.layout, self.num_bits, self.channel_wise)
         return self._quantize(weight.float()).to(weight.dtype)
+
+    def _kept_scale(self) -> Tensor | None:
+        """Return the scales if they are not to be computed from the weight."""
+        return self.scale if self.frozen else None
 
     def _quantize(self, weight: Tensor) -> Tensor:
         return fake_quantize_weight(weight, self.present_scale(weight), self.layout, self.num_bits)
@@ -120,7 +127,7 @@ class WeightQuantizer(Quantizer):
             return self.layout.spread(self.scale, self.layout.view(weight), self.channel_wise)
         with torch.no_grad():
             scale = arq_scale(weight, self.layout, self.num_bits, self.channel_wise)
-            if not transforming():
+            if not (transforming() or is_exporting()):
                 self.scale.copy_(scale.flatten())
         return scale
 
@@ -204,6 +211,9 @@ class LearnedWeightQuantizer(WeightQuantizer):
     def unfreeze(self) -> None:
         """Do nothing: what is learned again is the optimizer's business."""
 
+    def _kept_scale(self) -> Tensor | None:
+        return None if self.starting else self.scale
+
     def _quantize(self, weight: Tensor) -> Tensor:
         scale = self.present_scale(weight)
         return fake_quantize_weight_learned(weight, scale, self.layout, self.num_bits, self.gradient_factor)
@@ -215,7 +225,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
             weight: The weight of the layer, float32.
         """
         scales = self.scale
-        if self.starting and transforming():
+        if self.starting and (transforming() or is_exporting()):
             scales = self.max_abs_scale(weight)
         elif self.starting:
             self._start(weight)

@@ -52,9 +52,8 @@ def main() -> None:
             print(f"  {form}: {file.stat().st_size / floats:.3f} of the float size")
         before, start = peak(), time.perf_counter()
         report = verify_export(model, files, [images])
-        print(
-            f"verification: {time.perf_counter() - start:.1f} s, +{(peak() - before) / floats:.2f} sizes, ok={report.ok}"
-        )
+        seconds, grown = time.perf_counter() - start, (peak() - before) / floats
+        print(f"verification: {seconds:.1f} s, +{grown:.2f} sizes, ok={report.ok}")
 
 
 if __name__ == "__main__":

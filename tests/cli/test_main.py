@@ -38,13 +38,14 @@ def process(folder: Path, *arguments: str, **environment: str) -> subprocess.Com
 def test_without_arguments_it_shows_the_commands(folder: Folder) -> None:
     status, out, _ = folder()
     assert status == 0
-    assert all(f"\n    {name} " in out for name in ("fit", "validate", "test", "predict", "config", "record", "report"))
+    names = ("fit", "validate", "test", "predict", "config", "record", "report", "export", "verify")
+    assert all(f"\n    {name} " in out for name in names)
 
 
 @pytest.mark.parametrize(
     "command",
     ["fit", "validate", "test", "predict", "config", "record", "record show", "record check", "record diff",
-     "record extract", "report"],
+     "record extract", "report", "export", "verify"],
 )  # fmt: skip
 def test_every_help_has_examples(folder: Folder, command: str) -> None:
     status, out, _ = folder(*command.split(), "--help")
@@ -117,7 +118,7 @@ def test_the_yaml_of_a_run_works_in_a_folder_with_nothing_but_the_module(tmp_pat
 
 def test_a_shell_gets_completions(tmp_path: Path) -> None:
     answers = {}
-    for line in ("amct-lightning record ", "amct-lightning fit --quant.record"):
+    for line in ("amct-lightning record ", "amct-lightning fit --quant.record", "amct-lightning export --dyn"):
         read, write = os.pipe()
         environment = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9", "_ARGCOMPLETE": "1"}
         subprocess.run(
@@ -133,6 +134,7 @@ def test_a_shell_gets_completions(tmp_path: Path) -> None:
             answers[line] = pipe.read().split()
     assert {"show", "check", "diff", "extract"} <= set(answers["amct-lightning record "])
     assert answers["amct-lightning fit --quant.record"] == ["--quant.record_file"]
+    assert answers["amct-lightning export --dyn"] == ["--dynamic-batch"]
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:

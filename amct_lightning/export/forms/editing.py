@@ -62,20 +62,27 @@ class Editor:
         graph.insert_before(self.at, made)
         return list(made.outputs)
 
-    def initializer(self, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
+    def initializer(self, name: str, array: Array, as_float: bool = False) -> ir.Value:
         """Add a constant to the model, or return the one of that name.
 
         Args:
             name: Its name.
             array: Its value.
-            dtype: Its type, if it is not that of the array.
+            as_float: Write its integers as float32, which takes the memory for that only when it is written.
         """
         known = self.model.graph.initializers.get(name)
         if known is not None:
             return known
         contiguous = array if array.flags.c_contiguous else np.ascontiguousarray(array)  # which has no 0-d arrays
-        tensor = ir.tensor(contiguous, dtype=dtype, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        shape = ir.Shape(array.shape)
+        tensor: ir.TensorProtocol = ir.tensor(contiguous, name=name)
+        if as_float:
+
+            def floats() -> ir.TensorProtocol:
+                return ir.tensor(contiguous.astype(np.float32), name=name)
+
+            tensor = ir.LazyTensor(floats, dtype=ir.DataType.FLOAT, shape=shape, name=name)
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.model.graph.register_initializer(value)
         return value
 

@@ -22,10 +22,10 @@ def fake_quant_layer(site: Site) -> list[ir.Value]:
     """
     numbers, edit, operator = site.numbers, site.edit, operator_of(site)
     product = numbers.product
-    weight = edit.initializer(site.weight_name, operator.weight(product.codes).astype(np.float32))
+    weight = edit.initializer(site.weight_name, operator.weight(product.codes), as_float=True)
     inputs = [quantized(site, site.inputs[0], numbers.input, f"{site.name}.quant"), weight]
     if operator.adds_bias and product.bias is not None:
-        inputs.append(edit.initializer(site.bias_name, product.bias.astype(np.float32)))
+        inputs.append(edit.initializer(site.bias_name, product.bias, as_float=True))
     sums = edit.node(operator.type, inputs, site.name, operator.attributes)[0]
     scale = edit.constant(f"{numbers.name}.fakedequant.dqscale", product.dequant.reshape(operator.channel_shape))
     output = edit.node("Mul", (sums, scale), f"{site.name}.fakedequant.mul")[0]

@@ -24,7 +24,7 @@ def at_least(model: ir.Model, opset: int) -> ir.Model:
     copied = model.clone()
     if copied.opset_imports[""] >= opset:
         return copied
-    weights = _taken_out(copied)
+    weights = weights_taken_out(copied)
     proto: onnx.ModelProto = version_converter.convert_version(ir.to_proto(copied), opset)
     converted: ir.Model = ir.from_proto(proto)
     _put_back(converted, weights)
@@ -32,8 +32,15 @@ def at_least(model: ir.Model, opset: int) -> ir.Model:
     return converted
 
 
-def _taken_out(model: ir.Model) -> dict[str, ir.TensorProtocol]:
-    """Make inputs of the weights, which need not be copied, nor can be if they are larger than 2 GiB."""
+def weights_taken_out(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """Make inputs of the weights, which need not be copied, nor can be if they are larger than 2 GiB.
+
+    Args:
+        model: The graph, which is changed.
+
+    Returns:
+        Name -> weight.
+    """
     graph, weights = model.graph, {}
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value

@@ -37,6 +37,8 @@ def session(model: ModelProto | str, label: str) -> Any:
     # Fused operators round in other places, and what is fused would depend on where the graph is cut.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # memory is given back
+    options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of the weights
     content = model if isinstance(model, str) else model.SerializeToString()
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -81,7 +83,7 @@ class Segment:
             found = self._session.run(self.makes, given)
         except Exception as error:  # the classes of its errors are private
             raise ValueError(f"The float operators of {self._file.label} cannot be computed: {error}") from error
-        return dict(zip(self.makes, found, strict=True))
+        return dict(zip(self.makes, map(np.asarray, found), strict=True))  # numbers without axes come bare
 
     def _model(self, given: Arrays) -> ModelProto:
         inputs = [

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from amct_lightning.export.integer.arithmetic import check_bits
 from amct_lightning.export.tracing.prepared import kept_bits, trained_part
 from amct_lightning.export.verify.expected import ExpectedLayer, expected_layer
 from amct_lightning.export.verify.form import FormVerification
-from amct_lightning.export.verify.report import VerifyReport
+from amct_lightning.export.verify.report import FormReport, VerifyReport
 from amct_lightning.export.verify.torch_side import run_model, tensors_in
 from amct_lightning.graph.forward import InputData
 from amct_lightning.record import QuantRecord
@@ -46,26 +46,36 @@ def compare(
     root, plan = found[0], trained_part(*found)
     bits = kept_bits(plan)
     layers = {layer.name: expected_layer(root, layer, record[layer.name], bits) for layer in plan.layers}
-    forms = [FormVerification(form, files[form], layers, deq_bits) for form in FORMS if form in files]
-    order, count, samples = list[str](), 0, 0
-    for batch in batches:
-        with torch.no_grad():
-            samples += _compared(model, layers, batch, forms, order)
-        count += 1
-    if not count:
+    given = list(batches)
+    if not given:
         raise ValueError("There is no batch to verify the export on; give at least one, as the model takes it.")
-    return VerifyReport(count, samples, deq_bits, tuple(form.report(order) for form in forms))
+    # One after the other, the model run again for each: what a file takes in memory is not kept for the next.
+    reports = []
+    for form in [form for form in FORMS if form in files]:
+        reports.append(_compared(model, layers, form, files[form], given, deq_bits))
+        gc.collect()
+    return VerifyReport(len(given), sum(map(_samples, given)), deq_bits, tuple(reports))
 
 
 def _compared(
-    model: nn.Module, layers: Mapping[str, ExpectedLayer], batch: Any, forms: list[FormVerification], order: list[str]
-) -> int:
-    for form in forms:
-        form.check(batch)
-    run = run_model(model, layers, batch)
-    order += [name for name in run.calls if name not in order]
-    for form in forms:
-        form.add(batch, run)
+    model: nn.Module,
+    layers: Mapping[str, ExpectedLayer],
+    form: str,
+    file: str | Path,
+    batches: list[InputData],
+    deq_bits: int,
+) -> FormReport:
+    verification, order = FormVerification(form, file, layers, deq_bits), list[str]()
+    for batch in batches:
+        verification.check(batch)
+        with torch.no_grad():
+            run = run_model(model, layers, batch)
+            order += [name for name in run.calls if name not in order]
+            verification.add(batch, run)
+    return verification.report(order)
+
+
+def _samples(batch: InputData) -> int:
     first = tensors_in(batch)[0]
     return first.shape[0] if first.dim() else 1
 
