@@ -66,7 +66,8 @@ class Inputs:
         """Return inputs from the batches that the training is evaluated on, or else from those that it trains on.
 
         They have as many samples as the input that the network was exported with. Where the converted part of the
-        module has an input of its own, or the batches have fewer samples, that input is the only one.
+        module has an input of its own, the module does not run on batches, or these have fewer samples, that input is
+        the only one.
 
         Args:
             trainer: The Trainer.
@@ -74,12 +75,12 @@ class Inputs:
             call: The call of the model.
             number: How many.
         """
-        if self.input_data is not None or call.run is not pl_module:
+        if call.run is not pl_module:
             return [call.input_data][:number]
         found: list[InputData] = []
         for batch in islice(_drawn(trainer, pl_module), number):
-            given = next(given for given in self._inputs_of(call.run, batch) if _runs(call.run, given))
-            found += _cut(given, call.input_data)
+            given = (given for given in self._inputs_of(call.run, batch) if _runs(call.run, given))
+            found += [part for one in islice(given, 1) for part in _cut(one, call.input_data)]
         return found or [call.input_data][:number]
 
     def _inputs_of(self, run: nn.Module, batch: Any) -> list[InputData]:
