@@ -2,8 +2,10 @@
 
 Trains a small depthwise-separable CNN in FP32, then fine-tunes it twice with ``QuantRetrainCallback``: with INT8,
 and with INT4 (A4W4) where the hardware can pack it; and once more in FP32, for as long, so that the comparison is
-fair. Stop it whenever you like, even with ``kill -9``: started again with the same ``--out`` it goes on where it was,
-to the bit.
+fair. Then it exports the quantized networks and verifies them: the column "deployed" is the accuracy of the very file
+that the Ascend compiler takes, computed as the device computes. Training computes so as well (``deploy_grid``), so that
+nothing changes with the export. Stop it whenever you like, even with ``kill -9``: started again with the same ``--out``
+it goes on where it was, to the bit.
 
     python examples/digits.py
 """
@@ -28,19 +30,22 @@ from rich.table import Table
 from torch import nn
 from torch.nn import functional
 
-from amct_lightning import QuantRetrainCallback, RetrainConfig, calibrate, prepare_qat
+from amct_lightning import QuantRetrainCallback, RetrainConfig, calibrate, export_onnx, prepare_qat, verify_export
 from amct_lightning.callbacks import AtomicCheckpointIO
+from amct_lightning.export.integer import run_deployed
 
 EXAMPLE_INPUT = torch.zeros(1, 1, 8, 8)
 
 
 class Row(NamedTuple):
-    """A network of the table: its title, its name in file names, its accuracy before and after the fine-tuning."""
+    """A network of the table: its title, its name in file names, its accuracies, and how the files were verified."""
 
     title: str
     name: str
     before: float | None
     after: float | None
+    deployed: float | None = None
+    verified: str = ""
 
 
 def int4_config(model: nn.Module) -> RetrainConfig:
@@ -86,10 +91,10 @@ def accuracy(net: nn.Module, seed: int) -> float:
     return float((net.eval()(x).argmax(1) == y).float().mean())
 
 
-def quantized_only(model: nn.Module, config: RetrainConfig, seed: int) -> nn.Module:
+def quantized_only(model: nn.Module, config: RetrainConfig, args: argparse.Namespace) -> nn.Module:
     """Quantize without retraining: calibrate on one training batch, change no weight."""
-    quantized = prepare_qat(model, config, EXAMPLE_INPUT)
-    calibrate(quantized, (x for x, _ in digits(seed)[0]))
+    quantized = prepare_qat(model, config, EXAMPLE_INPUT, deploy_grid=args.deploy_grid)
+    calibrate(quantized, (x for x, _ in digits(args.seed)[0]))
     return quantized
 
 
@@ -105,6 +110,29 @@ def step_times(nets: dict[str, nn.Module], seed: int, rounds: int = 30) -> dict[
             functional.cross_entropy(net(x), y).backward()
             times[name].append(time.perf_counter() - start)
     return {name: 1000 * sorted(values)[rounds // 2] for name, values in times.items()}
+
+
+def deploy(title: str, name: str, net: nn.Module, args: argparse.Namespace) -> tuple[float, str]:
+    """Write a network for the device and for onnxruntime, compare both with it, and test what the device will compute.
+
+    The batch axis stays open so that one file takes all test digits; ``atc --input_shape`` fixes it for the device.
+    """
+    x, y = next(iter(digits(args.seed)[1]))
+    files = {form: args.out / f"{name}_{form}_model.onnx" for form in ("deploy", "qdq")}
+    for form, path in files.items():
+        export_onnx(net.eval(), path, EXAMPLE_INPUT, form, dynamic_axes={"x": {0: "batch"}})
+    report = verify_export(net, files, [x])
+    report.save(args.out / f"{name}_verification.json")
+    [scores] = run_deployed(files["deploy"], {"x": x.numpy()}).values()
+    share = float((torch.from_numpy(scores).argmax(1) == y).float().mean())
+    deployed = report.forms[0]
+    [output] = deployed.outputs
+    flipped, codes = (sum(getattr(layer, of) for layer in deployed.layers) for of in ("codes_flipped", "codes"))
+    verdict = "computes what was trained" if report.ok else f"departs from what was trained: {report.first_departure}"
+    return share, (
+        f"{title}, deployed: {verdict}. Top class as in torch: {output.same_top} of {output.rows} digits, and "
+        f"{output.ties} at a tie. {flipped:,} of {codes:,} codes differ by rounding."
+    )
 
 
 def finetune(name: str, start: nn.Module, args: argparse.Namespace, callbacks: list[pl.Callback]) -> Digits:
@@ -124,6 +152,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--epochs", type=int, default=15, help="epochs of FP32 training")
     parser.add_argument("--qat-epochs", type=int, default=10, help="epochs of each fine-tuning")
+    parser.add_argument(
+        "--deploy-grid",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute with what the device computes with; without it as in AMCT",
+    )
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # a network this small is not faster with more, and much slower on a busy machine
@@ -141,30 +175,33 @@ def main() -> None:
     for name, config in configs.items():
         args.out.mkdir(parents=True, exist_ok=True)
         config.to_json(args.out / f"{name}.json")
-        before = accuracy(quantized_only(float_model, config, args.seed), args.seed)
-        callback = QuantRetrainCallback(args.out / f"{name}.json", args.out / f"{name}.record.txt")
+        before = accuracy(quantized_only(float_model, config, args), args.seed)
+        record = args.out / f"{name}.record.txt"
+        callback = QuantRetrainCallback(args.out / f"{name}.json", record, deploy_grid=args.deploy_grid)
         nets[name] = finetune(name, float_model, args, [callback])
-        rows.append(Row(name.upper(), name, before, accuracy(nets[name], args.seed)))
+        after = accuracy(nets[name], args.seed)
+        rows.append(Row(name.upper(), name, before, after, *deploy(name.upper(), name, nets[name], args)))
     show(rows, step_times({name: copy.deepcopy(net) for name, net in nets.items()}, args.seed), args.out)
 
 
 def show(rows: list[Row], times: dict[str, float], out: Path) -> None:
     """Print the results, and where the files are."""
     results = Table(title="Accuracy on 450 held-out handwritten digits")
-    for column in ("network", "not retrained", "retrained", "training step"):
+    for column in ("network", "not retrained", "retrained", "deployed", "training step"):
         results.add_column(column, justify="left" if column == "network" else "right")
     files = Table(title="Files", show_lines=False)
     for column in ("network", "checkpoint", "record file"):
         files.add_column(column, overflow="fold")
     for row in rows:
         time_of = times.get(row.name)
-        step = "-" if time_of is None else f"{time_of:.1f} ms ({time_of / times['fp32']:.1f}x)"
-        before, after = ("-" if share is None else f"{share:.1%}" for share in (row.before, row.after))
-        results.add_row(row.title, before, after, step)
+        step = "-" if time_of is None else f"{time_of:.0f} ms ({time_of / times['fp32']:.1f}x)"
+        shares = ("-" if share is None else f"{share:.1%}" for share in (row.before, row.after, row.deployed))
+        results.add_row(row.title, *shares, step)
         record = out / f"{row.name}.record.txt"
         files.add_row(row.title, str(out / row.name / "last.ckpt"), str(record) if record.exists() else "-")
     console = Console()
-    console.print(results, files)
+    console.print(results, *(f"- {row.verified}" for row in rows if row.verified), files, sep="\n", highlight=False)
+    console.print(f"For the Ascend compiler: {out / '*_deploy_model.onnx'}", highlight=False)
     console.print(f"Logs: {out / 'logs'}", highlight=False)
 
 

@@ -57,7 +57,8 @@ class Product:
 
     Attributes:
         codes: The integers of the weight as the float layer lays it out, int8.
-        scale_w: Scales of the weight, one per output channel or a single one, float32.
+        scale_w: Scales of the weight, one per output channel or a single one, float32: those of the record, or those
+            that make ``dequant`` together with the input's if not all of its bits are kept.
         type: ``INT4`` or ``INT8``.
         dequant: By what the sums are multiplied, as many float32 numbers.
         bias: The integers of the bias, int32, one per output channel; ``None`` without one.
@@ -156,7 +157,7 @@ def _product(
     kept = dequant_scale(torch.tensor(factors.scale), scale_w, dequant_bits)
     return Product(
         codes=codes.to(torch.int8).numpy(),
-        scale_w=scale_w.numpy(),
+        scale_w=(scale_w if dequant_bits >= 32 else kept / factors.scale.item()).numpy(),
         type=record.wts_type,
         dequant=kept.numpy(),
         bias=None if bias is None else _int32(name, bias_codes(bias, whole)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import signal
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from amct_lightning import QuantRecord
-from tests.examples.running import ONE_THREAD, command, fit, run
+from tests.examples.running import ONE_THREAD, command, fit, printed_accuracies, run
 
 SHORT = ["--epochs", "2", "--qat-epochs", "2"]
 FORKING = Path(__file__).with_name("forking.py")
@@ -30,10 +31,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, 
 
 def test_the_demo_ends_with_its_table_and_files(uninterrupted: tuple[Path, str, float]) -> None:
     out, printed, _ = uninterrupted
-    for word in ("FP32", "INT8", "A4W4", "not retrained", "training step", "Logs:"):
+    for word in ("FP32", "INT8", "A4W4", "not retrained", "deployed", "training step", "Logs:"):
         assert word in printed
-    assert re.search(r"FP32, trained as long +│ +- │ +[\d.]+% │ +- │", printed)
+    assert re.search(r"FP32, trained as long +│ +- │ +[\d.]+% │ +- │ +- │", printed)
     for name in ("int8", "a4w4"):
+        _, retrained, deployed = printed_accuracies(printed, name.upper())
+        assert deployed == retrained
+        assert json.loads((out / f"{name}_verification.json").read_text())["ok"]
+        assert (out / f"{name}_deploy_model.onnx").stat().st_size < 40_000
         assert len(QuantRecord.load(out / f"{name}.record.txt")) == 22
         assert (out / name / "last.record.txt").read_text() == (out / f"{name}.record.txt").read_text()
 

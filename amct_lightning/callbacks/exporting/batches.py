@@ -10,11 +10,15 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from amct_lightning.callbacks.converting.inputs import BatchToInput, batch_inputs, before_forward, find_forwards
 from amct_lightning.graph.forward import Forward, InputData
 from amct_lightning.graph.preserve import preserved
+
+_MOST = 32
+"""Into how many batches a large one is cut for a network that takes few samples at a time."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,9 @@ class Inputs:
     ) -> list[InputData]:
         """Return inputs from the batches that the training is evaluated on, or else from those that it trains on.
 
-        Where the converted part of the module has an input of its own, that is the only one.
+        They have as many samples as the input that the network was exported with. Where the converted part of the
+        module has an input of its own, the module does not run on batches, or these have fewer samples, that input is
+        the only one.
 
         Args:
             trainer: The Trainer.
@@ -69,12 +75,13 @@ class Inputs:
             call: The call of the model.
             number: How many.
         """
-        if self.input_data is not None or call.run is not pl_module:
+        if call.run is not pl_module:
             return [call.input_data][:number]
-        return [
-            next(given for given in self._inputs_of(call.run, batch) if _runs(call.run, given))
-            for batch in islice(_drawn(trainer, pl_module), number)
-        ]
+        found: list[InputData] = []
+        for batch in islice(_drawn(trainer, pl_module), number):
+            given = (given for given in self._inputs_of(call.run, batch) if _runs(call.run, given))
+            found += [part for one in islice(given, 1) for part in _cut(one, call.input_data)]
+        return found or [call.input_data][:number]
 
     def _inputs_of(self, run: nn.Module, batch: Any) -> list[InputData]:
         return [self.batch_to_input(batch)] if self.batch_to_input is not None else batch_inputs(run, batch)
@@ -85,6 +92,30 @@ def _drawn(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Any]:
     combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "sequential")
     for drawn, _, _ in iter(combined):
         yield before_forward(trainer, pl_module, drawn)
+
+
+def _cut(given: InputData, exported: InputData) -> list[InputData]:
+    """Cut a batch into such as a network takes that was exported with another one; what is left over is left out.
+
+    Args:
+        given: The batch.
+        exported: What the network was exported with.
+
+    Example:
+        >>> [len(part) for part in _cut(torch.zeros(5, 3), torch.zeros(2, 3))]
+        [2, 2]
+    """
+    size, count = _samples(exported), _samples(given)
+    if size is None or count is None:
+        return [given]
+    starts = range(0, count - count % size, size)[:_MOST]
+    return [tree_map_only(Tensor, lambda x, at=start: x[at : at + size], given) for start in starts]
+
+
+def _samples(given: InputData) -> int | None:
+    """Return how many samples an input has, if its tensors agree."""
+    counts = {leaf.shape[0] if leaf.dim() else 0 for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
+    return counts.pop() or None if len(counts) == 1 else None
 
 
 def _runs(model: nn.Module, input_data: InputData) -> bool:

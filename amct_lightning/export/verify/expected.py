@@ -26,7 +26,7 @@ class Product:
     Attributes:
         codes: The integers of the weight, int8, as the float layer lays them out; gates in ONNX's order.
         scale: The scales of the sums, 1-d float32.
-        weight_scale: Those of the weight alone.
+        weight_scale: Those of the weight alone: with the input's they make ``scale``.
         bias: The integers of the bias, 1-d int64; ``None`` without one.
         float_bias: The bias with its BatchNorm folded in, 1-d float32; ``None`` without one.
         flips: Per output channel, how many integers of the weight folding has rounded otherwise than training did.
@@ -112,7 +112,7 @@ def _product(
     bias = getattr(layer, bias_name, None)
     folded = folded_bias(None if bias is None else current_weight(layer, bias_name).detach(), norm)
     given = torch.tensor(scale_d, dtype=torch.float32, device=weight.device)
-    total = dequant_scale(given, per_row)
+    total, kept_total = (dequant_scale(given, per_row, kept_bits) for kept_bits in (32, dequant_bits))
     ordered = None if folded is None else _reordered(folded, gates)
     own = weights.compute_scale(trained)
     as_trained = _reordered(weight_codes(trained.float(), own, weights.layout, bits), gates)
@@ -122,8 +122,8 @@ def _product(
     flips = different.sum(weights.layout.reduced_dims(different, True))
     return Product(
         codes.to(torch.int8).cpu().numpy(),
-        dequant_scale(given, per_row, dequant_bits).cpu().numpy(),
-        scale.cpu().numpy(),
+        kept_total.cpu().numpy(),
+        (scale if dequant_bits >= 32 else dequant_scale(given, scale, dequant_bits) / given).cpu().numpy(),
         None if ordered is None else bias_codes(ordered, total).long().cpu().numpy(),
         None if ordered is None else ordered.cpu().numpy(),
         flips.flatten().cpu().numpy(),

@@ -171,7 +171,15 @@ class QdqReader(_FloatFormReader):
         if self._factors(maker)[1].astype(np.int64).any():
             raise self.unknown(maker, "its zero point is not 0")
         self.take(maker)
-        return super().integers(maker.input[0], maker, what)
+        codes = super().integers(maker.input[0], maker, what)
+        for move in self._moves(tensor)[1]:
+            self.take(move)
+            codes = (
+                codes.transpose(attributes_of(move)["perm"])
+                if move.op_type == "Transpose"
+                else self._shaped(codes, move)
+            )
+        return codes
 
     def fixed(self, tensor: str) -> np.ndarray | None:
         """Return the fixed numbers that a tensor has, dequantized where they stand in the file as integers."""
@@ -202,9 +210,23 @@ class QdqReader(_FloatFormReader):
         return self._factors(maker)[0].ravel() * np.float32(quantizer.factor), None
 
     def _constant_dequant(self, tensor: str) -> NodeProto | None:
-        maker = self.file.maker(tensor)
+        maker = self.file.maker(self._moves(tensor)[0])
         is_it = maker is not None and maker.op_type == "DequantizeLinear" and self.file.maker(maker.input[0]) is None
         return maker if is_it else None
+
+    def _moves(self, tensor: str) -> tuple[str, list[NodeProto]]:
+        """Return the tensor from which another one is made by changes of its shape only, and these in order.
+
+        The output channels of a grouped transposed convolution are on one axis of its weight only before these.
+        """
+        moves: list[NodeProto] = []
+        while (maker := self.file.maker(tensor)) is not None and maker.op_type in ("Reshape", "Transpose"):
+            moves.insert(0, maker)
+            tensor = maker.input[0]
+        return tensor, moves
+
+    def _shaped(self, codes: np.ndarray, node: NodeProto) -> np.ndarray:
+        return codes.reshape(self.need(node.input[1], node, "shape"))
 
     def _factors(self, node: NodeProto) -> tuple[np.ndarray, np.ndarray]:
         scale = self.need(node.input[1], node, "scale")

@@ -37,14 +37,17 @@ class FormVerification:
         source: The file, or the model read from it.
         layers: The layers of the model.
         deq_bits: How many bits of the dequantization scale count in the deploy model.
+        kept_bits: How many of them stand in the file.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no file of that form.
     """
 
-    def __init__(self, form: str, source: Source, layers: Mapping[str, ExpectedLayer], deq_bits: int) -> None:
-        self.form, self.layers, self.deq_bits = form, layers, deq_bits
+    def __init__(
+        self, form: str, source: Source, layers: Mapping[str, ExpectedLayer], deq_bits: int, kept_bits: int = 32
+    ) -> None:
+        self.form, self.layers, self.deq_bits, self.kept_bits = form, layers, deq_bits, kept_bits
         if form == "deploy":
             self.network: QuantizedNetwork = DeployedNetwork(source, deq_bits=deq_bits)
         else:
@@ -181,7 +184,7 @@ class FormVerification:
         if call is None or name not in self.layers:
             return
         try:
-            found = isolated(unit, self.layers[name], call, self.deq_bits if self.form == "deploy" else 32)
+            found = isolated(unit, self.layers[name], call, self.deq_bits if self.form == "deploy" else self.kept_bits)
         except (ValueError, RuntimeError) as error:
             self._fault(name, f"in isolation: {error}")
             return
@@ -239,7 +242,8 @@ class FormVerification:
         name, call = self._call(unit, run)
         if call is None or name not in self.layers or codes.numel() != call.x.numel():
             return
-        wanted = torch_codes(self.layers[name].module.input_quantizer, call.x)
+        module = self.layers[name].module
+        wanted = torch_codes(module.input_quantizer, call.x, module.deploy_grid)
         row = self._row(name)
         row.flipped = (row.flipped or 0) + int((codes.reshape(wanted.shape) != wanted).sum())
 

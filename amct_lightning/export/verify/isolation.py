@@ -28,6 +28,7 @@ class _Codes:
 
     Args:
         quantizer: What makes them in the model.
+        on_grid: Whether the model computes with what the device computes with.
         x: The tensor.
         scale: The scale in the record, that of the quantizer or that rounded to float16.
         offset: The offset in the record.
@@ -42,10 +43,12 @@ class _Codes:
         error: By which part the record's scale differs from the quantizer's.
     """
 
-    def __init__(self, quantizer: ActivationQuantizer, x: Tensor, scale: float, offset: int, bits: int) -> None:
+    def __init__(
+        self, quantizer: ActivationQuantizer, on_grid: bool, x: Tensor, scale: float, offset: int, bits: int
+    ) -> None:
         self.x, self.scale, self.offset = x, scale, offset
         own, shift = float(quantizer.scale), offset - int(quantizer.offset)
-        self.trained = torch_codes(quantizer, x) + shift
+        self.trained = torch_codes(quantizer, x, on_grid) + shift
         self.error = abs(scale / own - 1.0)
         half = 2.0 ** (bits - 1)
         same = np.float32(scale) == np.float32(own) and not shift
@@ -113,7 +116,9 @@ def isolated(unit: Unit, expected: ExpectedLayer, call: Call, deq_bits: int) -> 
     """
     result = Isolated()
     record = expected.record
-    codes = _Codes(expected.module.input_quantizer, call.x, record.scale_d, record.offset_d, expected.bits)
+    module = expected.module
+    factors = record.scale_d, record.offset_d, expected.bits
+    codes = _Codes(module.input_quantizer, module.deploy_grid, call.x, *factors)
     result.add_codes(unit.quantizer.codes(call.x), codes)
     if isinstance(unit, IntegerLayer):
         _product_outputs(result, unit, expected.input, call, codes, deq_bits)
@@ -153,7 +158,7 @@ def _recurrent_outputs(
     scale_h, offset_h = record.scale_h or 1.0, record.offset_h or 0
     hidden = torch.cat((call.state[0], call.y))[: len(call.y)]
     quantizer = expected.module.get_quantizer("hidden_quantizer")
-    own = _Codes(quantizer, hidden, scale_h, offset_h, expected.bits)
+    own = _Codes(quantizer, expected.module.deploy_grid, hidden, scale_h, offset_h, expected.bits)
     if unit.scale.size == 0:  # computed in float, with hidden states that are not quantized
         result.add_codes(unit.hidden_quantizer.codes(hidden[:1]), own, 1)
         return

@@ -51,7 +51,7 @@ class OutputComparison:
         if found.shape != wanted.shape:
             raise ValueError(f"output '{self.name}' has shape {list(found.shape)} instead of {list(wanted.shape)}")
         with np.errstate(invalid="ignore"):
-            difference = np.abs(found.astype(np.float64) - wanted.astype(np.float64))
+            difference = np.asarray(np.abs(found.astype(np.float64) - wanted.astype(np.float64)))
         difference[found == wanted] = 0.0  # infinities, of masks, among them
         self.values += difference.size
         self.total += float(difference.sum())

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from amct_lightning.export.integer.graph_file import GraphFile
 from amct_lightning.export.verify.expected import ExpectedLayer
+from amct_lightning.modules.grid.codes import activation_codes
 from amct_lightning.quantizers import ActivationQuantizer
 
 
@@ -97,7 +98,7 @@ def onnx_inputs(batch: Any, file: GraphFile) -> dict[str, np.ndarray]:
     )
 
 
-def torch_codes(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
+def torch_codes(quantizer: ActivationQuantizer, x: Tensor, on_grid: bool) -> Tensor:
     """Return the codes with which training computes, integers in float32 on the CPU.
 
     They are read off what the quantizer gives, so that they are those of this very quantizer.
@@ -105,9 +106,13 @@ def torch_codes(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
     Args:
         quantizer: The quantizer.
         x: Its input.
+        on_grid: Whether the layer computes with what the device computes with.
     """
     device = quantizer.clip_max.device
     with torch.no_grad():
+        if on_grid:
+            codes = activation_codes(quantizer, x.to(device), *quantizer.usable_clips()).values
+            return (codes + quantizer.offset).cpu()
         y = quantizer.quantize(x.to(device), *quantizer.usable_clips())
         return (torch.round(y / quantizer.scale) + quantizer.offset).cpu()
 

@@ -52,7 +52,7 @@ def compare(
     # One after the other, the model run again for each: what a file takes in memory is not kept for the next.
     reports = []
     for form in [form for form in FORMS if form in files]:
-        reports.append(_compared(model, layers, form, files[form], given, deq_bits))
+        reports.append(_compared(model, layers, FormVerification(form, files[form], layers, deq_bits, bits), given))
         gc.collect()
     return VerifyReport(len(given), sum(map(_samples, given)), deq_bits, tuple(reports))
 
@@ -60,12 +60,10 @@ def compare(
 def _compared(
     model: nn.Module,
     layers: Mapping[str, ExpectedLayer],
-    form: str,
-    file: str | Path,
+    verification: FormVerification,
     batches: list[InputData],
-    deq_bits: int,
 ) -> FormReport:
-    verification, order = FormVerification(form, file, layers, deq_bits), list[str]()
+    order: list[str] = []
     for batch in batches:
         verification.check(batch)
         with torch.no_grad():
