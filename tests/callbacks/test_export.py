@@ -1,0 +1,125 @@
+"""The callback exports the best checkpoint at the end of fit, with its record, and proves what it has written."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from amct_lightning import QuantRecord, QuantRetrainCallback, export_onnx, load_qat_checkpoint, verify_export
+from tests.callbacks.conftest import Net, TrainerFactory, loader
+
+FORMS = ["deploy", "fake_quant", "qdq"]
+
+
+class GetsWorse(Net):
+    """Whose first epoch is the best one by what it logs."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", float(self.trainer.current_epoch))
+
+
+def fit(make_trainer: TrainerFactory, model: Net, callback: QuantRetrainCallback, *others: Any, **kwargs: Any) -> Any:
+    trainer = make_trainer(callbacks=[callback, *others], enable_checkpointing=bool(others), **kwargs)
+    trainer.fit(model, loader(), loader(1))
+    return trainer
+
+
+class TestBest:
+    @pytest.fixture
+    def folder(self, tmp_path: Path, make_trainer: TrainerFactory) -> Path:
+        checkpoints = ModelCheckpoint(tmp_path / "checkpoints", "{epoch}", monitor="val_loss")
+        fit(make_trainer, GetsWorse(), QuantRetrainCallback(export=FORMS), checkpoints)
+        return tmp_path
+
+    def test_it_is_the_best_checkpoint_that_is_exported_with_its_record(self, folder: Path) -> None:
+        written = sorted(path.name for path in (folder / "export").iterdir())
+        assert written == [
+            "atc.sh",
+            "deploy_model.onnx",
+            "export.json",
+            "fake_quant_model.onnx",
+            "qdq_model.onnx",
+            "record.txt",
+            "verification.json",
+        ]
+        best = folder / "checkpoints" / "epoch=0.ckpt"
+        record = QuantRecord.load(folder / "export" / "record.txt")
+        assert record == QuantRecord.load(best.with_name("epoch=0.record.txt"))
+        assert record != QuantRecord.load(folder / "record.txt")  # that of the end
+        assert str(best) in json.loads((folder / "export" / "export.json").read_text())["weights"]
+        model = load_qat_checkpoint(Net(), best).eval()
+        files = {form: folder / "export" / f"{form}_model.onnx" for form in FORMS}
+        assert verify_export(model, files, [next(iter(loader(1)))[0]]).ok
+
+    def test_the_verification_is_kept(self, folder: Path) -> None:
+        report = json.loads((folder / "export" / "verification.json").read_text())
+        assert [form["form"] for form in report["forms"]] == FORMS
+        assert not any(form["departures"] for form in report["forms"])
+
+
+def test_without_a_best_checkpoint_the_model_at_the_end_is_exported(
+    tmp_path: Path, make_trainer: TrainerFactory
+) -> None:
+    model = Net()
+    fit(make_trainer, model, QuantRetrainCallback(export="qdq", export_dir=tmp_path / "out", verify_batches=0))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["export.json", "qdq_model.onnx", "record.txt"]
+    export_onnx(model.eval(), tmp_path / "again.onnx", next(iter(loader()))[0])
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "out" / "qdq_model.onnx").read_bytes()
+
+
+def test_training_goes_on_as_without_an_export(tmp_path: Path, make_trainer: TrainerFactory) -> None:
+    models = [Net(), Net()]
+    for model, export in zip(models, (None, "deploy"), strict=True):
+        torch.manual_seed(0)
+        fit(make_trainer, model, QuantRetrainCallback(export=export, export_dir=tmp_path / "out"))
+        random = torch.rand(1)
+        assert model.training
+    assert torch.rand(1) != random
+    for key, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[key]), key
+
+
+def test_a_failed_export_is_told_and_nothing_else_is_lost(tmp_path: Path, make_trainer: TrainerFactory) -> None:
+    (tmp_path / "out").write_text("in the way")
+    with pytest.warns(
+        UserWarning, match="the training is complete, its export failed.*out.*amct-lightning export CKPT"
+    ):
+        fit(make_trainer, Net(), QuantRetrainCallback(export="qdq", export_dir=tmp_path / "out"))
+    assert len(QuantRecord.load(tmp_path / "record.txt")) == 2
+
+
+def test_a_trial_run_exports_nothing(tmp_path: Path, make_trainer: TrainerFactory) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(make_trainer, Net(), QuantRetrainCallback(export="qdq"), fast_dev_run=True)
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_converted_part_is_exported_by_itself(tmp_path: Path, make_trainer: TrainerFactory) -> None:
+    callback = QuantRetrainCallback(
+        submodule="net", input_data=torch.ones(2, 2, 4, 4), export="deploy", verify_batches=1
+    )
+    fit(make_trainer, Net(), callback)
+    graph = onnx.load(tmp_path / "export" / "deploy_model.onnx").graph
+    assert [node.name for node in graph.node if node.op_type == "AscendQuant"] == ["0.quant", "4.quant"]
+    assert [axis.dim_value for axis in graph.input[0].type.tensor_type.shape.dim] == [2, 2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"export": "onnx"}, ValueError, "export has 'onnx'; the forms are 'deploy', 'fake_quant', 'qdq'"),
+        ({"export": ["qdq"], "verify_batches": -1}, ValueError, "verify_batches is -1; it must be 0 or more"),
+        ({"export": ["qdq"], "verify_batches": True}, TypeError, "verify_batches is True; it must be a number"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_the_training(arguments: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        QuantRetrainCallback(**arguments)
