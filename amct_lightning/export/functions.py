@@ -31,6 +31,7 @@ def export_onnx(
     *,
     record: QuantRecord | str | Path | None = None,
     opset: int | None = None,
+    exporter: Literal["torchscript", "torch.export"] | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     dynamic_axes: Mapping[str, Any] | None = None,
@@ -56,6 +57,8 @@ def export_onnx(
         form: Which form.
         record: The factors to use, or the file that they are in; by default those that the model has now.
         opset: The only opset to try.
+        exporter: The only one of torch's exporters to ask. Where :func:`verify_export` finds that one of them has
+            translated a float part wrongly, ask the other.
         input_names: Names of the inputs; by default those of the arguments of ``forward``.
         output_names: Names of the outputs; by default those of what the model returns.
         dynamic_axes: Axes of any length, as for :func:`torch.onnx.export`: ``{"input": {0: "batch"}}``.
@@ -84,7 +87,7 @@ def export_onnx(
     need(*_LIBRARIES)
     from amct_lightning.export.onnx_file import export_forms  # noqa: PLC0415
 
-    settings = _settings(input_names, output_names, dynamic_axes, opset, external_data_threshold)
+    settings = _settings(input_names, output_names, dynamic_axes, opset, external_data_threshold, exporter)
     source = "record"
     if isinstance(record, (str, Path)):
         record, source = _record_of(record)
@@ -200,11 +203,12 @@ def _settings(
     dynamic_axes: Mapping[str, Any] | None,
     opset: int | None,
     external_data_threshold: int,
+    exporter: Literal["torchscript", "torch.export"] | None = None,
 ) -> Settings:
     from amct_lightning.export.onnx_file import Settings  # noqa: PLC0415
-    from amct_lightning.export.tracing.base_graph import Names  # noqa: PLC0415
+    from amct_lightning.export.tracing.base_graph import Choices  # noqa: PLC0415
 
-    return Settings(Names(input_names, output_names, dynamic_axes), opset, external_data_threshold)
+    return Settings(Choices(input_names, output_names, dynamic_axes, opset, exporter), external_data_threshold)
 
 
 def _check_arguments(texts: Mapping[str, object], model: object, input_data: object) -> None:

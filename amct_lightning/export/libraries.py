@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
+from typing import Any
 
 import torch
 
@@ -38,15 +39,17 @@ def need(*names: str) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep what torch's exporters say to their own developers from users."""
-    logger = logging.getLogger("torch.onnx")
-    level, graphs = logger.level, torch._C._jit_is_onnx_log_enabled()
-    logger.setLevel(logging.ERROR)
-    # Private (torch 2.6 to 2.13): with each error of the TorchScript exporter its whole graph is printed.
-    torch._C._jit_set_onnx_log_enabled(False)
+    logger = logging.getLogger("torch")
+    private: Any = torch._C
+    level, graphs = logger.level, private._jit_onnx_log
+    logger.setLevel(logging.CRITICAL)
+    # Private (torch 2.6 to 2.13): with each error of the TorchScript exporter its whole graph is printed, whatever the
+    # settings of its log, which the exporter sets itself.
+    private._jit_onnx_log = lambda *_: None
     try:
         with warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
-        torch._C._jit_set_onnx_log_enabled(graphs)
+        private._jit_onnx_log = graphs

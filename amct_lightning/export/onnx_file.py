@@ -13,7 +13,7 @@ from torch import nn
 from amct_lightning.export.checks import check_exportable, check_record
 from amct_lightning.export.forms import FORMS, Form, write_form
 from amct_lightning.export.report import ExportReport
-from amct_lightning.export.tracing.base_graph import BaseGraph, Names, build_graph
+from amct_lightning.export.tracing.base_graph import BaseGraph, Choices, build_graph
 from amct_lightning.export.tracing.prepared import Prepared, prepare, uncompiled
 from amct_lightning.export.trial import RunsAsTrained
 from amct_lightning.export.write import save_models
@@ -29,13 +29,11 @@ class Settings:
     """How networks are written.
 
     Attributes:
-        names: Names of inputs and outputs, and their dynamic axes.
-        opset: The only opset to try; ``None`` for the lowest that can express the model.
+        choices: Names of inputs and outputs, their dynamic axes, opset and exporter.
         external_data_threshold: Networks whose constants take more bytes have them in a file beside them.
     """
 
-    names: Names = field(default_factory=Names)
-    opset: int | None = None
+    choices: Choices = field(default_factory=Choices)
     external_data_threshold: int = 2**31 - 2**20
 
 
@@ -71,7 +69,7 @@ def export_forms(
         check_record(record, model, plan, source)
     prepared = prepare(model, record)
     check = RunsAsTrained.of(prepared, input_data)
-    base = build_graph(prepared, input_data, settings.names, settings.opset, check)
+    base = build_graph(prepared, input_data, settings.choices, check)
     reports: dict[Form, ExportReport] = {}
 
     def models() -> Iterator[tuple[str, ir.Model]]:

@@ -134,14 +134,14 @@ class ExportCommand(ParsedCommand):
 
 def _export(options: Namespace, model: nn.Module, input_data: InputData, prefix: str) -> dict[Form, ExportReport]:
     from amct_lightning.export.onnx_file import Settings, export_forms  # noqa: PLC0415
-    from amct_lightning.export.tracing.base_graph import Names  # noqa: PLC0415  (needs ONNX, which may not be installed)
+    from amct_lightning.export.tracing.base_graph import Choices  # noqa: PLC0415  (needs ONNX, which may not be installed)
 
     axes = batch_axes(model, input_data) if options.dynamic_batch else None
     files = {form: f"{prefix}_{form}_model.onnx" for form in FORMS if form in options.form}
     record = None if options.record is None else QuantRecord.load(options.record)
     text = (record or QuantRecord.from_model(model)).to_text()
     with written_along(_record_file(prefix), text):
-        settings = Settings(Names(dynamic_axes=axes), options.opset)
+        settings = Settings(Choices(dynamic_axes=axes, opset=options.opset))
         return export_forms(model, files, input_data, record, settings, f"'{options.record}'")
 
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import onnx_ir as ir
@@ -36,19 +36,27 @@ class WrongNamesError(ValueError):
     """The names that are given for inputs or outputs do not fit."""
 
 
+Exporter = Literal["torchscript", "torch.export"]
+"""The exporters of torch."""
+
+
 @dataclass(frozen=True)
-class Names:
-    """What the inputs and outputs of a file are called, and which of their axes have any length.
+class Choices:
+    """What the inputs and outputs of a file are called, which of their axes have any length, and how it is made.
 
     Attributes:
         inputs: Names of the inputs; ``None`` for those of the arguments.
         outputs: Names of the outputs; ``None`` for those of what the model returns.
         dynamic_axes: As for :func:`torch.onnx.export`: name -> axes, as a list or with names.
+        opset: The only opset to try; ``None`` for the lowest that can express the model.
+        exporter: The only exporter to ask; ``None`` for one after the other.
     """
 
     inputs: Sequence[str] | None = None
     outputs: Sequence[str] | None = None
     dynamic_axes: Mapping[str, Any] | None = None
+    opset: int | None = None
+    exporter: Exporter | None = None
 
 
 @dataclass(frozen=True)
@@ -75,8 +83,7 @@ class BaseGraph:
 def build_graph(
     prepared: Prepared,
     input_data: InputData,
-    names: Names,
-    opset: int | None = None,
+    names: Choices,
     check: Callable[[BaseGraph], None] = lambda _: None,
 ) -> BaseGraph:
     """Translate a model into ONNX.
@@ -84,8 +91,7 @@ def build_graph(
     Args:
         prepared: The model.
         input_data: Input for which it works.
-        names: What its inputs and outputs are called.
-        opset: The only opset to try; ``None`` for the lowest that can express the model.
+        names: What its inputs and outputs are called, and what else can be chosen.
         check: Raises an error for a graph that is not to be taken; then the next exporter is asked.
 
     Returns:
@@ -103,7 +109,7 @@ def build_graph(
                 f"input_names has {len(names.inputs)} names, {list(names.inputs)}; the input has {len(call.names)} "
                 f"tensors: {call.names}."
             )
-        for title, attempt_opset, export in _attempts(opset):
+        for title, attempt_opset, export in _attempts(names.opset, names.exporter):
             try:
                 model, calls = export(call, prepared, names, attempt_opset)
                 _rename(model, call, names)
@@ -123,18 +129,21 @@ def build_graph(
     )
 
 
-_Exporter = Callable[[FlatCall, Prepared, Names, int], "tuple[ir.Model, Sequence[LayerCall]]"]
+_Exporter = Callable[[FlatCall, Prepared, Choices, int], "tuple[ir.Model, Sequence[LayerCall]]"]
 
 
-def _attempts(opset: int | None) -> Iterator[tuple[str, int, _Exporter]]:
-    for number in _TORCHSCRIPT_OPSETS if opset is None else (opset,):
-        yield "TorchScript", number, _by_torchscript
-    if hasattr(torch.onnx, "ops") and (opset is None or opset >= _TORCH_EXPORT_OPSET):  # torch >= 2.8
+def _attempts(opset: int | None, exporter: Exporter | None) -> Iterator[tuple[str, int, _Exporter]]:
+    if exporter != "torch.export":
+        for number in _TORCHSCRIPT_OPSETS if opset is None else (opset,):
+            yield "TorchScript", number, _by_torchscript
+    # torch >= 2.8 has what it takes, and its exporter begins with this opset.
+    possible = hasattr(torch.onnx, "ops") and (opset is None or opset >= _TORCH_EXPORT_OPSET)
+    if exporter != "torchscript" and possible:
         yield "torch.export", opset or _TORCH_EXPORT_OPSET, _by_torch_export
 
 
 def _by_torchscript(
-    call: FlatCall, prepared: Prepared, names: Names, opset: int
+    call: FlatCall, prepared: Prepared, names: Choices, opset: int
 ) -> tuple[ir.Model, Sequence[LayerCall]]:
     static = not names.dynamic_axes
     with placeholders(prepared.layers, symbolic=False, static=static) as calls, tempfile.TemporaryDirectory() as folder:
@@ -153,12 +162,12 @@ def _by_torchscript(
     return model, calls
 
 
-def _for_torchscript(names: Names) -> dict[str, Any] | None:
+def _for_torchscript(names: Choices) -> dict[str, Any] | None:
     return dict(names.dynamic_axes) if names.dynamic_axes else None
 
 
 def _by_torch_export(
-    call: FlatCall, prepared: Prepared, names: Names, opset: int
+    call: FlatCall, prepared: Prepared, names: Choices, opset: int
 ) -> tuple[ir.Model, Sequence[LayerCall]]:
     inputs = list(names.inputs or call.names)
     with placeholders(prepared.layers, symbolic=True) as calls:
@@ -185,7 +194,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(cause).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def _rename(model: ir.Model, call: FlatCall, names: Names) -> None:
+def _rename(model: ir.Model, call: FlatCall, names: Choices) -> None:
     """Name the outputs, and take the name that the model has in a :class:`FlatCall` out of all others."""
     graph = model.graph
     outputs = names.outputs or call.output_names
