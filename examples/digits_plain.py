@@ -44,7 +44,7 @@ def evaluate(model: nn.Module, loader: DataLoader[tuple[torch.Tensor, ...]]) -> 
 
 
 def main() -> None:
-    """Train in FP32, convert, fine-tune, and write the record."""
+    """Train in FP32, convert, fine-tune, write the record and the ONNX files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/digits_plain"))
     parser.add_argument("--epochs", type=int, default=15, help="epochs of FP32 training")
@@ -65,7 +65,9 @@ def main() -> None:
     train(quant_model, train_loader, args.qat_epochs, lr=3e-3)
     print(f"INT8 accuracy: {evaluate(quant_model, test_loader):.1%}")
     torch.save(quant_model.state_dict(), args.out / "quant_model.pth")
+    amct.save_quant_retrain_model(config_file, quant_model, record_file, str(args.out / "digits"), input_data)
     print(f"Record file: {record_file}")
+    print(f"For the Ascend compiler: {args.out / 'digits_deploy_model.onnx'}")
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def test_no_line_of_code_is_longer_than_the_pages_are_wide() -> None:
             assert all(len(line) <= 124 for line in block["text"].splitlines()), (page, block["text"])
 
 
-@pytest.mark.parametrize("name", ["configuration.md", "monitor.md", "troubleshooting.md"])
+@pytest.mark.parametrize("name", ["configuration.md", "deploy.md", "monitor.md", "troubleshooting.md"])
 def test_the_chinese_page_has_the_same_code_and_the_same_tables(name: str) -> None:
     def shape(page: Path) -> list[str]:
         lines = without_code(page).splitlines()

@@ -107,6 +107,8 @@ def test_the_plain_twin_writes_its_record(tmp_path: Path) -> None:
     printed = run(command("digits_plain.py", tmp_path, "--epochs", "1", "--qat-epochs", "1"))
     assert "INT8 accuracy" in printed
     assert len(QuantRecord.load(tmp_path / "record.txt")) == 22
+    written = {path.name for path in tmp_path.glob("*.onnx")}
+    assert written == {"digits_deploy_model.onnx", "digits_fake_quant_model.onnx"}
 
 
 def test_a_momentum_teacher_is_the_average_of_its_quantized_student(tmp_path: Path) -> None:

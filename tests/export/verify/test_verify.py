@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from amct_lightning import verify_export
 from amct_lightning.export.verify.outputs import OutputComparison
-from amct_lightning.export.verify.report import VerifyReport
 from amct_lightning.export.verify.torch_side import near_a_tie
 from tests.export.golden_files import golden_case, golden_model
 from tests.export.verify import faults
