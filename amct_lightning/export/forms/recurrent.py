@@ -49,7 +49,8 @@ def deploy_recurrent(site: Site) -> list[ir.Value]:
     names = (site.weight_name, f"{site.numbers.name}.sub_module.recurrent_weight")
     weights = [_deploy_weight(site, name, part) for name, part in zip(names, parts, strict=True)]
     bias = None if parts[0].bias is None else _joined(site, [_whole(part.bias) for part in parts])
-    dequant = _joined(site, [_whole(part.dequant, part.codes.shape[0]) for part in parts])
+    gates = len(LAYER_TYPES[supported_class(site.layer)].gates)
+    dequant = _joined(site, [_whole(part.dequant, gates) for part in parts])  # as many as in the record
     x, *state = _time_first(site)
     inputs = [
         x,

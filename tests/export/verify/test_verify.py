@@ -14,6 +14,7 @@ from onnx import ModelProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from amct_lightning import verify_export
+from amct_lightning.export.verify import VerifyReport
 from amct_lightning.export.verify.outputs import OutputComparison
 from amct_lightning.export.verify.torch_side import near_a_tie
 from tests.export.golden_files import golden_case, golden_model
