@@ -11,7 +11,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from amct_lightning import QuantRecord, calibrate, export_onnx, prepare_qat, save_quant_retrain_model
 from amct_lightning.config import RetrainConfig
@@ -219,6 +222,19 @@ class TestRefusals:
         model, x = trained()
         with pytest.raises(RuntimeError, match="on the meta device and have no values"):
             export_onnx(model.to("meta"), tmp_path / "net.onnx", x)
+
+    def test_weights_that_are_spread_over_processes(self, tmp_path: Path) -> None:
+        model, x = trained()
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            whole = model.head.weight.detach()
+            model.head.weight = nn.Parameter(distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)]))
+            with pytest.raises(
+                RuntimeError, match=r"spread over several processes \(FSDP\).*amct-lightning export CKPT"
+            ):
+                export_onnx(model, tmp_path / "net.onnx", x)
+        finally:
+            dist.destroy_process_group()
 
     @pytest.mark.parametrize("record", ["of_another_state", "without_a_layer", "with_a_layer_more", "empty"])
     def test_a_record_of_something_else(self, tmp_path: Path, record: str) -> None:
