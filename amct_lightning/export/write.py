@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,6 +20,7 @@ VENDOR_OPERATORS = frozenset(
 
 _CHECKED_DOMAIN = "ascend"
 _LARGE_TENSOR = 1024  # bytes; smaller ones stay in the file
+_GRAPH, _INITIALIZER = b"\x3a", b"\x2a"  # fields 7 of a model and 5 of a graph, which hold messages
 
 
 def save_models(models: Iterable[tuple[str, ir.Model]], external_data_threshold: int) -> None:
@@ -50,10 +51,10 @@ def save_models(models: Iterable[tuple[str, ir.Model]], external_data_threshold:
                     raise IsADirectoryError(f"'{path}' is a folder; give the path of the file to write.")
                 if large:
                     _write_constants(model, place, stack)
-                content = _serialized(model)
-                stack.enter_context(atomic_path(place)).write_bytes(content)
+                with stack.enter_context(atomic_path(place)).open("wb") as file:
+                    file.writelines(serialized(model))
             else:
-                remote[path] = _serialized(model)
+                remote[path] = b"".join(serialized(model))
         for path, content in remote.items():
             write_bytes(path, content)
 
@@ -83,7 +84,7 @@ def check_network(model: onnx.ModelProto) -> None:
         onnx.checker.check_model(model, full_check=not vendor)
     finally:
         for node in vendor:
-            node.domain = ""
+            node.ClearField("domain")
         if vendor:
             model.opset_import.pop()
 
@@ -106,10 +107,48 @@ def _size(model: ir.Model) -> int:
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
-def _serialized(model: ir.Model) -> bytes:
-    check_graph(model)
-    content: bytes = ir.to_proto(model).SerializeToString()
+def serialized(model: ir.Model) -> Iterator[bytes]:
+    """Yield what a file holds piece by piece, as protobuf makes two copies of what it writes as a whole.
+
+    A message is a sequence of fields, in any order; the weights are the last ones of the graph, and that of the model.
+
+    Args:
+        model: The network.
+
+    Raises:
+        onnx.checker.ValidationError: If it is not valid.
+    """
+    light = model.clone()
+    weights = weights_taken_out(light)
+    proto = ir.to_proto(light)
+    check_network(proto)  # with the weights as inputs
+    del proto.graph.input[len(proto.graph.input) - len(weights) :]
+    graph = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    sizes = [len(_tensor(name, weight)) for name, weight in weights.items()]
+    fields = [_INITIALIZER + _varint(size) for size in sizes]
+    total = len(graph) + sum(map(len, fields)) + sum(sizes)
+    yield proto.SerializeToString() + _GRAPH + _varint(total)
+    yield graph
+    for field, (name, weight) in zip(fields, weights.items(), strict=True):
+        yield field
+        yield _tensor(name, weight)
+
+
+def _tensor(name: str, tensor: ir.TensorProtocol) -> bytes:
+    proto = ir.to_proto(tensor)
+    proto.name = name
+    content: bytes = proto.SerializeToString()
     return content
+
+
+def _varint(number: int) -> bytes:
+    """Write a length as protobuf does: seven bits to a byte, the lowest first."""
+    found = bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*found, number])
 
 
 def _write_constants(model: ir.Model, place: Path, stack: ExitStack) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -18,6 +20,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from amct_lightning import QuantRecord, calibrate, export_onnx, prepare_qat, save_quant_retrain_model
 from amct_lightning.config import RetrainConfig
+from amct_lightning.export import write
+from amct_lightning.export.forms import write_form
+from amct_lightning.export.tracing.base_graph import Choices, build_graph
+from amct_lightning.export.tracing.prepared import prepare
 from amct_lightning.export.write import check_network
 from tests.export.golden import golden_export
 
@@ -104,6 +110,22 @@ class TestForms:
             calibrate(model, [torch.randn(2, 256)])
             export_onnx(model.eval(), tmp_path / "net.onnx", torch.randn(1, 256), form)
             assert (tmp_path / "net.onnx").stat().st_size < 1.1 * floats / share
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_that_is_written_piece_by_piece_is_the_network(form: Any) -> None:
+    model = prepare_qat(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)), None, torch.ones(1, 64))
+    calibrate(model, [torch.randn(2, 64)])
+    prepared = prepare(model.eval())
+    network = write_form(build_graph(prepared, torch.randn(1, 64), Choices()), prepared, form)
+    found = onnx.load_from_string(b"".join(write.serialized(network)))
+    whole = ir.to_proto(network)
+    for proto in (found, whole):
+        tensors = sorted(proto.graph.initializer, key=lambda tensor: tensor.name)
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend(tensors)
+        del proto.graph.value_info[:]  # where the shapes of the weights are told once more
+    assert found == whole
 
 
 class TestModel:
@@ -288,15 +310,15 @@ class TestRefusals:
 
     def test_a_disk_that_is_full_in_the_middle(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         golden = golden_export("mlp__a4w4_json", tmp_path)
-        write = Path.write_bytes
+        parts = write.serialized
 
-        def fill(path: Path, content: bytes) -> int:
-            if "fake_quant" in path.name:
-                write(path, content[:100])
-                raise OSError(errno.ENOSPC, "No space left on device", str(path))
-            return write(path, content)
+        def fill(model: Any) -> Iterator[bytes]:
+            for number, part in enumerate(parts(model)):
+                yield part
+                if number and any(node.op_type == "Round" for node in model.graph):
+                    raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(Path, "write_bytes", fill)
+        monkeypatch.setattr(write, "serialized", fill)
         with pytest.raises(OSError, match="No space left"):
             save_quant_retrain_model(
                 golden.config_file, golden.model, golden.record_file, f"{tmp_path}/net", golden.input_data
