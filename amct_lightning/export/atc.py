@@ -22,6 +22,8 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from amct_lightning.export.report import ExportReport
+from amct_lightning.files import location
 from amct_lightning.targets import TARGETS, Target, find_target
 
 _RANGE = re.compile(r"\d+~(\d+|-1)")
@@ -87,6 +89,35 @@ def atc_command(
         options.append(f"--dynamic_batch_size={_quoted(','.join(map(str, dynamic_batch_size)))}")
     notes = [*_soc_notes(soc, generation), *_notes(shapes, str(onnx_path), out)]
     return "\n".join([*(f"# {note}" for note in notes), "atc " + " \\\n    ".join(options)])
+
+
+def compile_command(report: ExportReport, target: str | None, soc_version: str | None = None) -> str:
+    """Return the command line of ATC for a network that was written in the deploy form.
+
+    Args:
+        report: The network.
+        target: The generation of the device.
+        soc_version: Its processor.
+    """
+    place = location(report.path)
+    path = _file_name(report) if isinstance(place, str) else place  # ATC reads local files, once they are fetched
+    return atc_command(path, target, soc_version=soc_version, input_shapes=report.inputs)
+
+
+def compile_script(report: ExportReport, target: str | None, soc_version: str | None = None) -> str:
+    """Return a shell script that compiles a network in the folder that both are in, wherever it is run.
+
+    Args:
+        report: The network, written in the deploy form.
+        target: The generation of the device.
+        soc_version: Its processor.
+    """
+    command = atc_command(_file_name(report), target, soc_version=soc_version, input_shapes=report.inputs)
+    return f'#!/bin/sh\ncd "$(dirname "$0")" || exit\n{command}\n'
+
+
+def _file_name(report: ExportReport) -> str:
+    return report.path.rpartition("/")[2]
 
 
 def _check_soc(soc_version: str | None, target: Target | None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import nn
 
+from amct_lightning.export.axes import name_axes
 from amct_lightning.export.checks import check_exportable, check_record
 from amct_lightning.export.forms import FORMS, Form, write_form
 from amct_lightning.export.report import ExportReport
@@ -68,8 +69,9 @@ def export_forms(
     if record is not None:
         check_record(record, model, plan, source)
     prepared = prepare(model, record)
-    check = RunsAsTrained.of(prepared, input_data)
+    check = RunsAsTrained.of(prepared, input_data, settings.choices.inputs)
     base = build_graph(prepared, input_data, settings.choices, check)
+    name_axes(base, prepared, settings.choices.dynamic_axes)
     reports: dict[Form, ExportReport] = {}
 
     def models() -> Iterator[tuple[str, ir.Model]]:
@@ -100,4 +102,4 @@ def _report(form: Form, path: str | Path, base: BaseGraph, prepared: Prepared, m
 
 def _shape(value: ir.Value) -> tuple[int | str, ...]:
     axes = () if value.shape is None else tuple(value.shape)
-    return tuple(axis if isinstance(axis, int) else str(getattr(axis, "value", axis)) for axis in axes)
+    return tuple(axis if isinstance(axis, int) else axis.value or "?" for axis in axes)

@@ -16,7 +16,7 @@ class ExportReport:
         opset: ONNX opset of the file: the lowest that can express the model in this form.
         exporter: Which of torch's exporters translated the parts in float.
         layers: The number of quantized layers.
-        inputs: Name -> shape of each input; axes of any length have a name.
+        inputs: Name -> shape of each input; axes of any length have a name, ``"?"`` where nothing is known of one.
         outputs: The same for the outputs.
         failed: What was tried before: exporter and opset -> error.
         dropped: What the model returns besides tensors, which the network does not.

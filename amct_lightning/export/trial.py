@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,26 +32,28 @@ class RunsAsTrained:
 
     Attributes:
         prepared: The model.
-        inputs: The tensors of the input.
+        inputs: Name -> tensor of the input; the network may not need all of them.
         expected: What the model makes of them.
     """
 
     prepared: Prepared
-    inputs: list[Array]
+    inputs: dict[str, Array]
     expected: list[Array]
 
     @classmethod
-    def of(cls, prepared: Prepared, input_data: InputData) -> RunsAsTrained:
+    def of(cls, prepared: Prepared, input_data: InputData, names: Sequence[str] | None = None) -> RunsAsTrained:
         """Run a model in torch.
 
         Args:
             prepared: The model.
             input_data: The input.
+            names: What its tensors are called in the graph; ``None`` for the names of the arguments.
         """
         call = FlatCall(prepared.model, on_cpu(input_data)).eval()
         with preserved(prepared.model):
             outputs = call(*call.tensors)
-        return cls(prepared, [tensor.numpy() for tensor in call.tensors], [output.numpy() for output in outputs])
+        inputs = dict(zip(names or call.names, (tensor.numpy() for tensor in call.tensors), strict=False))
+        return cls(prepared, inputs, [output.detach().numpy() for output in outputs])
 
     def __call__(self, graph: BaseGraph) -> None:
         """Raise an error if the graph cannot be taken.
@@ -69,8 +72,7 @@ class RunsAsTrained:
             return
         if importlib.util.find_spec("onnxruntime") is None:
             return
-        names = [str(value.name) for value in model.graph.inputs]
-        outputs = _run(proto.SerializeToString(), dict(zip(names, self.inputs, strict=True)))
+        outputs = _run(proto.SerializeToString(), self.inputs)
         for value, found, wanted in zip(model.graph.outputs, outputs, self.expected, strict=True):
             _compare(str(value.name), found, wanted)
 

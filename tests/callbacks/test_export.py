@@ -58,6 +58,11 @@ class TestBest:
         files = {form: folder / "export" / f"{form}_model.onnx" for form in FORMS}
         assert verify_export(model, files, [next(iter(loader(1)))[0]]).ok
 
+    def test_the_command_of_atc_works_from_any_folder(self, folder: Path) -> None:
+        script = (folder / "export" / "atc.sh").read_text()
+        assert script.startswith('#!/bin/sh\ncd "$(dirname "$0")" || exit\n')
+        assert '--model="deploy_model.onnx"' in script
+
     def test_the_verification_is_kept(self, folder: Path) -> None:
         report = json.loads((folder / "export" / "verification.json").read_text())
         assert [form["form"] for form in report["forms"]] == FORMS

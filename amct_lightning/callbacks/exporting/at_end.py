@@ -17,8 +17,8 @@ from amct_lightning.callbacks.exporting.batches import Inputs
 from amct_lightning.callbacks.exporting.best import Trained, best_of
 from amct_lightning.callbacks.exporting.settings import ExportForm, ExportSettings
 from amct_lightning.conversion.on_target import TargetRules
-from amct_lightning.export import atc_command, verify_export
-from amct_lightning.export.report import ExportReport
+from amct_lightning.export import verify_export
+from amct_lightning.export.atc import compile_command, compile_script
 from amct_lightning.files import write_text
 from amct_lightning.graph.forward import Forward
 from amct_lightning.modules.folding import is_sharded
@@ -82,17 +82,15 @@ def _export(
     about: dict[str, Any] = {"weights": trained.source, "files": {form: str(file) for form, file in files.items()}}
     lines = [f"QuantRetrainCallback: exported {trained.source}.", *map(str, reports.values())]
     if "deploy" in reports:
-        command = _atc(reports["deploy"], rules)
-        write_text(settings.file(trainer, "atc.sh"), f"{command}\n")
-        lines.append(f"Compile it for the device with:\n{command}")
+        target = None if rules is None else rules.target.name
+        script = settings.file(trainer, "atc.sh")
+        write_text(script, compile_script(reports["deploy"], target))
+        command = compile_command(reports["deploy"], target)
+        lines.append(f"Compile it for the device where CANN is installed, with this or '{script}':\n{command}")
     if settings.verify_batches:
         lines.append(_verified(settings, trainer, trained, call, inputs, files))
     write_text(settings.file(trainer, "export.json"), json.dumps(about, indent=4) + "\n")
     rank_zero_info("\n".join(lines))
-
-
-def _atc(report: ExportReport, rules: TargetRules | None) -> str:
-    return atc_command(report.path, None if rules is None else rules.target.name, input_shapes=report.inputs)
 
 
 def _verified(

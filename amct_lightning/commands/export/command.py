@@ -13,13 +13,14 @@ from typing_extensions import override
 from amct_lightning.commands.base import ParsedCommand, UserError
 from amct_lightning.commands.export.batches import random_batches, read_batches
 from amct_lightning.commands.export.checkpoint import load_part
-from amct_lightning.commands.export.device import compile_command, compile_script, find_device
+from amct_lightning.commands.export.device import find_device
 from amct_lightning.commands.export.files import FORMS, Network, need_onnx, prefix_of, written_along
 from amct_lightning.commands.export.inputs import batch_axes, example_input
 from amct_lightning.commands.export.table import remarks, written_table
 from amct_lightning.commands.export.verification import verify
 from amct_lightning.commands.model_input import add_model_options, spelled_out
 from amct_lightning.commands.output import short_warnings, show
+from amct_lightning.export.atc import compile_command, compile_script
 from amct_lightning.files import check_writable, location, write_text
 from amct_lightning.graph.forward import InputData
 from amct_lightning.record import QuantRecord

@@ -1,20 +1,15 @@
-"""The device that an export is for: what it does not run, and the command that compiles for it."""
+"""The device that an export is for: which generation it is of, and what it does not run."""
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from amct_lightning.conversion.on_target import TargetRules, listed
 from amct_lightning.conversion.plan import find_plan
 from amct_lightning.export.atc import atc_command
-from amct_lightning.files import location
 from amct_lightning.targets import find_target
-
-if TYPE_CHECKING:
-    from amct_lightning.export.report import ExportReport
 
 
 def find_device(model: nn.Module, target: str | None, soc_version: str | None) -> str | None:
@@ -43,32 +38,3 @@ def find_device(model: nn.Module, target: str | None, soc_version: str | None) -
             if of_kind:
                 warnings.warn(f"target {name} ({rules.target.products}) {what}: {listed(of_kind)}.", stacklevel=2)
     return name
-
-
-def compile_script(report: ExportReport, target: str | None, soc_version: str | None) -> str:
-    """Return a shell script that compiles a network in the folder that both are in, wherever it is run.
-
-    Args:
-        report: The network, written in the deploy form.
-        target: The generation of the device.
-        soc_version: Its processor.
-    """
-    command = atc_command(_name(report), target, soc_version=soc_version, input_shapes=report.inputs)
-    return f'#!/bin/sh\ncd "$(dirname "$0")" || exit\n{command}\n'
-
-
-def compile_command(report: ExportReport, target: str | None, soc_version: str | None) -> str:
-    """Return the command line of ATC for a network that was written in the deploy form.
-
-    Args:
-        report: The network.
-        target: The generation of the device.
-        soc_version: Its processor.
-    """
-    place = location(report.path)
-    path = _name(report) if isinstance(place, str) else place  # ATC reads local files, once they are fetched
-    return atc_command(path, target, soc_version=soc_version, input_shapes=report.inputs)
-
-
-def _name(report: ExportReport) -> str:
-    return report.path.rpartition("/")[2]

@@ -43,7 +43,7 @@ def remarks(report: ExportReport) -> list[str]:
 
 
 def _values(shapes: Mapping[str, tuple[int | str, ...]], known: Container[int | str]) -> str:
-    """List inputs or outputs; of an axis of any length torch makes up a name where the user gave none."""
+    """List inputs or outputs; an axis of any length of which no input tells is a question mark."""
     listed = []
     for name, shape in shapes.items():
         axes = [str(axis) if isinstance(axis, int) or axis in known else "?" for axis in shape]

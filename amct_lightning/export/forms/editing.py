@@ -62,17 +62,22 @@ class Editor:
         graph.insert_before(self.at, made)
         return list(made.outputs)
 
-    def initializer(self, name: str, array: Array, as_float: bool = False) -> ir.Value:
-        """Add a constant to the model, or return the one of that name.
+    def initializer(self, name: str, array: Array, as_float: bool = False, meaning: str = "codes") -> ir.Value:
+        """Add a constant to the model, or return the one of that name and meaning.
 
         Args:
-            name: Its name.
+            name: Its name; one of another meaning, which a layer that is called in two ways has, gets another.
             array: Its value.
             as_float: Write its integers as float32, which takes the memory for that only when it is written.
+            meaning: What its numbers are.
         """
-        known = self.model.graph.initializers.get(name)
-        if known is not None:
-            return known
+        key = ("initializer", name, meaning)
+        if key not in self.merged:
+            taken = name in self.model.graph.initializers
+            self.merged[key] = self._initializer(f"{name}.{meaning}" if taken else name, array, as_float)
+        return self.merged[key]
+
+    def _initializer(self, name: str, array: Array, as_float: bool) -> ir.Value:
         contiguous = array if array.flags.c_contiguous else np.ascontiguousarray(array)  # which has no 0-d arrays
         shape = ir.Shape(array.shape)
         tensor: ir.TensorProtocol = ir.tensor(contiguous, name=name)
@@ -87,9 +92,11 @@ class Editor:
         return value
 
     def constant(self, name: str, array: Array) -> ir.Value:
-        """Put a Constant node at the beginning of the model, or return the output of the one of that name."""
-        key = ("constant", name)
+        """Put a Constant node at the beginning of the model, or return the output of the one of that name and shape."""
+        key = ("constant", name, array.shape)
         if key not in self.merged:
+            if ("constant", name) in self.merged:  # a layer that is called on inputs of several ranks
+                name = f"{name}.{array.ndim}d"
             made = ir.Node(
                 "",
                 "Constant",
@@ -100,7 +107,7 @@ class Editor:
             )
             graph = self.model.graph
             graph.insert_before(graph[0], made)
-            self.merged[key] = made.outputs[0]
+            self.merged[key] = self.merged["constant", name] = made.outputs[0]
         return self.merged[key]
 
 

@@ -55,7 +55,7 @@ class Operator:
         bias = site.numbers.product.float_bias
         if self.adds_bias or bias is None:
             return output
-        value = site.edit.initializer(site.bias_name, bias)
+        value = site.edit.initializer(site.bias_name, bias, meaning="float")
         return site.edit.node("Add", (value, output), f"/{site.name.replace('.', '/')}/Add")[0]
 
 
@@ -70,7 +70,7 @@ def operator_of(site: Site) -> Operator:
         # As in torch's own exporters: Gemm takes two axes and has a bias.
         if site.call.rank == 2 and layer.bias is not None:
             return Operator("Gemm", {"alpha": 1.0, "beta": 1.0, "transB": 0}, 0, (1, -1), 1)
-        return Operator("MatMul", {}, 0, (1, -1), 1)
+        return Operator("MatMul", {}, 0, (1, -1) if site.call.rank > 1 else (-1,), 1)
     dims = len(layer.kernel_size)
     attributes = {
         "dilations": list(layer.dilation),

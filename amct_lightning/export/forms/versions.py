@@ -14,6 +14,9 @@ _IR_VERSION = 10
 """The version of the file format that has all types; onnxruntime reads it since 1.18."""
 
 
+_MADE_UP = "unk__"
+
+
 def at_least(model: ir.Model, opset: int) -> ir.Model:
     """Return a copy of a graph whose opset is not lower than a given one.
 
@@ -29,7 +32,18 @@ def at_least(model: ir.Model, opset: int) -> ir.Model:
     converted: ir.Model = ir.from_proto(proto)
     _put_back(converted, weights)
     converted.ir_version = _IR_VERSION
+    _forget_made_up_axes(converted)
     return converted
+
+
+def _forget_made_up_axes(model: ir.Model) -> None:
+    """Take the names away that the converter has given to axes of which nothing is known."""
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            axes = value.shape or ()
+            if any(str(getattr(axis, "value", "")).startswith(_MADE_UP) for axis in axes):
+                plain = [axis if isinstance(axis, int) else axis.value for axis in axes]
+                value.shape = ir.Shape([None if str(axis).startswith(_MADE_UP) else axis for axis in plain])
 
 
 def weights_taken_out(model: ir.Model) -> dict[str, ir.TensorProtocol]:

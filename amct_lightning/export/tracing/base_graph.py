@@ -7,10 +7,11 @@ asked first, from the lowest opset upwards; where it fails, the one that is buil
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import onnx
 import onnx_ir as ir
@@ -104,6 +105,7 @@ def build_graph(
     failed: dict[str, str] = {}
     with prepared.ready(), quiet():
         call = FlatCall(prepared.model, on_cpu(input_data)).eval()
+        _check_choices(names, call)
         if names.inputs is not None and len(names.inputs) != len(call.names):
             raise WrongNamesError(
                 f"input_names has {len(names.inputs)} names, {list(names.inputs)}; the input has {len(call.names)} "
@@ -112,6 +114,9 @@ def build_graph(
         for title, attempt_opset, export in _attempts(names.opset, names.exporter):
             try:
                 model, calls = export(call, prepared, names, attempt_opset)
+                if not call.output_names:  # torch.export takes back what a forward notes
+                    call(*call.tensors)
+                _check_opset(model, attempt_opset)
                 _rename(model, call, names)
                 _tidy(model)
                 graph = BaseGraph(model, calls, title, attempt_opset, dict(failed), tuple(call.dropped))
@@ -127,6 +132,41 @@ def build_graph(
         f"{type(prepared.model).__name__} cannot be translated into ONNX, by none of torch's exporters. This is about "
         f"the parts in float, not about its quantized layers:\n{listed}"
     )
+
+
+def _check_opset(model: ir.Model, opset: int) -> None:
+    made = model.opset_imports[""]
+    if made != opset:
+        raise RuntimeError(f"the exporter made a network of opset {made} instead")
+
+
+def _check_choices(names: Choices, call: FlatCall) -> None:
+    """Refuse what exporters would pass over in silence."""
+    _check_unique(input_names=names.inputs, output_names=names.outputs)
+    if names.exporter not in (None, *get_args(Exporter)):
+        allowed = ", ".join(map(repr, get_args(Exporter)))
+        raise WrongNamesError(f"exporter is {names.exporter!r}; it must be {allowed} or None for one after the other.")
+    if names.exporter == "torch.export" and names.opset is not None and names.opset < _TORCH_EXPORT_OPSET:
+        raise WrongNamesError(
+            f"opset is {names.opset}, and torch.export writes {_TORCH_EXPORT_OPSET} and higher ones only. Leave the "
+            "exporter to the package, or give another opset."
+        )
+    ranks = dict(zip(names.inputs or call.names, (tensor.dim() for tensor in call.tensors), strict=False))
+    for name, axes in (names.dynamic_axes or {}).items():
+        wrong = [axis for axis in axes if name in ranks and not 0 <= axis < ranks[name]]
+        if wrong:
+            raise WrongNamesError(
+                f"dynamic_axes has axis {wrong[0]} of input {name!r}, whose axes are 0 to {ranks[name] - 1}."
+            )
+
+
+def _check_unique(**given: Sequence[str] | None) -> None:
+    for argument, names in given.items():
+        if isinstance(names, str) or any(not isinstance(name, str) or not name for name in names or ()):
+            raise WrongNamesError(f"{argument} is {names!r}; it must be a list of names, which are text.")
+        twice = [name for name, count in Counter(names or ()).items() if count > 1]
+        if twice:
+            raise WrongNamesError(f"{argument} has {twice[0]!r} more than once; give each tensor a name of its own.")
 
 
 _Exporter = Callable[[FlatCall, Prepared, Choices, int], "tuple[ir.Model, Sequence[LayerCall]]"]
@@ -203,15 +243,38 @@ def _rename(model: ir.Model, call: FlatCall, names: Choices) -> None:
             f"output_names has {len(outputs)} names, {list(outputs)}; the model returns {len(graph.outputs)} tensors: "
             f"{call.output_names}."
         )
+    unknown = [name for name in names.dynamic_axes or () if name not in (*(names.inputs or call.names), *outputs)]
+    if unknown:
+        raise WrongNamesError(
+            f"dynamic_axes has {unknown[0]!r}; the inputs are {list(names.inputs or call.names)}, the outputs "
+            f"{list(outputs)}."
+        )
     for node in graph.all_nodes():
         node.name = _without_run(node.name or "")
         for value in node.outputs:
             value.name = _without_run(value.name or "")
     for value in list(graph.initializers.values()):
         value.name = _without_run(value.name or "")
+    _separate_outputs(graph)
     taken = {value.name for value in graph.inputs}
-    for value, name in zip(graph.outputs, outputs, strict=True):
-        value.name = f"{name}_output" if name in taken else name
+    wanted = [f"{name}_output" if name in taken else name for name in outputs]
+    for node in graph.all_nodes():
+        for value in node.outputs:
+            if value.name in wanted:
+                value.name = f"{value.name}.inner"
+    for value, name in zip(graph.outputs, wanted, strict=True):
+        value.name = name
+
+
+def _separate_outputs(graph: ir.Graph) -> None:
+    """Let each output be a tensor of its own that a node makes: one may be returned twice, or be an input itself."""
+    seen: set[ir.Value] = set()
+    for place, value in enumerate(list(graph.outputs)):
+        if value in seen or value.producer() is None:
+            same = ir.Value(name=f"output{place}", shape=value.shape, type=value.type)
+            graph.append(ir.Node("", "Identity", [value], outputs=[same], name=f"/Identity_{place}"))
+            graph.outputs[place] = same
+        seen.add(value)
 
 
 def _without_run(name: str) -> str:

@@ -38,18 +38,16 @@ class FlatCall(nn.Module):
         super().__init__()
         self.run = model
         args, kwargs = _arguments(input_data)
-        leaves, self._spec = pytree.tree_flatten_with_path((args, kwargs))
-        self._leaves = [leaf for _, leaf in leaves]
+        self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
         self._places = [place for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
-        parameters = list(inspect.signature(model.forward).parameters.values())
-        self.names = _unique([_input_name(leaves[place][0], parameters) for place in self._places])
+        self.names = list(input_tensors(model, input_data))
         self.output_names: list[str] = []
         self.dropped: list[str] = []
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors of the input."""
-        return [self._leaves[place] for place in self._places]
+        """The tensors of the input, new copies each time: a model may write into what it is given."""
+        return [self._leaves[place].clone() for place in self._places]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call the model."""
@@ -63,23 +61,27 @@ class FlatCall(nn.Module):
         leaves, _ = pytree.tree_flatten_with_path(output)
         found = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
         others = [(path, leaf) for path, leaf in leaves if not isinstance(leaf, Tensor) and leaf is not None]
-        self.dropped = [f"{_path_text(path) or 'output'} ({type(leaf).__name__})" for path, leaf in others]
-        self.output_names = _unique([_path_text(path) or "output" for path, _ in found])
+        self.dropped = [f"{_output_name(path)} ({type(leaf).__name__})" for path, leaf in others]
+        self.output_names = _unique([_output_name(path) for path, _ in found])
         return tuple(leaf for _, leaf in found)
 
 
-def flat_tensors(input_data: InputData) -> list[Tensor]:
-    """Return the tensors of an input in the order in which an exported network takes them.
+def input_tensors(model: nn.Module, input_data: InputData) -> dict[str, Tensor]:
+    """Return the tensors of an input by the names that the inputs of an exported network have by default.
 
     Args:
+        model: The model.
         input_data: A tensor, a tuple of positional or a mapping of keyword arguments.
 
     Example:
-        >>> [tensor.shape for tensor in flat_tensors({"x": torch.ones(1, 2), "scale": 3})]
-        [torch.Size([1, 2])]
+        >>> list(input_tensors(nn.Linear(2, 1), torch.ones(1, 2)))
+        ['input']
     """
-    leaves, _ = pytree.tree_flatten(_arguments(input_data))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    leaves, _ = pytree.tree_flatten_with_path(_arguments(input_data))
+    found = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    names = _unique([_input_name(path, parameters) for path, _ in found])
+    return dict(zip(names, (leaf for _, leaf in found), strict=True))
 
 
 def on_cpu(input_data: InputData) -> InputData:
@@ -110,9 +112,16 @@ def _input_name(path: tuple[Any, ...], parameters: Sequence[inspect.Parameter]) 
     return "_".join([name, *([_path_text(tuple(rest))] if rest else [])])
 
 
+def _output_name(path: tuple[Any, ...]) -> str:
+    text = _path_text(path)
+    return "_".join(["output", *([text] if text else [])]) if _is_position(path) else text
+
+
+def _is_position(path: tuple[Any, ...]) -> bool:
+    return not path or isinstance(path[0], pytree.SequenceKey)
+
+
 def _path_text(path: tuple[Any, ...]) -> str:
-    if len(path) == 1 and isinstance(path[0], pytree.SequenceKey):
-        return f"output_{path[0].idx}"
     parts = []
     for key in path:
         for attribute in ("key", "name", "idx"):

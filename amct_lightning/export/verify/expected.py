@@ -153,6 +153,4 @@ def _attributes(layer: QATLayer) -> dict[str, Any]:
     found = {"strides": list(module.stride), "dilations": list(module.dilation), "group": module.groups}
     if not isinstance(module.padding, str):
         found["pads"] = list(module.padding) * 2
-    if LAYER_TYPES[supported_class(layer)].transposed:
-        found["output_padding"] = list(module.output_padding)
-    return found
+    return found  # output_padding follows from the call (output_size), and shows in the shape of the output

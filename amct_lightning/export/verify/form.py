@@ -60,25 +60,25 @@ class FormVerification:
         self._session: Any = None
         self._compare_numbers()
 
-    def check(self, batch: Any) -> dict[str, np.ndarray]:
+    def check(self, given: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
         """Return a batch by the names of the file's inputs.
 
         Args:
-            batch: What the model is called with.
+            given: What the model is called with, by the names of its arguments.
 
         Raises:
             ValueError: If it does not fit the file.
         """
-        return check_inputs(self.file, onnx_inputs(batch, self.file))
+        return check_inputs(self.file, onnx_inputs(given, self.file))
 
-    def add(self, batch: Any, run: TorchRun) -> None:
+    def add(self, given: Mapping[str, torch.Tensor], run: TorchRun) -> None:
         """Compare on a batch.
 
         Args:
-            batch: What the model was called with.
+            given: What the model was called with, by the names of its arguments.
             run: What came of that.
         """
-        inputs = self.check(batch)
+        inputs = self.check(given)
         self._glue(inputs, run)
         for unit in self.network.units:
             self._isolated(unit, run)
@@ -108,7 +108,7 @@ class FormVerification:
         found, seen = {}, Counter[str]()
         for unit in self.network.units:
             name = unit.name
-            shorter = re.sub(r"[._:#]\d+$", "", name)
+            shorter = re.sub(r"(\.call|[._:#])\d+$", "", name)
             name = shorter if name not in self.layers and shorter in self.layers else name
             found[unit.name] = (name, seen[name])
             seen[name] += 1

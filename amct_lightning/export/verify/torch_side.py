@@ -61,7 +61,7 @@ def run_model(model: nn.Module, layers: Mapping[str, ExpectedLayer], batch: Any)
     run = TorchRun({}, [])
     with torch.no_grad(), _evaluated(model), _noted(layers, run.calls):
         device = next(model.parameters()).device
-        moved = tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+        moved = tree_map_only(Tensor, lambda tensor: tensor.to(device, copy=True), batch)  # it may be written into
         if isinstance(moved, Mapping):
             output = model(**moved)
         else:
@@ -76,25 +76,27 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(plain)[0] if isinstance(leaf, Tensor)]
 
 
-def onnx_inputs(batch: Any, file: GraphFile) -> dict[str, np.ndarray]:
-    """Return a batch by the names of a graph's inputs: its tensors in order, or by name where the graph has fewer.
+def onnx_inputs(given: Mapping[str, Tensor], file: GraphFile) -> dict[str, np.ndarray]:
+    """Return what a model is called with by the names of a graph's inputs: those of the arguments, or else in order.
+
+    A graph does not have the inputs that its outputs do not depend on.
 
     Args:
-        batch: A tensor, a tuple or a mapping.
+        given: The tensors by the names of the arguments.
         file: The graph.
 
     Raises:
         ValueError: If the batch has another number of tensors than the graph has inputs.
     """
-    tensors = tensors_in(batch)
     names = list(file.inputs)
-    if len(tensors) == len(names):
-        return {name: _array(tensor) for name, tensor in zip(names, tensors, strict=True)}
-    if isinstance(batch, Mapping) and all(isinstance(batch.get(name), Tensor) for name in names):
-        return {name: _array(batch[name]) for name in names}
+    if set(names) <= given.keys():
+        return {name: _array(given[name]) for name in names}
+    if len(given) == len(names):
+        return {name: _array(tensor) for name, tensor in zip(names, given.values(), strict=True)}
     raise ValueError(
-        f"{file.label} has {len(names)} input(s), {', '.join(map(repr, names))}, and a batch holds {len(tensors)} "
-        "tensor(s). A batch is what the model is called with, without labels: a tensor, a tuple or a mapping."
+        f"{file.label} has {len(names)} input(s), {', '.join(map(repr, names))}, and a batch holds {len(given)} "
+        f"tensor(s), {', '.join(map(repr, given)) or 'none'}. A batch is what the model is called with, without "
+        "labels: a tensor, a tuple or a mapping."
     )
 
 

@@ -9,13 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from amct_lightning.amct.data_parallel import unwrap
 from amct_lightning.conversion.plan import find_plan
 from amct_lightning.export.integer.arithmetic import check_bits
 from amct_lightning.export.tracing.prepared import kept_bits, trained_part
+from amct_lightning.export.tracing.signature import input_tensors
 from amct_lightning.export.verify.expected import ExpectedLayer, expected_layer
 from amct_lightning.export.verify.form import FormVerification
 from amct_lightning.export.verify.report import FormReport, VerifyReport
 from amct_lightning.export.verify.torch_side import run_model, tensors_in
+from amct_lightning.files import location
 from amct_lightning.graph.forward import InputData
 from amct_lightning.record import QuantRecord
 from amct_lightning.wording import closest
@@ -52,7 +55,9 @@ def compare(
     # One after the other, the model run again for each: what a file takes in memory is not kept for the next.
     reports = []
     for form in [form for form in FORMS if form in files]:
-        reports.append(_compared(model, layers, FormVerification(form, files[form], layers, deq_bits, bits), given))
+        reports.append(
+            _compared(model, layers, FormVerification(form, _local(files[form]), layers, deq_bits, bits), given)
+        )
         gc.collect()
     return VerifyReport(len(given), sum(map(_samples, given)), deq_bits, tuple(reports))
 
@@ -65,12 +70,20 @@ def _compared(
 ) -> FormReport:
     order: list[str] = []
     for batch in batches:
-        verification.check(batch)
+        given = input_tensors(unwrap(model), tuple(batch) if isinstance(batch, list) else batch)
+        verification.check(given)
         with torch.no_grad():
             run = run_model(model, layers, batch)
             order += [name for name in run.calls if name not in order]
-            verification.add(batch, run)
+            verification.add(given, run)
     return verification.report(order)
+
+
+def _local(file: str | Path) -> Path:
+    place = location(file)
+    if isinstance(place, str):
+        raise ValueError(f"'{place}' is on a remote file system. Copy the file to this machine to verify it.")
+    return place
 
 
 def _samples(batch: InputData) -> int:

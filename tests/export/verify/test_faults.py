@@ -14,6 +14,7 @@ from onnx import ModelProto, ValueInfoProto, helper
 from torch import nn
 
 from amct_lightning.conversion.plan import find_plan
+from amct_lightning.export.tracing.signature import input_tensors
 from amct_lightning.export.verify.expected import ExpectedLayer, expected_layer
 from amct_lightning.export.verify.form import FormVerification
 from amct_lightning.export.verify.report import FormReport
@@ -47,7 +48,7 @@ def side_of_torch(case: str) -> tuple[Any, dict[str, ExpectedLayer], TorchRun]:
     layers = {layer.name: expected_layer(root, layer, record[layer.name]) for layer in plan.layers}
     batch = golden_case(case).group("eval_x/")
     with torch.no_grad():
-        return batch, layers, run_model(model, layers, batch)
+        return input_tensors(model, batch), layers, run_model(model, layers, batch)
 
 
 def verified(case: str, form: str, model: ModelProto, until_found: bool = False) -> FormReport:
