@@ -4,7 +4,6 @@
 # and with the other order jsonargparse reads `limit_train_batches=1` as 1.0, which is all batches.
 import lightning.pytorch  # noqa: F401
 
-from amct_lightning.amct.export import save_quant_retrain_model
 from amct_lightning.amct.migrate import convert_amct_state_dict
 from amct_lightning.api import (
     create_quant_retrain_config,
@@ -17,6 +16,7 @@ from amct_lightning.callbacks import QuantMonitor, QuantRetrainCallback, QuantSc
 from amct_lightning.callbacks.checkpoints.loading import load_qat_checkpoint
 from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.conversion.report import conversion_report
+from amct_lightning.export import ExportReport, export_onnx, save_quant_retrain_model
 from amct_lightning.modules import quantized_layers
 from amct_lightning.modules.calibration import calibrate
 from amct_lightning.modules.convert import float_parameters
@@ -25,6 +25,7 @@ from amct_lightning.record import QuantRecord
 __all__ = [
     "AscendFSDPStrategy",
     "AscendStrategy",
+    "ExportReport",
     "NPUAccelerator",
     "QuantChoices",
     "QuantMonitor",
@@ -37,6 +38,7 @@ __all__ = [
     "convert_amct_state_dict",
     "create_quant_retrain_config",
     "create_quant_retrain_model",
+    "export_onnx",
     "float_parameters",
     "load_qat_checkpoint",
     "prepare_qat",

@@ -5,20 +5,20 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from amct_lightning.amct.arguments import check_arguments, refuse_same_file
 from amct_lightning.amct.data_parallel import unwrap, wrap_like
 from amct_lightning.amct.plain_hooks import install_hooks
 from amct_lightning.amct.restore import read_checkpoint, restore_state, select_state_dict
 from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config
 from amct_lightning.conversion.convert import convert_layers
 from amct_lightning.conversion.make_plan import make_plan
+from amct_lightning.conversion.on_target import OnUnsupported, TargetLike, TargetRules
 from amct_lightning.conversion.report import conversion_report
-from amct_lightning.files import check_writable, is_file, location, write_text
+from amct_lightning.files import check_writable, is_file, write_text
 from amct_lightning.graph.float_model import check_float_model
 from amct_lightning.graph.forward import InputData
 from amct_lightning.modules.degenerate import OnDegenerate, check_on_degenerate, set_on_degenerate
@@ -31,6 +31,9 @@ def create_quant_retrain_config(
     model: nn.Module,
     input_data: Tensor | tuple[Any, ...],
     config_defination: str | None = None,
+    *,
+    target: TargetLike = None,
+    on_unsupported: OnUnsupported = "error",
 ) -> None:
     """Write a configuration for a model as JSON, every layer that can be quantized listed.
 
@@ -40,11 +43,13 @@ def create_quant_retrain_config(
         input_data: Input for which the model works: a tensor, a tuple of positional arguments, or a dict of
             keyword arguments.
         config_defination: The path of a simple configuration (``.cfg``) that says what differs from the defaults.
+        target: The hardware that the network is meant for; the file has what it runs. See :func:`prepare_qat`.
+        on_unsupported: See :func:`prepare_qat`.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If no layer can be quantized, or the simple configuration is not valid, does not fit the model or
-            leaves no layer to quantize.
+            the target or leaves no layer to quantize.
         RuntimeError: If the model is quantized already or fails on the input.
         OSError: If the simple configuration cannot be read or the file not be written.
 
@@ -56,12 +61,15 @@ def create_quant_retrain_config(
         ['0']
     """
     texts = {"config_file": (config_file, str), "config_defination": (config_defination, (str, type(None)))}
-    _check_arguments("create_quant_retrain_config", model, input_data, texts)
+    check_arguments("create_quant_retrain_config", model, input_data, texts)
     check_writable(config_file, "config file")
+    rules, net = TargetRules.of(target, on_unsupported, "create_quant_retrain_config"), unwrap(model)
     if config_defination is None:
-        config = RetrainConfig.default(unwrap(model), input_data)
+        config = RetrainConfig.default(net, input_data)
     else:
-        config = RetrainConfig.from_simple_config(config_defination, unwrap(model), input_data)
+        config = RetrainConfig.from_simple_config(config_defination, net, input_data)
+    if rules is not None:
+        config = rules.fitted(config, {name: net.get_submodule(name) for name in config}, config_defination or "config")
     config.to_json(config_file)
 
 
@@ -74,6 +82,8 @@ def create_quant_retrain_model(
     allow_reuse: bool = False,
     search_n: bool = False,
     on_degenerate: OnDegenerate = "amct",
+    target: TargetLike = None,
+    on_unsupported: OnUnsupported = "error",
 ) -> nn.Module:
     r"""Make a copy of a model that trains with quantization, as a configuration file says.
 
@@ -90,6 +100,8 @@ def create_quant_retrain_model(
         allow_reuse: See :func:`prepare_qat`.
         search_n: See :func:`prepare_qat`.
         on_degenerate: See :func:`prepare_qat`.
+        target: See :func:`prepare_qat`.
+        on_unsupported: See :func:`prepare_qat`.
 
     Returns:
         The converted copy, in the training mode that ``model`` is in.
@@ -112,8 +124,9 @@ def create_quant_retrain_model(
         'record {\n'
     """
     texts = {"config_file": (config_file, str), "record_file": (record_file, str)}
-    _check_arguments("create_quant_retrain_model", model, input_data, texts)
-    options = {"allow_reuse": allow_reuse, "search_n": search_n, "on_degenerate": on_degenerate}
+    check_arguments("create_quant_retrain_model", model, input_data, texts)
+    options: dict[str, Any] = {"allow_reuse": allow_reuse, "search_n": search_n, "on_degenerate": on_degenerate}
+    options |= {"target": target, "on_unsupported": on_unsupported}
     converted = _convert(config_file, model, record_file, input_data, options)
     _start_record(converted, record_file)
     return wrap_like(converted, model)
@@ -130,6 +143,8 @@ def restore_quant_retrain_model(
     allow_reuse: bool = False,
     search_n: bool = False,
     on_degenerate: OnDegenerate = "amct",
+    target: TargetLike = None,
+    on_unsupported: OnUnsupported = "error",
 ) -> nn.Module:
     r"""Make a converted copy of a model, as :func:`create_quant_retrain_model` does, and load a saved state into it.
 
@@ -148,6 +163,8 @@ def restore_quant_retrain_model(
         allow_reuse: See :func:`prepare_qat`.
         search_n: See :func:`prepare_qat`.
         on_degenerate: See :func:`prepare_qat`.
+        target: See :func:`prepare_qat`.
+        on_unsupported: See :func:`prepare_qat`.
 
     Returns:
         The converted copy with the saved state, in the training mode that ``model`` is in.
@@ -177,10 +194,11 @@ def restore_quant_retrain_model(
     """
     texts: dict[str, tuple[object, Any]] = {"config_file": (config_file, str), "record_file": (record_file, str)}
     texts |= {"pth_file": (pth_file, str), "state_dict_name": (state_dict_name, (str, type(None)))}
-    _check_arguments("restore_quant_retrain_model", model, input_data, texts)
-    _refuse_same_file(record_file, pth_file, "checkpoint")
+    check_arguments("restore_quant_retrain_model", model, input_data, texts)
+    refuse_same_file(record_file, pth_file, "checkpoint")
     state_dict = select_state_dict(read_checkpoint(pth_file), state_dict_name, pth_file)
-    options = {"allow_reuse": allow_reuse, "search_n": search_n, "on_degenerate": on_degenerate}
+    options: dict[str, Any] = {"allow_reuse": allow_reuse, "search_n": search_n, "on_degenerate": on_degenerate}
+    options |= {"target": target, "on_unsupported": on_unsupported}
     converted = _convert(config_file, model, record_file, input_data, options)
     restore_state(converted, state_dict, pth_file)
     _start_record(converted, record_file)
@@ -197,6 +215,8 @@ def prepare_qat(
     allow_reuse: bool = False,
     search_n: bool = False,
     on_degenerate: OnDegenerate = "amct",
+    target: TargetLike = None,
+    on_unsupported: OnUnsupported = "error",
 ) -> nn.Module:
     """Convert a model for quantization-aware training.
 
@@ -218,14 +238,18 @@ def prepare_qat(
         on_degenerate: What a calibration does with a batch in which nothing but 0, or nearly so, reaches a layer: with
             ``"amct"`` it counts, the scale becomes 1 as in AMCT and a warning says so; with ``"wait"`` it does not
             count, and the layer calibrates on until a batch has values. It is no part of the state.
+        target: The hardware that the network is meant for: ``"A2"`` or ``"A3"`` (Atlas), ``"950"`` or ``"310P"``
+            (Ascend). Its layers and types are checked, and what is doubtful is said. ``None`` checks nothing.
+        on_unsupported: What to do about layers that the target does not run: ``"error"`` refuses them; ``"fallback"``
+            takes INT8, or float for layers that it does not quantize at all, and says so; ``"warn"`` goes on.
 
     Returns:
         The converted model.
 
     Raises:
         TypeError: If ``model`` or ``config`` has the wrong type.
-        ValueError: If the configuration does not fit the model or nothing is left to quantize, or a weight is NaN
-            or infinite.
+        ValueError: If the configuration does not fit the model or the target or nothing is left to quantize, or a
+            weight is NaN or infinite.
         RuntimeError: If the model is quantized already or fails on the input.
 
     Example:
@@ -239,12 +263,12 @@ def prepare_qat(
     """
     check_on_degenerate(on_degenerate, "prepare_qat")
     check_float_model(model)
-    source = source or config_source(config)
-    plan = make_plan(model, load_config(config), input_data, source, allow_reuse, search_n)
-    target = model if inplace else _copy(model)
-    convert_layers(target, plan)
-    set_on_degenerate(target, on_degenerate)
-    return target
+    rules, name = TargetRules.of(target, on_unsupported, "prepare_qat"), source or config_source(config)
+    plan = make_plan(model, load_config(config), input_data, name, allow_reuse, search_n, rules)
+    converted = model if inplace else _copy(model)
+    convert_layers(converted, plan)
+    set_on_degenerate(converted, on_degenerate)
+    return converted
 
 
 def _convert(
@@ -252,7 +276,7 @@ def _convert(
 ) -> nn.Module:
     config = RetrainConfig.from_json(config_file)
     check_writable(record_file, "record file")
-    _refuse_same_file(record_file, config_file, "configuration file")
+    refuse_same_file(record_file, config_file, "configuration file")
     return prepare_qat(unwrap(model), config, input_data, source=config_file, **options)
 
 
@@ -268,27 +292,9 @@ def _copy(model: nn.Module) -> nn.Module:
         return model
 
 
-def _refuse_same_file(record_file: str, other: str, what: str) -> None:
-    if Path(location(record_file)).resolve() == Path(location(other)).resolve():
-        raise ValueError(
-            f"record_file '{record_file}' is the {what}, which would be overwritten. Give the record a path of its own."
-        )
-
-
 def _start_record(converted: nn.Module, record_file: str) -> None:
     if is_file(record_file):
         _logger.warning("Overwriting the existing record file '%s'.", record_file)
     write_text(record_file, "")
     install_hooks(converted, record_file)
     _logger.info("The record goes to '%s'. %s", record_file, conversion_report(converted))
-
-
-def _check_arguments(function: str, model: object, input_data: object, texts: Mapping[str, tuple[object, Any]]) -> None:
-    for argument, (value, allowed) in {"model": (model, nn.Module), **texts}.items():
-        if not isinstance(value, allowed):
-            raise TypeError(f"Func {function} argument {argument} must be {allowed}, got {type(value)}.")
-    if not isinstance(input_data, (Tensor, tuple, Mapping)):
-        raise RuntimeError(
-            f"input data type must be tuple or torch.Tensor! Got {type(input_data).__name__}; a tuple holds the "
-            "positional arguments of the model's forward, a dict its keyword arguments."
-        )

@@ -30,7 +30,7 @@ LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
 WITH_LIGHTNING = ("callbacks/", "ascend/", "commands/", "protocols.py", "__init__.py")
 # typing_extensions comes with torch.
 OF_TORCH = {"torch", "typing_extensions", *sys.stdlib_module_names}
-WITH_TORCH_ONLY = ("quantizers/", "layer_types.py")
+WITH_TORCH_ONLY = ("quantizers/", "layer_types.py", "targets/")
 MOST_FILES = 12
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from amct_lightning.conversion.plan import QuantPlan, find_plan
 from amct_lightning.files import is_file, write_text
 from amct_lightning.modules import QATLayer, activation_quantizers, quantized_layers
-from amct_lightning.modules.calibration import Agreement, take_nonfinite
+from amct_lightning.modules.calibration import Agreement, is_calibrated, take_nonfinite
 from amct_lightning.modules.shift_hook import shift_searches
 from amct_lightning.modules.skipped import SkippedLayers
 from amct_lightning.quantizers import ShiftSearch, WeightQuantizer, is_exporting
@@ -66,7 +66,7 @@ class _PlainHook:
             return
         if self.seen_state is not None:
             self.seen_state = None  # whatever the training changes, and however: the next evaluation looks anew
-        if not self.agreement.done:
+        if self.agreement.unsettled:
             self._end_batch(model)
         if dist.is_available() and dist.is_initialized():
             self._catch_up()
@@ -100,7 +100,7 @@ class _PlainHook:
     @torch.no_grad()
     def _has_changed(self, root: nn.Module, plan: QuantPlan) -> bool:
         """Tell whether the record may differ from the last one, and take note of what it depends on."""
-        if not all(quantizer.has_range for quantizer in activation_quantizers(root).values()):
+        if not is_calibrated(root):
             return False
         state, factors = tuple(_state_of(root)), _factors_of(root, plan)
         before, known = self.seen_state, self.seen_factors

@@ -9,13 +9,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.conversion.plan import QuantPlan, find_plan
 from amct_lightning.files import Location, is_file
-from amct_lightning.modules import activation_quantizers
+from amct_lightning.modules import activation_quantizers, quantized_layers
+from amct_lightning.modules.calibration import missed_layers
 from amct_lightning.modules.degenerate import check_on_degenerate
 from amct_lightning.wording import abbreviated, cut_off
 
@@ -158,10 +159,15 @@ def warn_spawned(trainer: pl.Trainer) -> None:
 
 
 def warn_unfinished(model: nn.Module, steps: int, record: Location) -> None:
-    """Say at the end of a training why there is no record."""
+    """Say at the end of a training why there is no record, or what it lacks."""
     quantizers = activation_quantizers(model)
-    waiting = [name for name, quantizer in quantizers.items() if not quantizer.has_range]
-    found = find_plan(model)
+    waiting = [name for name, quantizer in quantizers.items() if not (quantizer.has_range or quantizer.missed)]
+    found, missed = find_plan(model), missed_layers(model)
+    if missed and not waiting:
+        number = len(quantized_layers(model))
+        rank_zero_info(
+            f"The record '{record}' has {number - len(missed)} of {number} layers: {abbreviated(missed)} left out."
+        )
     if waiting and found is not None:
         never = [name for name in waiting if not (quantizers[name].batches or quantizers[name].observed)]
         remedy = "lower batch_num"

@@ -12,11 +12,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from amct_lightning.callbacks.averaging import averaged_modules
 from amct_lightning.callbacks.calibration_count import CalibrationCount
 from amct_lightning.callbacks.checkpoints.float_weights import begin_in_float
+from amct_lightning.callbacks.checkpoints.hooks import CheckpointHooks
 from amct_lightning.callbacks.checkpoints.io import RecordCheckpointIO
-from amct_lightning.callbacks.checkpoints.records import RecordFile, copy_records_of_links, present_record, record_text
+from amct_lightning.callbacks.checkpoints.records import RecordFile, record_text
 from amct_lightning.callbacks.checkpoints.state import QuantState
 from amct_lightning.callbacks.checks import (
     check_arguments,
@@ -24,27 +24,29 @@ from amct_lightning.callbacks.checks import (
     explain_matrices_only,
     find_submodule,
     warn_spawned,
-    warn_unfinished,
 )
 from amct_lightning.callbacks.converting.conversion import Conversion
 from amct_lightning.callbacks.converting.inputs import BatchToInput
 from amct_lightning.callbacks.converting.module_setup import set_up_now
 from amct_lightning.callbacks.converting.watch import ModuleWatch
+from amct_lightning.callbacks.exporting.at_end import export_at_end
+from amct_lightning.callbacks.exporting.batches import Inputs
+from amct_lightning.callbacks.exporting.settings import ExportForm, ExportSettings
 from amct_lightning.callbacks.modes import expect_float, start_shift_search
 from amct_lightning.callbacks.optimizers.param_groups import ClipGroups
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.schedule.table import schedule_table
 from amct_lightning.callbacks.sharding import build_layers, check_complete, check_tensor_parallel
 from amct_lightning.callbacks.training import Training
-from amct_lightning.checkpoint_file import CHECKPOINT_KEY
 from amct_lightning.config import QuantChoices, RetrainConfig
+from amct_lightning.conversion.on_target import OnUnsupported, TargetLike, TargetRules
 from amct_lightning.modules import leave_out_of_broadcast, quantized_layers
 from amct_lightning.modules.degenerate import OnDegenerate
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.modules.shift_hook import synchronize_shift_search
 
 
-class QuantRetrainCallback(pl.Callback):
+class QuantRetrainCallback(CheckpointHooks):
     """Quantization-aware training of a LightningModule; nothing in the module changes.
 
     In ``setup``, for every stage, the layers named by ``config`` are converted in place (once; a second ``fit`` or
@@ -77,6 +79,14 @@ class QuantRetrainCallback(pl.Callback):
             state_dict (``.pt``, ``.pth``) or a ``.safetensors`` file. Ignored in a run that resumes with ``ckpt_path``.
         on_degenerate: What to do when only 0, or nearly so, reaches a layer in calibration: ``"amct"`` gives it scale 1
             as AMCT does, and warns; ``"wait"`` does not count the batch. See :func:`amct_lightning.prepare_qat`.
+        target: The hardware that the network is meant for: ``"A2"``, ``"A3"``, ``"950"`` or ``"310P"``. Before any
+            training its layers and types are checked. ``None`` checks nothing.
+        on_unsupported: What to do about layers that the target does not run: ``"error"``, ``"fallback"`` (INT8, or
+            float where that is not enough) or ``"warn"``. See :func:`amct_lightning.prepare_qat`.
+        export: Forms in which the best checkpoint, or else the model, is exported at the end of fit: ``"deploy"``,
+            ``"fake_quant"``, ``"qdq"``; see :func:`amct_lightning.export_onnx`.
+        export_dir: Where to, with its record; ``None`` means ``export`` in the Trainer's ``default_root_dir``.
+        verify_batches: Number of evaluation batches to verify it on, see :func:`amct_lightning.verify_export`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -111,6 +121,11 @@ class QuantRetrainCallback(pl.Callback):
         schedule: dict[str, Any] | QuantSchedule | None = None,
         float_checkpoint: str | Path | None = None,
         on_degenerate: OnDegenerate = "amct",
+        target: TargetLike = None,
+        on_unsupported: OnUnsupported = "error",
+        export: ExportForm | list[ExportForm] | None = None,
+        export_dir: str | Path | None = None,
+        verify_batches: int = 1,
     ) -> None:
         super().__init__()
         self.config = config
@@ -126,14 +141,15 @@ class QuantRetrainCallback(pl.Callback):
         self.schedule = schedule if schedule is None else QuantSchedule.of(schedule)
         self.float_checkpoint = float_checkpoint
         self.on_degenerate = on_degenerate
+        self.target = target
+        self.on_unsupported = on_unsupported
+        self._rules = TargetRules.of(target, on_unsupported, "QuantRetrainCallback")
+        self._exports = ExportSettings.of(export, export_dir, verify_batches)
         check_arguments(self)
         self._calibration = CalibrationCount(on_degenerate)
-        self._state: QuantState | None = None
         self._modules: list[nn.Module] = []
         self._max_epochs: int | None = None
-        self._training: Training | None = None
         self._watch: ModuleWatch | None = None
-        self._has_trained = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -148,9 +164,8 @@ class QuantRetrainCallback(pl.Callback):
             model, self.submodule, record, self._calibration, self.config is not None, is_fitting, pl_module
         )
         begin_in_float(self.float_checkpoint, trainer, pl_module, self.submodule)
-        Conversion(
-            self.config, self.schedule, self.input_data, self.batch_to_input, self.allow_reuse, self.search_n
-        ).apply(trainer, pl_module, state)
+        choices = self.config, self.schedule, self.input_data, self.batch_to_input
+        Conversion(*choices, self.allow_reuse, self.search_n, self._rules).apply(trainer, pl_module, state)
         leave_out_of_broadcast(pl_module)  # the module that DDP wraps
         self._watch = ModuleWatch(pl_module, model)
         expect_float(model, is_fitting)  # sanity check and model summary run the layers before any calibration
@@ -251,17 +266,6 @@ class QuantRetrainCallback(pl.Callback):
         self._has_trained = not trainer.fast_dev_run  # type: ignore[attr-defined]
 
     @override
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the record of the final state, which other callbacks may have averaged; all ranks wait for it."""
-        if self._has_trained:
-            self._write_record(trainer)
-            if trainer.is_global_zero:
-                warn_unfinished(self._converted(), self._calibration.steps, self._run.record.path)
-        copy_records_of_links(trainer.checkpoint_callbacks)
-        self._has_trained = False
-        trainer.strategy.barrier("QuantRetrainCallback.on_fit_end")
-
-    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let the quantizers go by their own mode again."""
         if self._watch is not None:
@@ -281,34 +285,10 @@ class QuantRetrainCallback(pl.Callback):
         self.teardown(trainer, pl_module, "")
 
     @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Put plan, calibration state and record into the checkpoint, and frozen factors into averages of weights."""
-        if self._training is not None:
-            self._training.settle_averages()
-        copy_records_of_links(trainer.checkpoint_callbacks)
-        entry = None if self._state is None else self._state.entry()
-        if entry is not None:
-            checkpoint[CHECKPOINT_KEY] = entry
-
-    @override
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Take back batches that a calibration in progress had observed."""
-        self._run.restore(checkpoint.get(CHECKPOINT_KEY, {}), averaged_modules(trainer))
-        if self._training is not None:  # as the searches for learning rate and batch size do
-            self._training.phases.forget()
-
-    @property
-    def _run(self) -> QuantState:
-        if self._state is None:
-            raise RuntimeError("QuantRetrainCallback has no model yet: it is used outside of a Trainer run.")
-        return self._state
-
-    def _converted(self) -> nn.Module:
-        return self._run.converted()
+    def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._exports is not None:
+            inputs = Inputs(self.input_data, self.batch_to_input)
+            export_at_end(self._exports, trainer, pl_module, self.submodule, inputs, self._rules)
 
     def _look(self, hooks: str | None = None) -> None:
         if self._watch is not None:
@@ -319,8 +299,3 @@ class QuantRetrainCallback(pl.Callback):
             synchronize_shift_search(self._converted())
         if self.search_n and not self._run.is_fitting:
             self._write_record(trainer)
-
-    def _write_record(self, trainer: pl.Trainer) -> None:
-        text = present_record(trainer, self._converted())
-        if trainer.is_global_zero:
-            self._run.record.write(text)

@@ -119,7 +119,7 @@ class Training:
         """
         self.groups.derive(trainer.optimizers)  # after the schedulers, for callbacks that show the rates
         self.phases.end_batch(trainer.global_step)
-        if self.calibration.end_batch(self.model):
+        if self.calibration.end_batch(self.model, last=trainer.is_last_batch):
             self.phases.forget()
             if self.calibration.done:
                 self._watch.check(interval_goes_on=True)
@@ -137,6 +137,8 @@ class Training:
 
     def end(self) -> None:
         """Let go of the Trainer; look a last time for NaN and infinite activations."""
+        self.calibration.end(self.model)
+        self.averages.end_batch()
         self.settle_averages()
         self.close()
         self._watch.check()

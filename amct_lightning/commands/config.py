@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
@@ -17,15 +18,18 @@ from amct_lightning.commands.output import check_output, deliver, short_warnings
 from amct_lightning.config import config_source, load_config
 from amct_lightning.conversion.convert import convert_layers
 from amct_lightning.conversion.make_plan import make_plan
+from amct_lightning.conversion.on_target import OnUnsupported, TargetRules
 from amct_lightning.conversion.plan import QuantPlan
 from amct_lightning.conversion.report import conversion_report
 from amct_lightning.graph.forward import Forward
+from amct_lightning.targets import TARGETS
 
 _EPILOG = """\
 examples:
   amct-lightning config --model my_module.Classifier --input-shape 1,3,32,32 --explain
   amct-lightning config --model my_module.Classifier --model.width=16 -o config.json
   amct-lightning config --model run.yaml --choices choices.yaml -o config.json
+  amct-lightning config --model run.yaml --choices A4W4 --target 950 --on-unsupported fallback --explain
   amct-lightning config --model my_module.Bert --input-shape input_ids=1,128:int64 \\
       --input-shape attention_mask=1,128:int64 --format yaml -o choices.yaml
 
@@ -78,6 +82,15 @@ class ConfigCommand(ParsedCommand):
             metavar="FILE|PRESET",
             help="Begin with these choices (.yaml, .cfg, .json, or a preset such as A4W4), not with INT8 for all.",
         )
+        parser.add_argument(
+            "--target", choices=[*TARGETS], help="Check that this hardware runs the layers with these types."
+        )
+        parser.add_argument(
+            "--on-unsupported",
+            choices=[*get_args(OnUnsupported)],
+            default="error",
+            help="What to do about layers that the target does not run; fallback takes INT8 or leaves them in float.",
+        )
         parser.add_argument("--format", choices=["json", "cfg", "yaml"], default="json", help="Format of the result.")
         parser.add_argument(
             "--explain", action="store_true", help="Print the table: which layers are quantized, how, why others not."
@@ -128,7 +141,8 @@ def _plan(options: Namespace) -> tuple[nn.Module, QuantPlan]:
     run = part if options.input_shape else model
     input_data = make_input(options.input_shape or [], model)
     source = config_source(options.choices) if options.choices else "config"
-    return part, make_plan(part, choices, Forward(run, input_data), source)
+    target = TargetRules.of(options.target, options.on_unsupported, "config")
+    return part, make_plan(part, choices, Forward(run, input_data), source, target=target)
 
 
 def _text(part: nn.Module, plan: QuantPlan, options: Namespace) -> str:

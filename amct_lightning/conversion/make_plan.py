@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from amct_lightning.config import LayerConfig, QuantChoices, RetrainConfig
 from amct_lightning.config.fit import settings_as_written, without_computed_weights
+from amct_lightning.conversion.on_target import TargetRules, fall_back
 from amct_lightning.conversion.plan import LayerPlan, QuantPlan, RefusedLayer, disabled
 from amct_lightning.graph.eligibility import NOT_TRAINED, Candidate, find_candidates
 from amct_lightning.graph.forward import Forward, InputData
@@ -25,6 +27,7 @@ def make_plan(
     source: str = "config",
     allow_reuse: bool = False,
     search_n: bool = False,
+    target: TargetRules | None = None,
 ) -> QuantPlan:
     """Decide which layers are quantized and how, from an observed forward and the user's choices.
 
@@ -38,13 +41,14 @@ def make_plan(
         allow_reuse: Whether layers that are called several times in one forward are quantized, with one set of
             factors for all calls.
         search_n: Whether the shifts of the int32 accumulators are searched.
+        target: The hardware that the network is meant for, and what to do about layers that it does not run.
 
     Returns:
         The plan.
 
     Raises:
-        ValueError: If the config does not fit the model or names a layer that cannot be quantized, or nothing is
-            left to quantize.
+        ValueError: If the config does not fit the model or the target or names a layer that cannot be quantized, or
+            nothing is left to quantize.
         RuntimeError: If the model is not a plain float model or fails on the input.
 
     Example:
@@ -65,9 +69,19 @@ def make_plan(
     resolved = disabled(untrained, config.resolve(eligible, source))
     # Choices that are no complete configuration are written down as one first, in AMCT with INT4 already raised.
     written = settings_as_written(config.layers, eligible) if isinstance(config, RetrainConfig) else resolved.layers
+    if target is not None:
+        avoided = target.check(resolved.layers, eligible, source)
+        resolved = replace(resolved, layers=fall_back(resolved.layers, avoided))
+        written = fall_back(written, avoided)
+        refused |= {
+            o.layer: RefusedLayer(o.layer, o.kind, f"target {target.target.name}: {o.fact.why}")
+            for o in avoided
+            if o.of_kind
+        }
     layers = _layer_plans(resolved, written, candidates, trace, dict(model.named_modules()))
     ends = (trace.calls[0].name, trace.calls[-1].name)
-    return QuantPlan(resolved, layers, search_n, tuple(refused.values()), ends, _float_parts(trace, layers))
+    aim = None if target is None else target.target.name
+    return QuantPlan(resolved, layers, search_n, tuple(refused.values()), ends, _float_parts(trace, layers), aim)
 
 
 def _refuse_named(named: frozenset[str], candidates: Mapping[str, Candidate], model: nn.Module, source: str) -> None:

@@ -73,6 +73,7 @@ class QuantPlan:
         refused: The layers that could not be enabled, in module order.
         ends: Names of the first and the last layer of a supported type to run, quantized or not.
         float_parts: What else of the forward stays in float, see ``graph/float_parts.py``: kinds and how many of each.
+        target: The generation of hardware that the settings were checked for, if that was asked for.
     """
 
     config: RetrainConfig
@@ -81,6 +82,7 @@ class QuantPlan:
     refused: tuple[RefusedLayer, ...] = field(default=(), compare=False)
     ends: tuple[str, ...] = field(default=(), compare=False)
     float_parts: tuple[tuple[str, int], ...] = field(default=(), compare=False)
+    target: str | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain dicts, lists, strings and numbers, for a checkpoint."""
@@ -91,6 +93,7 @@ class QuantPlan:
             "refused": [asdict(layer) for layer in self.refused],
             "ends": list(self.ends),
             "float_parts": dict(self.float_parts),
+            "target": self.target,
         }
 
     def only(self, layers: Sequence[LayerPlan]) -> QuantPlan:
@@ -165,6 +168,7 @@ class QuantPlan:
                 tuple(RefusedLayer(**layer) for layer in data.get("refused", ())),
                 tuple(data.get("ends", ())),
                 tuple({**data.get("float_parts", {})}.items()),
+                data.get("target"),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -201,6 +205,19 @@ def find_plan(model: nn.Module) -> tuple[nn.Module, QuantPlan] | None:
     if len(left) == len(plan.layers):
         return found
     return (root, plan.only(left)) if left else None
+
+
+def note_target(model: nn.Module, target: str) -> None:
+    """Write into the plan of a converted model for which generation of hardware it was checked since.
+
+    Args:
+        model: A converted model, or a wrapper around one.
+        target: The name of the generation.
+    """
+    found = carried_plan(model)
+    if found is not None:
+        root, plan = found
+        setattr(root, PLAN_ATTRIBUTE, replace(plan, target=target))
 
 
 def carried_plan(model: nn.Module) -> tuple[nn.Module, QuantPlan] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
@@ -13,7 +14,10 @@ from torch import nn
 from amct_lightning.conversion.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.graph.eligibility import NOT_REACHED
 from amct_lightning.layer_types import supported_class
+from amct_lightning.modules import QATLayer
 from amct_lightning.wording import TEXT_BOX, abbreviated, as_html, as_text, cut_off
+
+MISSED = "no training batch has reached it, so that it has no range: evaluated in float, not in the record"
 
 _NARROW = 17
 _NOTES_WIDTH = 22
@@ -65,11 +69,13 @@ class ConversionReport:
         warnings: What often costs accuracy or speed, one line per kind.
         float_parts: Products, softmax, norms and modules with parameters that are no such layers and stay in float,
             and how many of each.
+        target: The generation of hardware that the settings were checked for, if that was asked for.
     """
 
     rows: tuple[ReportRow, ...]
     warnings: tuple[str, ...] = ()
     float_parts: tuple[tuple[str, int], ...] = ()
+    target: str | None = None
 
     def __rich__(self) -> RenderableType:
         """Give rich what it shows."""
@@ -89,7 +95,8 @@ class ConversionReport:
 
     @property
     def _head(self) -> str:
-        head = f"{sum(row.quantized for row in self.rows)} of {len(self.rows)} layers are quantized ({_LEGEND})."
+        aim = "" if self.target is None else f" for target {self.target}"
+        head = f"{sum(row.quantized for row in self.rows)} of {len(self.rows)} layers are quantized{aim} ({_LEGEND})."
         return f"{head}\n{beside(self.float_parts)}." if self.float_parts else head
 
     @property
@@ -127,15 +134,16 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     modules: dict[str, nn.Module] = dict(root.named_modules())
     rows = {layer.name: ReportRow(layer.name, layer.type, reason=layer.reason) for layer in plan.refused}
     planned = {layer.name: layer for layer in plan.layers}
+    missed = [name for name in planned if cast(QATLayer, modules[name]).is_missed]
     for name in (name for name in plan.config if name not in rows):
         kind = supported_class(modules[name]).__name__
         rows[name] = (
             quantized_row(planned[name], kind, plan)
-            if name in planned
-            else ReportRow(name, kind, reason="disabled in the config")
+            if name in planned and name not in missed
+            else ReportRow(name, kind, reason=MISSED if name in missed else "disabled in the config")
         )
     ordered = tuple(rows[name] for name in modules if name in rows)
-    return ConversionReport(ordered, tuple(_warnings(ordered, plan, modules)), plan.float_parts)
+    return ConversionReport(ordered, tuple(_warnings(ordered, plan, modules)), plan.float_parts, plan.target)
 
 
 def quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan) -> ReportRow:
@@ -255,6 +263,8 @@ def _warnings(rows: tuple[ReportRow, ...], plan: QuantPlan, modules: dict[str, n
         yield f"depthwise with one weight scale for all channels: channel_wise is more accurate: {abbreviated(names)}"
     if names := [row.name for row in rows if row.reason == NOT_REACHED]:
         yield f"never reached by input_data, so in float: give one that reaches all branches: {abbreviated(names)}"
+    if names := [row.name for row in rows if row.reason == MISSED]:
+        yield f"never reached in training, so in float: train them, or add them to skip_layers: {abbreviated(names)}"
 
 
 def _input_channels(layer: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -68,6 +69,8 @@ def find_candidates(
     check_float_model(model)
     forward = input_data if isinstance(input_data, Forward) else Forward(model, input_data)
     trace = _observe_layers(model, forward)
+    if trace.training_error is not None:
+        _warn_unseen(forward, trace.training_error)
     calls, training_calls = _by_name(trace.calls), _by_name(trace.in_training or [])
     modules: dict[str, nn.Module] = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, tuple(LAYER_TYPES))}
@@ -155,6 +158,19 @@ def _observe_layers(model: nn.Module, forward: Forward) -> Trace:
     trace = observe(model, own, forward)
     built = _exact_layers(model)
     return observe(model, built, forward) if built.keys() - own.keys() else trace
+
+
+def _warn_unseen(forward: Forward, error: str) -> None:
+    """Tell that a model which evaluates an example does not train on it."""
+    what = "" if forward.method == "__call__" else f".{forward.method}"
+    warnings.warn(
+        f"{type(forward.run).__name__}{what} fails in training mode on the example that shows its data flow, on which "
+        f"it runs in evaluation: {error}. So evaluation alone tells which layers are quantized, and which share a "
+        "range. Layers that run in evaluation only are quantized as well, without a range as long as no training "
+        "batch reaches them; what else differs in training is not known. Give input_data on which it also trains, "
+        "such as a batch of several examples.",
+        stacklevel=3,
+    )
 
 
 def _exact_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -47,7 +47,7 @@ class Forward:
     agree: Callable[[set[str]], set[str]] = set
 
 
-def copy_to_run(run: nn.Module) -> nn.Module | None:
+def copy_to_run(run: nn.Module, share_parameters: bool | None = None) -> nn.Module | None:
     """Return a copy of a module that may be run without any change to the module; ``None`` if there can be none.
 
     Datasets are shared with the copy. So are the parameters if they take more than 1 GiB, which is safe for modules
@@ -55,6 +55,7 @@ def copy_to_run(run: nn.Module) -> nn.Module | None:
 
     Args:
         run: The module.
+        share_parameters: Whether to share the parameters; ``None`` decides by their size.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -65,7 +66,7 @@ def copy_to_run(run: nn.Module) -> nn.Module | None:
     if any(is_lazy(parameter) for parameter in run.parameters()):
         return None  # its first forward makes the layers that are to be quantized
     try:
-        return copy.deepcopy(run, {id(item): item for item in _shared(run)})
+        return copy.deepcopy(run, {id(item): item for item in _shared(run, share_parameters)})
     except Exception as error:  # locks, generators, sharded modules: there is no list of what cannot be copied
         if not any(isinstance(parameter, DTensor) for parameter in run.parameters()):
             warnings.warn(
@@ -76,10 +77,12 @@ def copy_to_run(run: nn.Module) -> nn.Module | None:
         return None
 
 
-def _shared(run: nn.Module) -> Iterator[Any]:
+def _shared(run: nn.Module, share_parameters: bool | None) -> Iterator[Any]:
     """Yield what a copy has in common with its module."""
     parameters = list(run.parameters())
-    if sum(parameter.nbytes for parameter in parameters) > _COPIED_BYTES:
+    if share_parameters is None:
+        share_parameters = sum(parameter.nbytes for parameter in parameters) > _COPIED_BYTES
+    if share_parameters:
         yield from parameters
     for module in run.modules():
         for value in vars(module).values():

@@ -54,8 +54,10 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module], forward: Forward
         ) from error
     if forward.sees_training:
         expected = {call.name for call in trace.calls}
-        trace.in_training = _observe_training(model, watched, forward, expected)
-        seen = trace.in_training
+        try:
+            seen = trace.in_training = _observe_training(model, watched, forward, expected)
+        except Exception as error:  # for example of a batch normalization that gets a single example
+            seen, trace.training_error = None, f"{type(error).__name__}: {error}"
         trace.trained = forward.agree(expected if seen is None else {call.name for call in seen})
     return trace
 
@@ -69,23 +71,20 @@ def _observe_once(
 
 def _observe_training(
     model: nn.Module, watched: Mapping[str, nn.Module], forward: Forward, expected: set[str]
-) -> list[Call] | None:
-    """Return the calls on the path of training, ``None`` if the model does not run on the input in that mode.
+) -> list[Call]:
+    """Return the calls on the path of training.
 
     Models that draw lots about what they run are run several times, as long as a layer of the evaluation is missing.
     """
     calls: dict[str, list[Call]] = {}
-    try:
-        with preserved(forward.run, training=True, with_gradients=True):
-            for _ in range(_TRAINING_RUNS):
-                before = random_state()
-                seen = _run(model, watched, forward).calls
-                for name in {call.name: None for call in seen if call.name not in calls}:
-                    calls[name] = [call for call in seen if call.name == name]
-                if expected <= calls.keys() or random_state() == before:
-                    break
-    except Exception:  # for example a batch normalization that gets a single example
-        return None
+    with preserved(forward.run, training=True, with_gradients=True):
+        for _ in range(_TRAINING_RUNS):
+            before = random_state()
+            seen = _run(model, watched, forward).calls
+            for name in {call.name: None for call in seen if call.name not in calls}:
+                calls[name] = [call for call in seen if call.name == name]
+            if expected <= calls.keys() or random_state() == before:
+                break
     return [call for called in calls.values() for call in called]
 
 

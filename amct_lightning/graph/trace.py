@@ -56,6 +56,7 @@ class Trace:
         batch_norm_calls: How often each BatchNorm module was called, by name.
         read_from_outside: Names of the watched layers whose parameters were read by other code than their own.
         in_training: Calls of the watched layers on the path that training takes; ``None`` if that was not seen.
+        training_error: The error for which that path was not seen although it was looked for.
         trained: Names of the layers that training reaches, in any process; ``None`` if that was not looked for.
         float_operators: Kinds of the products, softmax and norms that belong to no module with parameters.
         float_modules: Name -> class name of the other modules with parameters that were used.
@@ -65,6 +66,7 @@ class Trace:
     batch_norm_calls: dict[str, int] = field(default_factory=dict)
     read_from_outside: set[str] = field(default_factory=set)
     in_training: list[Call] | None = None
+    training_error: str | None = None
     trained: set[str] | None = None
     float_operators: list[str] = field(default_factory=list)
     float_modules: dict[str, str] = field(default_factory=dict)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from amct_lightning.modules.convert import activation_quantizers
+from amct_lightning.modules.convert import activation_quantizers, quantized_layers
 from amct_lightning.modules.degenerate import warn_degenerate
+from amct_lightning.modules.layers import QATLayer
 from amct_lightning.quantizers import ActivationQuantizer
+from amct_lightning.quantizers.base import several_processes
 from amct_lightning.wording import abbreviated, cut_off
 
 
@@ -89,7 +92,7 @@ def take_nonfinite(quantizers: Mapping[str, ActivationQuantizer]) -> list[str]:
 
 
 @torch.no_grad()
-def synchronize_calibration(model: nn.Module) -> None:
+def synchronize_calibration(model: nn.Module) -> list[ActivationQuantizer]:
     """Give every process the mean of the freshly calibrated clips, with one collective for all layers.
 
     A layer that only some processes have calibrated takes the mean of those; clips that the processes have agreed on
@@ -97,22 +100,74 @@ def synchronize_calibration(model: nn.Module) -> None:
 
     Args:
         model: A converted model; the same on every process.
+
+    Returns:
+        The quantizers that no training batch has reached yet, on any process.
     """
     quantizers = list(activation_quantizers(model).values())
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and quantizers:
+    reached: list[Any] = [quantizer.reached for quantizer in quantizers]
+    if several_processes() and quantizers:
         # Observing is Python state, so building this table costs no host synchronization.
         table = torch.stack([_row(quantizer) for quantizer in quantizers])
         dist.all_reduce(table)
-        counts = table[:, 2].tolist()
+        counts, reached = table[:, 2].tolist(), table[:, 4].tolist()
         for quantizer, row, count in zip(quantizers, table, counts, strict=True):
             if count:
                 quantizer.finish_calibration(row[0] / count, row[1] / count, row[3])
     for quantizer in quantizers:
         quantizer.settle()
+    return [quantizer for quantizer, anywhere in zip(quantizers, reached, strict=True) if not anywhere]
+
+
+def is_calibrated(model: nn.Module) -> bool:
+    """Tell whether there is a record to take of a model: layers that no training batch reaches are not waited for.
+
+    Args:
+        model: A converted model.
+    """
+    quantizers = activation_quantizers(model).values()
+    return all(q.has_range or q.missed for q in quantizers) and any(q.has_range for q in quantizers)
+
+
+def missed_layers(model: nn.Module) -> list[str]:
+    """Return the names of the layers that no training batch has reached in the time of the calibration, nor since.
+
+    Args:
+        model: A converted model, or a wrapper around one.
+
+    Example:
+        >>> missed_layers(nn.Linear(2, 2))
+        []
+    """
+    return [name for name, layer in quantized_layers(model).items() if cast(QATLayer, layer).is_missed]
+
+
+def warn_missed(model: nn.Module) -> None:
+    """Warn of layers that the record lacks as no training batch reaches them, and of each of them once.
+
+    Args:
+        model: A converted model, or a wrapper around one.
+    """
+    missed = [quantizer for quantizer in activation_quantizers(model).values() if quantizer.missed]
+    told = all(quantizer.is_told for quantizer in missed)
+    for quantizer in missed:
+        quantizer.is_told = True
+    if not told and not (several_processes() and dist.get_rank()):
+        names = missed_layers(model)
+        warnings.warn(
+            f"The record lacks {len(names)} of {len(quantized_layers(model))} layers: no training batch has reached "
+            f"{abbreviated(names)}, so no range is known for their inputs, and they are evaluated in float. If "
+            "training_step is not to run them, leave them out: skip_layers in the config. If it is, let it call them: "
+            "they calibrate then, and enter the record.",
+            stacklevel=3,
+        )
 
 
 class Agreement:
     """Counts the training batches of a calibration, after which the processes agree on its ranges.
+
+    A quantizer that no batch has reached by then, on any process, is given up. It may still be reached later: a process
+    alone takes note of its range at once; several do so after 1, 2, 4, ... batches, as they have to come together.
 
     Whether a calibration is in progress, the quantizers say. How many batches they have seen is no guide: it differs
     among processes if one of them gets an empty batch or does not reach a layer. Counting the batches of the training
@@ -121,7 +176,7 @@ class Agreement:
     Attributes:
         quantizers: The quantizers that may calibrate; the same ones on every process.
         batch_num: Number of batches of a calibration.
-        steps: Number of training batches since the calibration in progress began; 0 if none is.
+        steps: Number of training batches since the calibration in progress began; 0 if all have settled.
     """
 
     def __init__(self, quantizers: Collection[ActivationQuantizer] = (), batch_num: int = 1) -> None:
@@ -131,37 +186,63 @@ class Agreement:
 
     @property
     def done(self) -> bool:
-        """Whether all quantizers that may calibrate have done so, on every process."""
-        return all(quantizer.settled for quantizer in self.quantizers)
+        """Whether all quantizers that may calibrate have done so, or were given up; the same on every process."""
+        return all(quantizer.settled or quantizer.missed for quantizer in self.quantizers)
 
-    def end_batch(self, model: nn.Module) -> bool:
+    @property
+    def unsettled(self) -> list[ActivationQuantizer]:
+        """The quantizers whose ranges the processes have not agreed on, with those given up; the same on all."""
+        return [quantizer for quantizer in self.quantizers if not quantizer.settled]
+
+    def end_batch(self, model: nn.Module, last: bool = False) -> bool:
         """Let the processes agree if a calibration ends with this batch.
 
         Args:
             model: The converted module.
+            last: Whether it is the last one of an epoch.
 
         Returns:
-            Whether they have agreed.
+            Whether any quantizer has come further by that.
         """
-        if self.done:
+        unsettled = self.unsettled
+        if not unsettled:
             return False
         self.steps += 1
-        for quantizer in self.quantizers:
+        for quantizer in unsettled:
             quantizer.end_batch()
         late = self.steps - self.batch_num
-        if late < 0 or late & (late - 1):  # a layer that is hardly ever reached is waited for at 1, 2, 4, ... batches
+        if late < 0 or not self._is_due(late, last, fresh=any(quantizer.fresh for quantizer in unsettled)):
             return False
-        synchronize_calibration(model)
-        if self.done:
+        return self._agree(model)
+
+    def _is_due(self, late: int, last: bool, fresh: bool) -> bool:
+        """Tell whether the processes look for new ranges; all of them answer alike."""
+        if last:
+            return True
+        return not late & (late - 1) if several_processes() else late == 0 or fresh
+
+    def _agree(self, model: nn.Module) -> bool:
+        before = self._progress()
+        unreached = synchronize_calibration(model)
+        if any(quantizer.has_range for quantizer in activation_quantizers(model).values()):  # else nothing is left
+            for quantizer in unreached:
+                if quantizer in self.quantizers and not quantizer.missed:
+                    quantizer.give_up()
+        if not self.unsettled:
             self.steps = 0
-        return True
+        return self._progress() != before
+
+    def _progress(self) -> list[tuple[bool, bool]]:
+        return [(quantizer.settled, quantizer.missed) for quantizer in self.quantizers]
 
 
 def _row(quantizer: ActivationQuantizer) -> Tensor:
     one = torch.ones_like(quantizer.clip_max)
-    degenerate = torch.zeros_like(one) if quantizer.degenerate is None else quantizer.degenerate
-    row = torch.stack((quantizer.clip_max, quantizer.clip_min, one, degenerate))
-    return row if quantizer.fresh else torch.zeros_like(row)
+    zero = torch.zeros_like(one)
+    if not quantizer.fresh:
+        return torch.stack((zero, zero, zero, zero, one if quantizer.reached else zero))
+    degenerate = zero if quantizer.degenerate is None else quantizer.degenerate
+    return torch.stack((quantizer.clip_max, quantizer.clip_min, one, degenerate, one))
 
 
 def _call(model: nn.Module, batch: Any) -> None:

@@ -34,12 +34,29 @@ def deployed_scale(quantizer: WeightQuantizer, weight: Tensor, batch_norm: nn.Mo
     """
     scale = quantizer.compute_scale(weight)
     if batch_norm is not None:
-        variance = cast(Tensor, batch_norm.running_var).float()
-        factor = torch.rsqrt(variance + cast(float, batch_norm.eps))
-        if batch_norm.weight is not None:
-            factor = current_weight(batch_norm).float() * factor
+        factor = fold_factor(batch_norm)
         scale = scale.to(factor.device).abs() * factor.abs()
     return usable_scale(scale)
+
+
+@torch.no_grad()
+def fold_factor(batch_norm: nn.Module) -> Tensor:
+    """Return ``gamma / sqrt(running_var + eps)``, by which a folded BatchNorm multiplies each output channel.
+
+    Args:
+        batch_norm: A BatchNorm with running statistics.
+
+    Returns:
+        Factors, 1-d float32.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2, eps=0.0)
+        >>> _ = norm.running_var.fill_(4.0)
+        >>> fold_factor(norm)
+        tensor([0.5000, 0.5000])
+    """
+    factor = torch.rsqrt(cast(Tensor, batch_norm.running_var).float() + cast(float, batch_norm.eps))
+    return factor if batch_norm.weight is None else current_weight(batch_norm).float() * factor
 
 
 @torch.no_grad()

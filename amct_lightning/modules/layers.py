@@ -108,11 +108,17 @@ class QATLayer(nn.Module):
         for quantizer in quantizers:
             if quantizer.is_copy:  # reads the device
                 quantizer.catch_up()
-        if all(quantizer.has_range for quantizer in quantizers):
+        waiting = [quantizer for quantizer in quantizers if not quantizer.has_range]
+        if not waiting:
             return False
-        if self.float_expected_of != id(self):
+        if self.float_expected_of != id(self) and not all(quantizer.missed for quantizer in waiting):
             _warn_float()
         return True
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether no training batch has reached it, so that it is evaluated in float and left out of the record."""
+        return any(self.get_quantizer(name).missed for name in self.activation_quantizers)
 
     def get_quantizer(self, name: str) -> ActivationQuantizer:
         """Return an activation quantizer by name."""

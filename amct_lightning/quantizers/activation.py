@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from amct_lightning.quantizers.base import in_backward, several_processes
-from amct_lightning.quantizers.flags import FlaggedQuantizer
+from amct_lightning.quantizers.calibrating import CalibratingQuantizer
 from amct_lightning.quantizers.functional import activation_scale_offset, fake_quantize_activation, repair_clips
-from amct_lightning.quantizers.ifmr import has_values, ifmr
 from amct_lightning.quantizers.transforms import transforming_calibrated
 
 
-class ActivationQuantizer(FlaggedQuantizer):
+class ActivationQuantizer(CalibratingQuantizer):
     """Fake-quantize a tensor into a range whose two ends are learned.
 
     Until it has seen ``batch_num`` training batches it calibrates: it quantizes with the range of the current
@@ -35,12 +32,7 @@ class ActivationQuantizer(FlaggedQuantizer):
     Attributes:
         clip_max: Learned upper clip, 0-d float32 parameter.
         clip_min: Learned lower clip, 0-d float32 parameter.
-        calibrating: Whether batches are still to be observed.
-        recalibrating: Whether it calibrates although it has clips from before, with which it is evaluated meanwhile.
         frozen: Whether training leaves the stored clips alone.
-        fresh: Whether a calibration has ended since the processes agreed on the clips.
-        waits: Whether batches without values (see :func:`~amct_lightning.quantizers.ifmr.has_values`) are not counted,
-            which the host then waits to hear.
 
     Example:
         >>> quantizer = ActivationQuantizer(num_bits=8, clip=(2.55, -1e-9), fixed_min=True)
@@ -50,7 +42,6 @@ class ActivationQuantizer(FlaggedQuantizer):
 
     clip_max_previous: Tensor
     clip_min_previous: Tensor
-    calibrated_batches: Tensor
 
     def __init__(
         self,
@@ -81,51 +72,10 @@ class ActivationQuantizer(FlaggedQuantizer):
         self._store(torch.tensor(upper), torch.tensor(lower))
         self.batches = self.batch_num if self.clip else 0
         self.frozen = False
-        self.observed: list[Tensor] = []
+        self.observed = []
+        self.missed = self._is_reached = False
         self._batch_of_gate, self._begun, self._calls_now = -1, 0, 0
         self.reset_flags(self.clip_max.device)
-
-    @property
-    def batches(self) -> int:
-        """How far the calibration is, in batches observed; ``calibrated_batches`` keeps it in the state.
-
-        From 0 to ``batch_num``, where it is complete and all processes have the same range; one more before they have
-        agreed on it, which is not kept. A calibration that goes over an old one counts from ``-batch_num`` to 0.
-        """
-        return self._batches
-
-    @batches.setter
-    def batches(self, batches: int) -> None:
-        with torch.no_grad():
-            self.calibrated_batches.fill_(min(batches, self.batch_num))
-        self._note(batches)
-
-    def _note(self, batches: int) -> None:
-        self._batches = batches
-        # Written down, because torch.compile compiles a forward anew whenever a number that it reads has changed.
-        self.calibrating = batches < self.batch_num
-        self.recalibrating = batches < 0
-        self.fresh = batches > self.batch_num
-
-    @property
-    def settled(self) -> bool:
-        """Whether the calibration is complete and the processes have agreed on the clips; the same on all of them."""
-        return not (self.calibrating or self.fresh)
-
-    def settle(self) -> None:
-        """Take note that all processes have the same clips, if the calibration is complete."""
-        if self.fresh:
-            self._note(self.batch_num)
-
-    def catch_up(self) -> None:
-        """Take note of a calibration that was copied into the buffers, as averages of weights copy those of a model."""
-        if not self.calibrated_batches.is_meta:
-            self._note(min(int(self.calibrated_batches), self.batch_num))
-
-    @property
-    def has_range(self) -> bool:
-        """Whether there are clips to evaluate with: given, or from a calibration."""
-        return self.recalibrating or not self.calibrating
 
     @property
     def scale(self) -> Tensor:
@@ -198,12 +148,6 @@ class ActivationQuantizer(FlaggedQuantizer):
         self.batches = self.batch_num + 1
         self.observed = []
 
-    def recalibrate(self) -> None:
-        """Calibrate anew, on the training batches to come; a range that the configuration gives stays."""
-        if self.clip is None and self.has_range:
-            self.batches = -self.batch_num
-            self.observed = []
-
     def repair(self) -> None:
         """Take over the clips in use, and keep them for later repairs, as every training forward does."""
         self._store(*self.usable_clips())
@@ -253,9 +197,12 @@ class ActivationQuantizer(FlaggedQuantizer):
     def _observe(self, values: Tensor, observe: bool, preview: Tensor) -> tuple[Tensor, Tensor]:
         # A single NaN would make the range NaN for good; it is told by the flag and left out here.
         values, preview = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in (values, preview))
-        if observe and values.numel() and not in_backward() and self._counts(values):
-            self.observed.append(values)  # a copy: the model may rewrite its activations in place
-            self._count()
+        observe = observe or self.missed  # the layer that should feed it is the one that no batch reaches
+        if observe and values.numel() and not in_backward():
+            self._is_reached = True
+            if self._counts(values):
+                self.observed.append(values)  # a copy: the model may rewrite its activations in place
+                self._count()
         if not self.calibrating or values.numel() == 0:
             return self.usable_clips()
         lower, upper = torch.aminmax(preview)
@@ -263,38 +210,6 @@ class ActivationQuantizer(FlaggedQuantizer):
         if observe and not (self.recalibrating or in_backward() or several_processes()):
             self._store(upper, lower)
         return upper, lower
-
-    def _counts(self, values: Tensor) -> bool:
-        return not self.waits or has_values(values, self.num_bits)
-
-    def end_batch(self) -> None:
-        """End a calibration whose last batch is over, though it has made fewer calls than expected."""
-        if self.gate is not None and self._batch_of_gate == self.gate.batch and self._begun >= self.batch_num:
-            self._end_calibration()
-
-    def _count(self) -> None:
-        """Count the batch that was observed, of which further calls may follow; end the calibration with the last."""
-        before = self.batch_num if self.recalibrating else 0
-        if self.gate is None or self.gate.is_over:  # nobody tells where a batch ends
-            self._begun, missing = divmod(len(self.observed), self.calls)
-        else:
-            if self._batch_of_gate != self.gate.batch:
-                self._batch_of_gate, self._begun, self._calls_now = self.gate.batch, self.batches + before + 1, 0
-            self._calls_now += 1
-            missing = max(0, self.calls - self._calls_now)
-        if self._begun < self.batch_num:
-            self.batches = self._begun - before
-        elif not missing:
-            self._end_calibration()
-
-    def _end_calibration(self) -> None:
-        if self.calibrating:
-            result = ifmr(self.observed, self.num_bits)
-            self.finish_calibration(result.clip_max, result.clip_min, result.degenerate)
-
-    def _move_extra(self, move: Callable[[Tensor], Tensor]) -> None:
-        super()._move_extra(move)
-        self.observed = [move(batch) for batch in self.observed]
 
     def _after_load(self) -> None:
         self.catch_up()

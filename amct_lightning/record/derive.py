@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from amct_lightning.conversion.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
 from amct_lightning.modules import activation_quantizers
+from amct_lightning.modules.calibration import warn_missed
 from amct_lightning.modules.degenerate import warn_degenerate
 from amct_lightning.modules.folding import current_weight, deployed_scale
 from amct_lightning.modules.layers import QATLayer
@@ -28,6 +29,8 @@ _FP16_MIN_NORMAL = 2.0**-14
 
 def derive_layers(model: nn.Module) -> dict[str, LayerRecord]:
     """Return the factors of every quantized layer in order of first execution.
+
+    Layers that no training batch has reached in the time of the calibration are left out, with a warning.
 
     Args:
         model: A converted model, or a wrapper around one.
@@ -46,9 +49,10 @@ def derive_layers(model: nn.Module) -> dict[str, LayerRecord]:
         )
     root, plan = found
     layers = {layer.name: cast(QATLayer, root.get_submodule(layer.name)) for layer in plan.layers}
+    taken = {name: layer for name, layer in layers.items() if not layer.is_missed}
     waiting = [
         name
-        for name, layer in layers.items()
+        for name, layer in (taken or layers).items()
         if not all(layer.get_quantizer(attribute).has_range for attribute in layer.activation_quantizers)
     ]
     if waiting:
@@ -57,10 +61,11 @@ def derive_layers(model: nn.Module) -> dict[str, LayerRecord]:
             f"Train for at least {plan.config.batch_num} batch(es) that reach them, or call "
             "amct_lightning.calibrate(model, batches)."
         )
+    warn_missed(root)
     warn_degenerate(root)
     _warn_small_ranges(root)
     _warn_unusable_scales(layers)
-    return {layer.name: _derive(root, layers[layer.name], layer, plan) for layer in plan.layers}
+    return {layer.name: _derive(root, taken[layer.name], layer, plan) for layer in plan.layers if layer.name in taken}
 
 
 @torch.no_grad()

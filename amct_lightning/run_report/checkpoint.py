@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY, read_foreign_checkpoint
 from amct_lightning.conversion.plan import QuantPlan
-from amct_lightning.conversion.report import ReportRow, quantized_row
+from amct_lightning.conversion.report import MISSED, ReportRow, quantized_row
 from amct_lightning.record import LayerRecord, QuantRecord
 
 _KINDS = {2: "Linear", 3: "1-d convolution", 4: "2-d convolution", 5: "3-d convolution"}
@@ -79,7 +79,7 @@ def read_facts(path: Path, notes: list[str]) -> CheckpointFacts:
         path=path,
         epoch=_integer(content.get("epoch")),
         step=_integer(content.get("global_step")),
-        rows=tuple(_rows(plan, tensors)),
+        rows=tuple(_rows(plan, tensors, entry.get("missed_layers", ()))),
         scales=dict(_scales(plan, tensors)),
         record=_record(entry.get("record"), path, notes),
         float_parts=plan.float_parts,
@@ -93,8 +93,14 @@ def _plan(data: Any, path: Path) -> QuantPlan:
         raise ValueError(f"The quantization plan in {path} is damaged: {error}. Use another checkpoint.") from error
 
 
-def _rows(plan: QuantPlan, tensors: Mapping[str, Tensor]) -> list[ReportRow]:
-    planned = [quantized_row(layer, layer.type or _kind(layer.name, tensors), plan) for layer in plan.layers]
+def _rows(plan: QuantPlan, tensors: Mapping[str, Tensor], missed: Collection[str]) -> list[ReportRow]:
+    kinds = {layer.name: layer.type or _kind(layer.name, tensors) for layer in plan.layers}
+    planned = [
+        ReportRow(layer.name, kinds[layer.name], reason=MISSED)
+        if layer.name in missed
+        else quantized_row(layer, kinds[layer.name], plan)
+        for layer in plan.layers
+    ]
     names = {layer.name for layer in plan.layers}
     disabled = [
         ReportRow(name, _kind(name, tensors), reason="disabled in the config")

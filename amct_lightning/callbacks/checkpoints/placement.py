@@ -93,5 +93,8 @@ def _without(entry: dict[str, Any], plan: QuantPlan, prefix: str) -> dict[str, A
     """Return the callback's entry for the part of the converted module that follows ``prefix``."""
     part = plan.within(prefix)
     observed = {name.removeprefix(prefix): batches for name, batches in entry.get("observed", {}).items()}
-    in_float = [name.removeprefix(prefix) for name in entry.get("float_layers", []) if name.startswith(prefix)]
-    return {**entry, "plan": part.to_dict(), "observed": observed, "float_layers": in_float}
+    lists = {
+        key: [name.removeprefix(prefix) for name in entry.get(key, []) if name.startswith(prefix)]
+        for key in ("float_layers", "missed_layers")
+    }
+    return {**entry, "plan": part.to_dict(), "observed": observed, **lists}

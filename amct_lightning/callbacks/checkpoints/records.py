@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from amct_lightning.files import Location, beside, check_writable, location, read_bytes, remove, write_text
 from amct_lightning.modules import activation_quantizers
+from amct_lightning.modules.calibration import is_calibrated
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.protocols import ShardingStrategy
 from amct_lightning.record import QuantRecord
@@ -108,10 +109,12 @@ def copy_records_of_links(checkpoint_callbacks: Iterable[Any]) -> None:
 def record_text(model: nn.Module) -> str | None:
     """Return the present record, or ``None`` while calibrating or when a factor is not finite.
 
+    Layers that no training batch reaches are not waited for; it lacks them, and a warning names each once.
+
     Args:
         model: The converted module.
     """
-    if not all(quantizer.has_range for quantizer in activation_quantizers(model).values()):
+    if not is_calibrated(model):
         return None
     try:
         return QuantRecord.from_model(model).to_text()
@@ -155,11 +158,11 @@ def record_of(model: nn.Module, submodule: str | None, tensors: Mapping[str, Ten
         return text
     quantizers = activation_quantizers(model).values()
     kept = {name: tensor.clone() for name, tensor in live.items()}
-    books = [(quantizer.observed, quantizer.poison, quantizer.batches) for quantizer in quantizers]
+    books = [(quantizer.observed, quantizer.poison, quantizer.batches, quantizer.missed) for quantizer in quantizers]
     try:
         model.load_state_dict({name: tensors[name] for name in live})
         return record_text(model)
     finally:
         model.load_state_dict(kept)
         for quantizer, book in zip(quantizers, books, strict=True):
-            quantizer.observed, quantizer.poison, quantizer.batches = book
+            quantizer.observed, quantizer.poison, quantizer.batches, quantizer.missed = book

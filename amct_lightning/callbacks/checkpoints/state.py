@@ -15,6 +15,7 @@ from amct_lightning.callbacks.checks import describe_difference, find_submodule
 from amct_lightning.conversion.convert import convert_layers, revert_layers
 from amct_lightning.conversion.plan import QuantPlan, find_plan
 from amct_lightning.modules import QATLayer, activation_quantizers, quantized_layers
+from amct_lightning.modules.calibration import missed_layers
 from amct_lightning.modules.convert import PLAN_ATTRIBUTE
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.wording import abbreviated
@@ -69,6 +70,7 @@ class QuantState:
             "record": record_text(self.model),
             "calibration_steps": self.calibration.steps,
             "float_layers": layers_in_float(self.model),
+            "missed_layers": missed_layers(self.model),
             "observed": observed,
             "other_parts": {} if self.whole is None else _other_parts(self.whole, found[0]),
         }
@@ -124,6 +126,8 @@ class QuantState:
 def layers_in_float(model: nn.Module) -> list[str]:
     """Return the names of the layers that run in float for now: a schedule says so, or they have no range yet.
 
+    Those that no training batch reaches are not among them.
+
     Args:
         model: The converted module.
     """
@@ -132,18 +136,27 @@ def layers_in_float(model: nn.Module) -> list[str]:
         name
         for name, layer in layers.items()
         if layer.quant_mode != "quantized"
-        or not all(layer.get_quantizer(q).has_range for q in layer.activation_quantizers)
+        or not (layer.is_missed or all(layer.get_quantizer(q).has_range for q in layer.activation_quantizers))
     ]
 
 
 def warn_of_float_phase(entry: Mapping[str, Any], source: str) -> None:
     """Say so if a checkpoint was saved before all layers ran quantized: its score does not tell how good they are.
 
+    Also name the layers that no training batch had reached, and that are therefore not in its record.
+
     Args:
         entry: What :meth:`QuantState.entry` gave; earlier versions did not note the layers.
         source: The checkpoint's path.
     """
     names, number = entry.get("float_layers", []), len(entry["plan"]["layers"])
+    missed = entry.get("missed_layers", [])
+    if missed:
+        rank_zero_warn(
+            f"The checkpoint '{source}' has no range for the inputs of {len(missed)} of {number} layers "
+            f"({abbreviated(missed)}), which no training batch had reached: they are evaluated in float, and the "
+            "record lacks them. Train them, or leave them out: skip_layers in the config of a new training."
+        )
     if not names:
         return
     which = (
@@ -226,7 +239,7 @@ def _other_parts(whole: nn.Module, root: nn.Module) -> dict[str, Any]:
 
 
 def restore_observed(model: nn.Module, entry: dict[str, Any]) -> None:
-    """Take back the batches that a calibration in progress had observed.
+    """Take back the batches that a calibration in progress had observed, and which layers it has given up.
 
     Args:
         model: The converted module, its tensors loaded.
@@ -235,3 +248,8 @@ def restore_observed(model: nn.Module, entry: dict[str, Any]) -> None:
     observed = entry.get("observed", {})
     for name, quantizer in activation_quantizers(model).items():
         quantizer.observed = [batch.to(quantizer.clip_max.device) for batch in observed.get(name, [])]
+        quantizer.missed = False
+    missed = entry.get("missed_layers", [])
+    for name, layer in cast(dict[str, QATLayer], quantized_layers(model)).items():
+        for quantizer in map(layer.get_quantizer, layer.activation_quantizers if name in missed else ()):
+            quantizer.missed = quantizer.calibrating

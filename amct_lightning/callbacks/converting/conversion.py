@@ -21,7 +21,8 @@ from amct_lightning.config.fit import without_computed_weights
 from amct_lightning.conversion.convert import convert_layers, renew_layers
 from amct_lightning.conversion.copies import convert_averages
 from amct_lightning.conversion.make_plan import make_plan
-from amct_lightning.conversion.plan import QuantPlan, carried_plan, find_plan
+from amct_lightning.conversion.on_target import TargetRules
+from amct_lightning.conversion.plan import QuantPlan, carried_plan, find_plan, note_target
 from amct_lightning.conversion.report import conversion_report
 from amct_lightning.layer_types import supported_class
 from amct_lightning.modules import quantized_layers
@@ -38,6 +39,7 @@ class Conversion:
     batch_to_input: BatchToInput | None
     allow_reuse: bool
     search_n: bool
+    target: TargetRules | None
 
     def apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: QuantState) -> None:
         """Convert a float model, or make sure that a converted one is quantized as it should be.
@@ -51,6 +53,8 @@ class Conversion:
             ValueError: If the model cannot be converted so, or was converted in another way.
         """
         self._apply(trainer, pl_module, state)
+        if self.target is not None:
+            note_target(state.model, self.target.target.name)
         done = find_plan(state.model)
         if done is not None:
             convert_averages(pl_module, *done)
@@ -113,7 +117,7 @@ class Conversion:
         errors = []
         for forward in inputs.calls:
             try:
-                return make_plan(model, config, forward, source, self.allow_reuse, self.search_n)
+                return make_plan(model, config, forward, source, self.allow_reuse, self.search_n, self.target)
             except RuntimeError as error:
                 errors.append(error)
         raise inputs.failure(errors[0])
@@ -129,13 +133,19 @@ class Conversion:
             )
 
     def _wanted(self, root: nn.Module, plan: QuantPlan) -> QuantPlan:
-        """Return the plan with the settings of the configuration, or as it is without one."""
-        if self.config is None:
+        """Return the plan with the settings of the configuration, or its own, as the target allows them."""
+        if self.config is None and self.target is None:
             return plan
         layers = {layer: _as_float(root.get_submodule(layer)) for layer in plan.config}
-        source = config_source(self.config)
-        config = without_computed_weights(load_config(self.config), root, source, keep=layers)
-        return self._with_batches(replace(plan, config=config.resolve(layers, source)))
+        config, source = plan.config, "the checkpoint"
+        if self.config is not None:
+            source = config_source(self.config)
+            config = without_computed_weights(load_config(self.config), root, source, keep=layers)
+            config = config.resolve(layers, source)
+        if self.target is not None:
+            config = self.target.fitted(config, layers, source)
+        wanted = replace(plan, config=config)
+        return wanted if self.config is None else self._with_batches(wanted)
 
     def _with_batches(self, plan: QuantPlan) -> QuantPlan:
         """Let the calibrations of a plan take as many batches as the schedule says."""

@@ -125,6 +125,16 @@ def _in_precision(trainer: pl.Trainer, call: Forward) -> Forward:
     return replace(call, input_data=given, context=partial(in_precision_of, trainer, call.run))
 
 
+def batch_inputs(module: nn.Module, batch: Any) -> list[InputData]:
+    """Return what of a batch may be the arguments of a module's forward, the most likely first.
+
+    Args:
+        module: The module.
+        batch: A batch of a dataloader.
+    """
+    return _usual_inputs(module, batch)[0]
+
+
 def _usual_inputs(module: nn.Module, batch: Any) -> tuple[list[InputData], str]:
     """Understand the usual batches: a tensor, ``(x, ...)``, or a mapping with the names of forward's parameters.
 
@@ -175,7 +185,7 @@ def _first_batch(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
                 mode: Any = "max_size_cycle" if trainer.state.fn == TrainerFn.FITTING else "sequential"
                 combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, mode)
                 batch, _, _ = next(iter(combined))
-                return _before_forward(trainer, pl_module, batch)
+                return before_forward(trainer, pl_module, batch)
     except Exception as error:
         raise ValueError(
             f"No batch could be drawn from the dataloader to observe the data flow of {type(pl_module).__name__}: "
@@ -199,8 +209,14 @@ def _data_source(trainer: pl.Trainer) -> Any:
     return cast(Any, loop)._data_source
 
 
-def _before_forward(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
-    """Apply the batch hooks that Lightning applies before a step, from the datamodule where it has them."""
+def before_forward(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
+    """Apply the batch hooks that Lightning applies before a step, from the datamodule where it has them.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The LightningModule.
+        batch: A batch of a dataloader.
+    """
     for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
         datamodule = getattr(trainer, "datamodule", None)
         use_datamodule = datamodule is not None and is_overridden(hook, datamodule)

@@ -8,6 +8,7 @@ a tensor of any shape.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakSet
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -20,7 +21,7 @@ from amct_lightning.quantizers import Quantizer
 from amct_lightning.wording import abbreviated
 
 _FIRST = 3
-"""Number of batches in the beginning after which copies are looked at; a teacher that learns does so in each."""
+"""Number of batches after which a new copy is looked at; a teacher that learns does so in each."""
 _PARAMETERS = 16
 """Number of parameters of a copy that are looked at: from the first factor on, all pairs are wrong."""
 
@@ -37,13 +38,16 @@ class OutsideWrites:
     """
 
     def __init__(self, pl_module: nn.Module, model: nn.Module, interval: int) -> None:
+        self._pl_module = pl_module
         self._model = model
         self._interval = max(1, interval)
         self._batches = 0
         self._before: dict[Quantizer, list[Tensor]] = {}
         self._written: dict[Quantizer, Tensor] = {}
         self._has_warned = False
-        self._copies = [_Copy(name, module, other, twin) for name, module, other, twin in float_copies(pl_module)]
+        self._known: WeakSet[nn.Module] = WeakSet()
+        self._copies: list[_Copy] = []
+        self._find_copies()
 
     def end_batch(self, calibrated: bool) -> None:
         """Note the factors after a batch, if they are to be looked at.
@@ -70,9 +74,19 @@ class OutsideWrites:
                 pairs = zip(_factors(quantizer), values, strict=True)
                 written = torch.stack([(a != b).any() for a, b in pairs]).any()
                 self._written[quantizer] = written | self._written.get(quantizer, False)
-        if 0 < self._batches <= _FIRST:
-            for copy in self._copies:
+        if batch == 0:
+            self._find_copies()
+        for copy in self._copies:
+            if not copy.is_over:
                 copy.compare()
+
+    def _find_copies(self) -> None:
+        """Look for copies among the modules that came since the last time, as hooks of the training make them."""
+        new = WeakSet(module for module in self._pl_module.modules() if module not in self._known)
+        if new:  # only then the values are compared, for which the host waits
+            found = float_copies(self._pl_module)
+            self._copies += [_Copy(name, module, other, twin) for name, module, other, twin in found if module in new]
+            self._known |= new
 
     def take_flags(self) -> list[Tensor]:
         """Return the flags to be read, 0-d bool; they belong to the next :meth:`report`."""
@@ -87,7 +101,7 @@ class OutsideWrites:
         strayed = {quantizer for quantizer, flag in zip(self._written, flags, strict=False) if flag}
         copies = [copy for copy, flag in zip(self._copies, flags[len(self._written) :], strict=True) if flag]
         self._written = {}
-        self._copies = [copy for copy in self._copies if self._batches < _FIRST and copy not in copies]
+        self._copies = [copy for copy in self._copies if not copy.is_over and copy not in copies]
         for copy in copies:
             copy.warn()
         if strayed:
@@ -113,12 +127,18 @@ class _Copy:
         self._quantized = float_parameters(twin)[:_PARAMETERS]
         self._lowest = [parameter.detach().clone() for parameter in self._own]
         self._highest = [lowest.clone() for lowest in self._lowest]
-
+        self._looks = 0
         self.strayed = torch.zeros((), dtype=torch.bool, device=self._own[0].device)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was looked at in the beginning, and after the first batches."""
+        return self._looks > _FIRST
 
     @torch.no_grad()
     def compare(self) -> None:
         """Note whether it is no average any more of what the quantized module was and is."""
+        self._looks += 1
         for own, low, high, now in zip(self._own, self._lowest, self._highest, self._quantized, strict=True):
             low.copy_(torch.minimum(low, now))
             high.copy_(torch.maximum(high, now))

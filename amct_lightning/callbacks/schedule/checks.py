@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
-from amct_lightning.callbacks.schedule.schedule import QuantSchedule, to_epoch
+from amct_lightning.callbacks.schedule.fields import to_epoch
+from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.wording import abbreviated, closest
 
 

@@ -1,11 +1,18 @@
-"""What is checked of the fields of a schedule when it is made."""
+"""What the fields of a schedule may be, and what they stand for."""
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from amct_lightning.wording import closest
+
+_Class = TypeVar("_Class")
+
+Epoch = int | float
+"""An epoch counted from 0 as an int, or a share of ``max_epochs`` as a float between 0 and 1."""
 
 _MOMENTS = ("start", "freeze_data", "freeze_weights", "freeze_bn")
 _PERIODS = ("update_every_n_steps", "update_every_n_epochs")
@@ -106,6 +113,52 @@ def plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)):
         return [plain(item) for item in value]
     return value
+
+
+def import_subclass(path: Any, kind: type[_Class]) -> type[_Class]:
+    """Import the class that a ``class_path`` names.
+
+    Args:
+        path: The dotted path.
+        kind: The class that it is to derive from, or to be.
+
+    Raises:
+        TypeError: If it does not.
+        ValueError: If it cannot be imported.
+    """
+    module, _, name = str(path).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"schedule: class_path '{path}' cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise TypeError(f"schedule: class_path '{path}' is no subclass of {kind.__name__}.")
+    return found
+
+
+def to_epoch(moment: Epoch, max_epochs: int | None, name: str) -> int:
+    """Return the epoch that an int, or a share of ``max_epochs`` as a float, stands for.
+
+    Args:
+        moment: The int or float.
+        max_epochs: Number of epochs of the training, ``None`` if it is not limited by epochs.
+        name: What it is called in messages.
+
+    Raises:
+        ValueError: If a share is given of nothing.
+
+    Example:
+        >>> to_epoch(0.7, 10, "start"), to_epoch(0.5, 3, "start"), to_epoch(4, None, "start")
+        (7, 2, 4)
+    """
+    if isinstance(moment, int):
+        return moment
+    if max_epochs is None:
+        raise ValueError(
+            f"QuantSchedule({name}={moment}): a share of the training needs max_epochs, and the Trainer has none. Set "
+            "max_epochs, or give the epoch as an integer."
+        )
+    return math.ceil(round(moment * max_epochs, 6))  # 0.7 * 10 is a little more than 7
 
 
 def _check_moment(moment: Any, where: str) -> None:

@@ -170,7 +170,8 @@ class PhaseRunner:
 
     def _phase_of(self, name: str) -> Phase:
         layer, phase = self.layers[name], self.phases.get(name)
-        if any(quantizer.calibrating for quantizer in data_quantizers(layer)) and layer.quant_mode != "float":
+        calibrating = any(q.calibrating and not q.missed for q in data_quantizers(layer))
+        if calibrating and layer.quant_mode != "float":
             return Phase.CALIBRATING
         if layer.quant_mode != "quantized":
             return Phase.FLOAT

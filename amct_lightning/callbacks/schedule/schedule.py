@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import glob
-import importlib
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
@@ -14,10 +12,14 @@ from typing import Any, Literal
 
 from typing_extensions import Self
 
-from amct_lightning.callbacks.schedule.fields import check_exceptions, check_fields, check_names, plain
-
-Epoch = int | float
-"""An epoch counted from 0 as an int, or a share of ``max_epochs`` as a float between 0 and 1."""
+from amct_lightning.callbacks.schedule.fields import (
+    check_exceptions,
+    check_fields,
+    check_names,
+    import_subclass,
+    plain,
+    to_epoch,
+)
 
 Part = Literal["data", "weights", "bn"]
 """What can be frozen: activation ranges, weight scales, batch normalization."""
@@ -268,43 +270,7 @@ class QuantSchedule:
             raise TypeError(f"schedule must be a QuantSchedule, a mapping of its fields or None, got {schedule!r}.")
         if "class_path" in schedule:
             check_names(schedule, ["class_path", "init_args"], "schedule")
-            kind = _import_schedule(schedule["class_path"])
+            kind = import_subclass(schedule["class_path"], QuantSchedule)
             return kind.of(schedule.get("init_args") or {})
         check_names(schedule, [f.name for f in fields(cls)], "schedule")
         return cls(**schedule)
-
-
-def _import_schedule(path: Any) -> type[QuantSchedule]:
-    module, _, name = str(path).rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"schedule: class_path '{path}' cannot be imported: {error}") from error
-    if not (isinstance(kind, type) and issubclass(kind, QuantSchedule)):
-        raise TypeError(f"schedule: class_path '{path}' is no subclass of QuantSchedule.")
-    return kind
-
-
-def to_epoch(moment: Epoch, max_epochs: int | None, name: str) -> int:
-    """Return the epoch that an int, or a share of ``max_epochs`` as a float, stands for.
-
-    Args:
-        moment: The int or float.
-        max_epochs: Number of epochs of the training, ``None`` if it is not limited by epochs.
-        name: What it is called in messages.
-
-    Raises:
-        ValueError: If a share is given of nothing.
-
-    Example:
-        >>> to_epoch(0.7, 10, "start"), to_epoch(0.5, 3, "start"), to_epoch(4, None, "start")
-        (7, 2, 4)
-    """
-    if isinstance(moment, int):
-        return moment
-    if max_epochs is None:
-        raise ValueError(
-            f"QuantSchedule({name}={moment}): a share of the training needs max_epochs, and the Trainer has none. Set "
-            "max_epochs, or give the epoch as an integer."
-        )
-    return math.ceil(round(moment * max_epochs, 6))  # 0.7 * 10 is a little more than 7

@@ -157,7 +157,7 @@ def test_the_end_of_the_calibration_has_one_collective_more(folder: Path) -> Non
     quantized, model = count(folder, Net, [QuantRetrainCallback(record_file=folder / "r.txt")])
     added = quantized[CALIBRATION].calls - floating[CALIBRATION].calls
     assert added == Counter({("c10d::allreduce_", "torch.float32"): 1})
-    bytes_of_ranges = 4 * 4 * len(activation_quantizers(model))  # both clips; whether they are new, and degenerate
+    bytes_of_ranges = 5 * 4 * len(activation_quantizers(model))  # both clips; whether new, degenerate, ever reached
     factors = sum(p.numel() * 4 for p in learned_factors(model))
     assert quantized[CALIBRATION].reduced - floating[CALIBRATION].reduced == bytes_of_ranges + factors
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
+import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from amct_lightning import (
     QuantRecord,
@@ -122,17 +121,44 @@ def test_an_input_is_known_to_be_positive_only_if_it_is_so_in_training_as_well(m
     assert not model.net.last.input_quantizer.fixed_min
 
 
-def test_a_layer_that_the_training_step_passes_by_is_named_with_the_remedy(make_trainer: TrainerFactory) -> None:
-    class OwnPath(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.decode = nn.Linear(3, 3)
+class OneExample(nn.Module):
+    """A batch normalization over single values, which does not train on one example."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.decode(self.net(x))
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat = nn.Flatten()
+        self.evaluation = nn.Linear(32, 3)
+        self.main = nn.Linear(32, 3)
+        self.norm = nn.BatchNorm1d(3)
 
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return functional.cross_entropy(self.net(batch[0]), batch[1])
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.flat(x)
+        y = self.norm(self.main(x))
+        return y if self.training else y + self.evaluation(x * 2)
 
-    with pytest.warns(UserWarning, match=r"No record was written: 1 of 3 .*'decode'.*no training batch.*skip_layers"):
-        make_trainer(callbacks=[QuantRetrainCallback()]).fit(OwnPath(), loader())
+
+def told_of_training(model: Lit, make_trainer: TrainerFactory, examples: int) -> list[str]:
+    callback = QuantRetrainCallback(input_data=torch.randn(examples, 2, 4, 4))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(callbacks=[callback], fast_dev_run=True).fit(model, loader())
+    return [str(warning.message) for warning in caught if "fails in training mode" in str(warning.message)]
+
+
+def test_an_example_on_which_the_model_does_not_train_is_told_once(make_trainer: TrainerFactory) -> None:
+    model = Lit(OneExample())
+    (message,) = told_of_training(model, make_trainer, examples=1)
+    assert "Lit fails in training mode" in message and "ValueError: Expected more than 1 value per channel" in message
+    assert "Give input_data on which it also trains" in message
+    assert "net.evaluation" in quantized_layers(model)
+
+
+def test_nothing_is_told_where_training_was_seen_or_where_there_is_none(make_trainer: TrainerFactory) -> None:
+    model = Lit(OneExample())
+    assert told_of_training(model, make_trainer, examples=2) == []
+    assert "net.evaluation" not in quantized_layers(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*fails in training mode")
+        prepare_qat(OneExample(), None, torch.randn(1, 2, 4, 4))
+        tested = make_trainer(callbacks=[QuantRetrainCallback(input_data=torch.randn(1, 2, 4, 4))], fast_dev_run=True)
+        tested.test(Lit(OneExample()), loader(), verbose=False)

@@ -36,15 +36,48 @@ class WithTeacher(Net):
             old.data = 0.9 * old.data + 0.1 * new.data
 
 
+class Broadcasts(WithTeacher):
+    """A number goes with the weights of linear layers, where that of a convolution would raise an error."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__(parameters)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3))
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+
+class MadeLater(Broadcasts):
+    """A teacher that a hook of the training makes."""
+
+    def __init__(self, parameters: Parameters, epoch: int) -> None:
+        super().__init__(parameters)
+        self.epoch, self.hidden = epoch, [self.teacher]
+        del self.teacher
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == self.epoch:
+            teacher = self.hidden[0]
+            with torch.no_grad():
+                for old, new in zip(teacher.parameters(), float_parameters(self.net), strict=True):
+                    old.copy_(new)
+            self.teacher = teacher
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if hasattr(self, "teacher"):
+            super().on_train_batch_end(*args)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_teacher_that_is_made_in_the_training_is_looked_at_as_well(make_trainer: TrainerFactory, epoch: int) -> None:
+    with pytest.warns(UserWarning, match=r"'teacher', a float copy of 'net'.*float_parameters\(net\)"):
+        trainer = make_trainer(callbacks=[QuantRetrainCallback()], log_every_n_steps=1)
+        trainer.fit(MadeLater(lambda m: m.parameters(), epoch), loader())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*float copy|.*written between")
+        trainer = make_trainer(callbacks=[QuantRetrainCallback()], log_every_n_steps=1)
+        trainer.fit(MadeLater(float_parameters, epoch), loader())
+
+
 def test_a_teacher_that_is_paired_wrongly_is_told(make_trainer: TrainerFactory) -> None:
-    class Broadcasts(WithTeacher):
-        """A number goes with the weights of linear layers, where that of a convolution would raise an error."""
-
-        def __init__(self, parameters: Parameters) -> None:
-            super().__init__(parameters)
-            self.net = nn.Sequential(nn.Flatten(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3))
-            self.teacher = copy.deepcopy(self.net).requires_grad_(False)
-
     with pytest.warns(UserWarning, match=r"'teacher', a float copy of 'net'.*float_parameters\(net\)"):
         make_trainer(callbacks=[QuantRetrainCallback()]).fit(Broadcasts(lambda m: m.parameters()), loader())
 

@@ -1,0 +1,1 @@
+"""Exporting the trained model at the end of fit."""

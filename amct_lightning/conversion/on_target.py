@@ -1,0 +1,199 @@
+"""Whether the generation of hardware that a network is meant for runs it as configured; asked before any training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, get_args
+
+from torch import nn
+
+from amct_lightning.config import LayerConfig, RetrainConfig
+from amct_lightning.config.fit import without_int4
+from amct_lightning.targets import Fact, Target, TargetName, find_target
+from amct_lightning.wording import cut_off
+
+TargetLike = TargetName | int | None
+"""A target as users give it; YAML reads 950 as a number."""
+
+OnUnsupported = Literal["error", "fallback", "warn"]
+"""What to do about layers that the target does not run: refuse, take INT8 (or float where that is not enough), warn."""
+
+
+class Obstacle(NamedTuple):
+    """Why a target does not run a layer as configured, or may not.
+
+    Attributes:
+        layer: Name of the layer.
+        kind: Its class.
+        types: The widths of activations and weights, such as ``"A8W4"``.
+        fact: What is known.
+        of_kind: Whether that is about the kind of layer and not about its types, so that INT8 does not help.
+    """
+
+    layer: str
+    kind: str
+    types: str
+    fact: Fact
+    of_kind: bool
+
+
+@dataclass(frozen=True)
+class TargetRules:
+    """What a target allows, and what is done about the rest.
+
+    Attributes:
+        target: The generation.
+        on_unsupported: What to do about layers that it does not run.
+
+    Example:
+        >>> rules = TargetRules.of("950", "fallback", "prepare_qat")
+        >>> [obstacle.layer for obstacle in rules.obstacles({"0": LayerConfig()}, {"0": nn.GRU(4, 4)})]
+        ['0']
+    """
+
+    target: Target
+    on_unsupported: OnUnsupported = "error"
+
+    @classmethod
+    def of(cls, target: object, on_unsupported: str, where: str) -> TargetRules | None:
+        """Return the rules for a target, or ``None`` for no target.
+
+        Args:
+            target: Its name.
+            on_unsupported: What to do about layers that it does not run.
+            where: Whose arguments these are, for messages.
+
+        Raises:
+            ValueError: If an argument has a value that is not allowed.
+        """
+        if on_unsupported not in get_args(OnUnsupported):
+            raise ValueError(f"{where}(on_unsupported={on_unsupported!r}): must be 'error', 'fallback' or 'warn'.")
+        if target is None:
+            return None
+        return cls(find_target(target, f"{where}: target"), on_unsupported)  # type: ignore[arg-type]
+
+    def obstacles(self, layers: Mapping[str, LayerConfig], modules: Mapping[str, nn.Module]) -> list[Obstacle]:
+        """Return what the target does not run as configured, or may not.
+
+        Args:
+            layers: The settings of all layers.
+            modules: These layers.
+        """
+        found = []
+        for name, layer in layers.items():
+            if layer.retrain_enable:
+                found += self._of_layer(name, layer, modules[name])
+        return found
+
+    def check(self, layers: Mapping[str, LayerConfig], modules: Mapping[str, nn.Module], source: str) -> list[Obstacle]:
+        """Refuse what the target does not run, or warn of it, as the user chose; warn of what is doubtful.
+
+        Args:
+            layers: The settings of all layers.
+            modules: These layers.
+            source: What the configuration is called in messages.
+
+        Returns:
+            What has to be avoided by other settings, see :func:`fall_back`.
+
+        Raises:
+            ValueError: If the target does not run a layer and the user chose ``"error"``, or if it runs none.
+        """
+        found = self.obstacles(layers, modules)
+        doubtful = [obstacle for obstacle in found if obstacle.fact.verdict == "doubtful"]
+        unsupported = [obstacle for obstacle in found if obstacle.fact.verdict == "unsupported"]
+        head = f"{source}: target {self.target.name} ({self.target.products})"
+        if unsupported:
+            text = f"{head} does not run as configured: {_listed(unsupported)}."
+            if self.on_unsupported == "error":
+                raise ValueError(f"{text} {self._allowed()} {_remedy(unsupported)}")
+            avoided = self.on_unsupported == "fallback"
+            if avoided:
+                _check_left(layers, unsupported, f"{text} {self._allowed()}")
+            done = _taken(unsupported) if avoided else "They train as configured all the same."
+            warnings.warn(f"{text} {done}", stacklevel=4)
+        if doubtful:
+            warnings.warn(f"{head}, worth a second look: {_listed(doubtful)}.", stacklevel=4)
+        return unsupported if self.on_unsupported == "fallback" else []
+
+    def fitted(self, config: RetrainConfig, modules: Mapping[str, nn.Module], source: str) -> RetrainConfig:
+        """Return a complete configuration with what the target runs, see :meth:`check`.
+
+        Args:
+            config: The configuration.
+            modules: The layers that it lists.
+            source: What it is called in messages.
+        """
+        return replace(config, layers=fall_back(config.layers, self.check(config.layers, modules, source)))
+
+    def _of_layer(self, name: str, layer: LayerConfig, module: nn.Module) -> list[Obstacle]:
+        data, weight = layer.retrain_data_config, layer.retrain_weight_config
+        kind = type(module).__name__
+        types = f"A{data.num_bits}W{weight.num_bits}"
+        of_kind = self.target.layers[kind]
+        facts = [(of_kind, True)]
+        if of_kind.verdict != "unsupported":
+            facts.append((self.target.pairs[data.dst_type, weight.dst_type], False))
+            if getattr(module, "groups", 1) > 1:
+                facts.append((self.target.grouped, True))
+        return [Obstacle(name, kind, types, fact, of_kind) for fact, of_kind in facts if fact.verdict != "runs"]
+
+    def _allowed(self) -> str:
+        pairs = ", ".join("/".join(pair) for pair, fact in self.target.pairs.items() if fact.verdict != "unsupported")
+        kinds = ", ".join(kind for kind, fact in self.target.layers.items() if fact.verdict != "unsupported")
+        return f"Allowed there are the types (activations/weights) {pairs} and the layers {kinds}."
+
+
+def fall_back(layers: Mapping[str, LayerConfig], obstacles: Iterable[Obstacle]) -> dict[str, LayerConfig]:
+    """Take INT8 for layers whose types a target does not run, and float for layers that it does not run at all.
+
+    Args:
+        layers: The settings of all layers.
+        obstacles: What has to be avoided.
+
+    Example:
+        >>> from amct_lightning.config import WeightConfig
+        >>> int4 = LayerConfig(retrain_weight_config=WeightConfig(dst_type="INT4"))
+        >>> rules = TargetRules.of("950", "fallback", "prepare_qat")
+        >>> fall_back({"0": int4}, rules.obstacles({"0": int4}, {"0": nn.Linear(4, 4)}))["0"] == LayerConfig()
+        True
+    """
+    changed = {
+        obstacle.layer: replace(layers[obstacle.layer], retrain_enable=False)
+        if obstacle.of_kind
+        else without_int4(layers[obstacle.layer])
+        for obstacle in obstacles
+    }
+    return {**layers, **changed}
+
+
+def _listed(obstacles: Iterable[Obstacle]) -> str:
+    """List layers by what is known of them."""
+    groups: dict[Fact, list[str]] = {}
+    for obstacle in obstacles:
+        groups.setdefault(obstacle.fact, []).append(f"'{obstacle.layer}' ({obstacle.kind}, {obstacle.types})")
+    return "; ".join(f"{cut_off(names)}: {fact.why} ({fact.source})" for fact, names in groups.items())
+
+
+def _remedy(unsupported: list[Obstacle]) -> str:
+    ways = {False: "set the dst_type of activations and weights to INT8", True: "leave the layers in float"}
+    needed = " and ".join(way for of_kind, way in ways.items() if any(o.of_kind == of_kind for o in unsupported))
+    return (
+        f"{needed[0].upper()}{needed[1:]}, or give on_unsupported='fallback' to have that done, or 'warn' to train as "
+        "configured."
+    )
+
+
+def _taken(unsupported: list[Obstacle]) -> str:
+    int8 = [obstacle.layer for obstacle in unsupported if not obstacle.of_kind]
+    in_float = [obstacle.layer for obstacle in unsupported if obstacle.of_kind]
+    done = [f"INT8 is used for {cut_off(map(repr, int8))}"] if int8 else []
+    return " and ".join([*done, *([f"{cut_off(map(repr, in_float))} stays in float"] if in_float else [])]) + "."
+
+
+def _check_left(layers: Mapping[str, LayerConfig], unsupported: list[Obstacle], text: str) -> None:
+    in_float = {obstacle.layer for obstacle in unsupported if obstacle.of_kind}
+    if not any(layer.retrain_enable and name not in in_float for name, layer in layers.items()):
+        raise ValueError(f"{text} With these layers in float nothing is left to quantize. Choose another target.")

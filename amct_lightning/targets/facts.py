@@ -1,0 +1,206 @@
+"""The one table of facts about the Ascend generations: which types and layers they run, and what ATC calls them.
+
+Nothing here was run on hardware. Each fact says where it comes from: [read] is source code, [doc] is documentation.
+What neither tells is doubtful, and says that it was not checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+TargetName = Literal["A2", "A3", "950", "310P"]
+"""Atlas A2 and A3, Ascend 950PR/950DT, and the inference cards with Ascend 310P."""
+
+Verdict = Literal["runs", "doubtful", "unsupported"]
+"""Whether the matrix unit computes with it; of what is doubtful there is no word, or one against another."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What is known of a pair of types or of a layer on a generation.
+
+    Attributes:
+        verdict: Whether it runs as it is meant to.
+        why: A clause for messages, such as ``"the matrix unit has no INT4"``.
+        source: Where that is written.
+    """
+
+    verdict: Verdict
+    why: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """A generation of Ascend hardware.
+
+    Attributes:
+        name: How it is chosen.
+        products: What it is called in the documentation of CANN.
+        pairs: What is known of pairs of activation and weight types, such as ``("INT8", "INT4")``.
+        layers: What is known of layers with a class of this name, whatever their types.
+        grouped: What is known of convolutions with groups, depthwise ones among them.
+        soc_prefix: What all values of ``atc --soc_version`` begin with.
+        soc_examples: Some of these values.
+        soc_version: The value that is meant if none is given; ``None`` where there are several, as an offline model
+            runs on that one only.
+        soc_query: How to find out the value of a device.
+    """
+
+    name: TargetName
+    products: str
+    pairs: Mapping[tuple[str, str], Fact]
+    layers: Mapping[str, Fact]
+    grouped: Fact
+    soc_prefix: str
+    soc_examples: tuple[str, ...]
+    soc_version: str | None
+    soc_query: str
+
+
+_INT8 = Fact(
+    "runs",
+    "the matrix unit computes with it",
+    "[doc] AMCT, create_quant_retrain_model: INT8 for all products (CANN 8.1 to 9.1)",
+)
+_INT16 = Fact(
+    "doubtful",
+    "AMCT's documentation lists INT8 only, and what the compiler does with INT16 was not checked",
+    "[doc] AMCT, create_quant_retrain_model (CANN 9.1), layers of quantization-aware training (CANN 9.2)",
+)
+_INT4_ON_A2_A3 = Fact(
+    "doubtful",
+    "the matrix unit computes with INT4, but AMCT's documentation says that its deployed models gain no speed from it",
+    "[doc] torch_npu, npu_quant_matmul; AMCT, create_quant_retrain_model: no gain (CANN 8.1 to 9.0), INT8 only (9.1)",
+)
+_INT4_ON_950 = Fact(
+    "unsupported",
+    "the matrix unit has no INT4: the vector unit unpacks it to INT8, so that it costs accuracy and gains no speed",
+    "[read] asc-devkit, matmul_s4; [doc] AMCT, create_quant_retrain_model: INT8 only (CANN 9.1)",
+)
+_INT4_ON_310P = Fact(
+    "doubtful",
+    "AMCT's documentation lists INT4 for it up to CANN 9.0.0-beta1, and INT8 only from CANN 9.1 on",
+    "[doc] AMCT, create_quant_retrain_model (CANN 8.1 to 9.1)",
+)
+_GROUPED = Fact(
+    "doubtful",
+    "npu_quant_conv2d of torch_npu takes groups=1 only, and how fast the compiler's depthwise and grouped "
+    "convolutions are was not checked",
+    "[doc] op-plugin, npu_quant_conv2d",
+)
+
+
+def _listed(source: str) -> Fact:
+    return Fact("runs", "AMCT's documentation lists it", f"[doc] AMCT, {source}")
+
+
+def _refused(kind: str, source: str) -> Fact:
+    why = f"AMCT's documentation says that no product of this generation supports a quantized {kind}"
+    return Fact("unsupported", why, f"[doc] AMCT, {source}")
+
+
+_LAYERS: Mapping[str, Fact] = MappingProxyType(
+    {
+        "Linear": _listed("layers of quantization-aware training (CANN 9.1)"),
+        "Conv2d": _listed("layers of quantization-aware training (CANN 9.1)"),
+        "ConvTranspose2d": _listed("layers of quantization-aware training (CANN 9.1)"),
+        "Conv3d": _listed("Conv3dQAT (CANN 8.3 to 9.1)"),
+        "Conv1d": _refused("Conv1d", "Conv1dQAT (CANN 9.1)"),
+        "ConvTranspose1d": _refused("ConvTranspose1d", "ConvTranspose1dQAT (CANN 9.2)"),
+        "GRU": _refused("GRU", "GRUQAT (CANN 9.1)"),
+        "LSTM": Fact("doubtful", "whether the compiler quantizes it was not checked", "none"),
+        "ConvTranspose3d": Fact(
+            "doubtful", "AMCT does not know it, and whether the compiler quantizes it was not checked", "none"
+        ),
+    }
+)
+
+
+def _pairs(int4: Fact) -> Mapping[tuple[str, str], Fact]:
+    return MappingProxyType(
+        {("INT8", "INT8"): _INT8, ("INT16", "INT8"): _INT16, ("INT8", "INT4"): int4, ("INT4", "INT4"): int4}
+    )
+
+
+_NAME = "'Ascend' and the Name that `npu-smi info` shows"
+_CHIP = "the Chip Name, '_' and the NPU Name that `npu-smi info -t board -i ID{chip}` shows"
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        target.name: target
+        for target in (
+            Target(
+                name="A2",
+                products="Atlas A2",
+                pairs=_pairs(_INT4_ON_A2_A3),
+                layers=_LAYERS,
+                grouped=_GROUPED,
+                soc_prefix="Ascend910B",
+                soc_examples=("Ascend910B1", "Ascend910B2", "Ascend910B3", "Ascend910B4"),
+                soc_version=None,
+                soc_query=_NAME,
+            ),
+            Target(
+                name="A3",
+                products="Atlas A3",
+                pairs=_pairs(_INT4_ON_A2_A3),
+                layers=_LAYERS,
+                grouped=_GROUPED,
+                soc_prefix="Ascend910_93",
+                soc_examples=("Ascend910_9362", "Ascend910_9382", "Ascend910_9391", "Ascend910_9392"),
+                soc_version=None,
+                soc_query=_CHIP.format(chip=" -c CHIP"),
+            ),
+            Target(
+                name="950",
+                products="Ascend 950PR/950DT",
+                pairs=_pairs(_INT4_ON_950),
+                layers=_LAYERS,
+                grouped=_GROUPED,
+                soc_prefix="Ascend950",
+                soc_examples=("Ascend950PR_9579", "Ascend950PR_9589", "Ascend950PR_9599"),
+                soc_version=None,
+                soc_query=_CHIP.format(chip=""),
+            ),
+            Target(
+                name="310P",
+                products="Atlas inference cards with Ascend 310P",
+                pairs=_pairs(_INT4_ON_310P),
+                layers=_LAYERS,
+                grouped=_GROUPED,
+                soc_prefix="Ascend310P",
+                soc_examples=("Ascend310P3",),
+                soc_version="Ascend310P3",
+                soc_query=_NAME,
+            ),
+        )
+    }
+)
+"""Name -> :class:`Target`. The values of ``--soc_version`` are those of CANN 9.0 and 9.1."""
+
+
+def find_target(name: object, where: str = "target") -> Target:
+    """Return what is known of a generation.
+
+    Args:
+        name: Its name; small letters and the number 950 are fine.
+        where: What the name is called in the message.
+
+    Raises:
+        ValueError: If there is none of this name.
+
+    Example:
+        >>> find_target("950").pairs["INT8", "INT4"].verdict
+        'unsupported'
+        >>> find_target("a2").soc_examples[0]
+        'Ascend910B1'
+    """
+    found = TARGETS.get(str(name).upper())
+    if found is None:
+        known = ", ".join(f"'{target.name}' ({target.products})" for target in TARGETS.values())
+        raise ValueError(f"{where}={name!r}: there is no such target. Give one of {known}, or None for any.")
+    return found
