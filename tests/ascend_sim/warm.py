@@ -15,21 +15,21 @@ import signal
 import sys
 from typing import Any
 
-import lightning.pytorch
-import pytest
-import torch_npu
 
-import amct_lightning
+def import_libraries() -> None:
+    """What the processes have in common; not at the top, for torch_npu is not where the suite itself runs."""
+    import lightning.pytorch  # noqa: F401
+    import pytest  # noqa: F401
+    import torch_npu  # noqa: F401
 
-ANSWERS = int(sys.argv.pop())
-__all__ = ["amct_lightning", "lightning", "pytest", "torch_npu"]
-
-
-def tell(**message: int) -> None:
-    os.write(ANSWERS, json.dumps(message).encode() + b"\n")
+    import amct_lightning  # noqa: F401
 
 
-def next_job() -> dict[str, Any] | None:
+def tell(answers: int, **message: int) -> None:
+    os.write(answers, json.dumps(message).encode() + b"\n")
+
+
+def next_job(answers: int) -> dict[str, Any] | None:
     """Fork for every job; returns with it in the new process, and without one when no more will come."""
     woken, wakes = os.pipe()
     for end in (woken, wakes):
@@ -41,7 +41,7 @@ def next_job() -> dict[str, Any] | None:
         readable, _, _ = select.select([0, woken], [], [])
         if woken in readable:
             os.read(woken, 1024)
-            _tell_who_has_ended()
+            _tell_who_has_ended(answers)
         if 0 in readable:
             received = os.read(0, 1 << 16)
             if not received:
@@ -52,13 +52,13 @@ def next_job() -> dict[str, Any] | None:
                 if not process:
                     signal.set_wakeup_fd(-1)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    for file in (woken, wakes, ANSWERS):
+                    for file in (woken, wakes, answers):
                         os.close(file)
                     return json.loads(line)
-                tell(started=process)
+                tell(answers, started=process)
 
 
-def _tell_who_has_ended() -> None:
+def _tell_who_has_ended(answers: int) -> None:
     while True:
         try:
             process, status = os.waitpid(-1, os.WNOHANG)
@@ -66,7 +66,7 @@ def _tell_who_has_ended() -> None:
             return
         if not process:
             return
-        tell(ended=process, status=status)
+        tell(answers, ended=process, status=status)
 
 
 def become(job: dict[str, Any]) -> None:
@@ -87,8 +87,10 @@ def become(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    answers = int(sys.argv.pop())
+    import_libraries()
     gc.collect()
     gc.freeze()  # or every process would soon copy what it has in common with the others
-    job = next_job()
+    job = next_job(answers)
     if job is not None:
         become(job)
