@@ -129,10 +129,10 @@ def test_every_place_has_tests_and_every_test_named_here_exists() -> None:
     assert all(facts().values())
     named = {test for tests in facts().values() for test in tests}
     files = {test.partition("::")[0] for test in named}
-    assert named - {test for file in files for test in tests_in(file)} == set()
+    assert named - {test for file in files for test in functions_of(file)} == set()
 
 
-def tests_in(file: str) -> set[str]:
+def functions_of(file: str) -> set[str]:
     """The tests of a file by its source; to let pytest collect them, a process would import all libraries."""
     body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
     functions = [node.name for node in body if isinstance(node, ast.FunctionDef)]
