@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 
@@ -15,6 +16,13 @@ pytest_plugins = ["tests.ascend_sim.plugin"]
 def _one_thread() -> None:
     """The golden data was recorded with one thread; sums depend on how they are split."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_there_stays() -> None:
+    """A million objects of libraries and tests live as long as the process; no collection looks at them once more."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +14,7 @@ import pytest
 
 from tests.ascend_sim.environment import npu_environment
 from tests.ascend_sim.inner import JOB
-from tests.ascend_sim.processes import end, free_ports, rank_variables, start
+from tests.ascend_sim.processes import Process, end, free_ports, rank_variables, start
 
 _POLL = 0.02
 # How long the other ranks get to report after one has failed: they may be waiting for it in a collective.
@@ -136,7 +135,7 @@ class Run:
 class _Rank:
     """One process and what it has reported so far."""
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path) -> None:
+    def __init__(self, process: Process, folder: Path) -> None:
         self.process = process
         self.reports: dict[tuple[str, str], dict[str, object]] = {}
         self._folder = folder

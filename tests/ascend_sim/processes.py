@@ -18,6 +18,9 @@ from typing import Any
 
 from tests.ascend_sim.cache import ROOT
 from tests.ascend_sim.environment import npu_environment
+from tests.ascend_sim.forked import Forked, fork
+
+Process = subprocess.Popen[bytes] | Forked
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,11 @@ def free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
-def start(
-    command: list[str], variables: Mapping[str, str], output: Path, cwd: Path | None = None
-) -> subprocess.Popen[bytes]:
+def start(command: list[str], variables: Mapping[str, str], output: Path, cwd: Path | None = None) -> Process:
     """Start a process in a session of its own, so that `end` reaches what it starts itself."""
+    forked = fork(command, variables, output, cwd or ROOT)
+    if forked is not None:
+        return forked
     with output.open("wb") as file:
         return subprocess.Popen(
             command,
@@ -122,7 +126,7 @@ def start(
         )
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: Process) -> None:
     """Kill what is left of the process and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -141,7 +145,7 @@ def _command(target: Callable[..., Any] | Path | str, args: tuple[Any, ...], fol
     return [sys.executable, "-m", "tests.ascend_sim.rank", str(folder)]
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> bool:
+def _wait(ranks: list[Process], timeout: float) -> bool:
     deadline = time.monotonic() + timeout
     try:
         for process in ranks:
@@ -151,7 +155,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> bool:
     return True
 
 
-def _result(rank: int, process: subprocess.Popen[bytes], folder: Path) -> RankResult:
+def _result(rank: int, process: Process, folder: Path) -> RankResult:
     output = (folder / f"output-{rank}").read_text(errors="replace")
     answer = folder / f"answer-{rank}"
     value, error = pickle.loads(answer.read_bytes()) if answer.exists() else (None, None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,12 @@ FEED_FORWARD = [name for name in EXPORTED if name not in RECURRENT]
 
 
 def golden_model(case: str, form: str) -> ModelProto:
-    """Return a recorded export as a model."""
+    """Return a recorded export as a model, to be changed as one likes."""
+    return copy.deepcopy(_recorded(case, form))
+
+
+@cache
+def _recorded(case: str, form: str) -> ModelProto:
     entry = json.loads((GOLDEN / "models_data" / case / "export.json").read_text())[form]
     graph = helper.make_graph(
         [_node(node) for node in entry["nodes"]],

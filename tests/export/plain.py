@@ -33,9 +33,10 @@ class Exported:
 
     @cached_property
     def onnx(self) -> bytes:
+        """Made of the program, as torch does it itself where it is given a model."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(self.model, self.args, dynamo=True, verbose=False, **self.options)
+            program = torch.onnx.export(self.program, dynamo=True, verbose=False)
         return program.model_proto.SerializeToString()
 
     @cached_property

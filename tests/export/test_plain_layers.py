@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator
 from functools import cache
 
@@ -15,8 +16,8 @@ from tests.export.plain import Exported, assert_close, assert_equal, onnx_output
 from tests.modules.cases import LAYERS, WIDTHS, LayerCase, Width, converted
 
 ALGORITHMS = ("arq_retrain", "ulq_retrain")
-UNROLLED = 5
-"""How often a recurrent layer of the cases quantizes its hidden state: once in each step."""
+UNROLLED = 2
+"""How often a recurrent layer quantizes its hidden state: once in each step, of which the cases get no more here."""
 
 
 class AllLayers(nn.Module):
@@ -42,12 +43,18 @@ def width_of(case: LayerCase, algo: str) -> Width:
     return fitting[LAYERS.index(case) % len(fitting)]
 
 
+def input_of(case: LayerCase) -> Tensor:
+    x = case.input()
+    return x.narrow(0 if case.time_first else 1, 0, UNROLLED) if case.recurrent else x
+
+
 @cache
-def all_layers(algo: str) -> Exported:
+def all_layers(*algos: str) -> Exported:
+    """All layers, which have the given algorithms by turns."""
     torch.manual_seed(0)
-    model, args = AllLayers(LAYERS), tuple(case.input() for case in LAYERS)
+    model, args = AllLayers(LAYERS), tuple(map(input_of, LAYERS))
     layers = {}
-    for case in LAYERS:
+    for case, algo in zip(LAYERS, itertools.cycle(algos), strict=False):
         layers |= width_of(case, algo).config(f"hosts.{case.name}.layer").layers
     converted = prepare_qat(model, RetrainConfig(layers=layers), args).train()
     converted(*args)  # calibrates
@@ -57,6 +64,12 @@ def all_layers(algo: str) -> Exported:
 @pytest.fixture(params=ALGORITHMS)
 def exported(request: pytest.FixtureRequest) -> Exported:
     return all_layers(request.param)
+
+
+@pytest.fixture
+def mixed() -> Exported:
+    """Both algorithms in one network, for what takes long and sees the operators of the quantizers only."""
+    return all_layers(*ALGORITHMS)
 
 
 def test_the_exported_program_gives_the_same_bits(exported: Exported) -> None:
@@ -79,18 +92,18 @@ def test_a_layer_is_three_nodes(case: LayerCase) -> None:
     assert list(counts.values()) == [1, 1, 1]
 
 
-def test_decompositions_take_the_operators_away(exported: Exported) -> None:
-    program = exported.program.run_decompositions()
+def test_decompositions_take_the_operators_away(mixed: Exported) -> None:
+    program = mixed.program.run_decompositions()
     assert quantizers(program) == (0, 0)
     with torch.no_grad():
-        assert_close(list(program.module()(*exported.args)), exported.eager())
+        assert_close(list(program.module()(*mixed.args)), mixed.eager())
 
 
-def test_the_operators_stay_for_who_takes_them_out_of_the_decompositions(exported: Exported) -> None:
+def test_the_operators_stay_for_who_takes_them_out_of_the_decompositions(mixed: Exported) -> None:
     table = torch.export.default_decompositions()
     for operator in (torch.ops.amct_lightning.fake_quantize_activation, torch.ops.amct_lightning.fake_quantize_weight):
         del table[operator.default]
-    assert quantizers(exported.program.run_decompositions(table)) == quantizers(exported.program)
+    assert quantizers(mixed.program.run_decompositions(table)) == quantizers(mixed.program)
 
 
 def test_a_saved_program_gives_the_same_bits(exported: Exported) -> None:
@@ -105,16 +118,22 @@ def pairs(found: list[Tensor], expected: list[Tensor]) -> Iterator[tuple[LayerCa
     return zip(LAYERS, found, expected, strict=True)
 
 
-@pytest.mark.parametrize("exporter", ["onnx", "script_onnx"])
-def test_onnxruntime_gives_the_same_numbers(exported: Exported, exporter: str) -> None:
-    found = onnx_outputs(getattr(exported, exporter), *exported.args)
+def assert_onnxruntime_gives(exported: Exported, file: bytes) -> None:
     wrong = {}
-    for case, one, other in pairs(found, exported.eager()):
+    for case, one, other in pairs(onnx_outputs(file, *exported.args), exported.eager()):
         try:
             assert_close([one], [other])
         except AssertionError:
             wrong[case.name] = float((one - other).abs().max())
     assert not wrong
+
+
+def test_onnxruntime_gives_the_same_numbers(mixed: Exported) -> None:
+    assert_onnxruntime_gives(mixed, mixed.onnx)
+
+
+def test_onnxruntime_gives_the_same_numbers_of_a_traced_graph(exported: Exported) -> None:
+    assert_onnxruntime_gives(exported, exported.script_onnx)
 
 
 @pytest.mark.parametrize("case", [LAYERS[2], LAYERS[9], LAYERS[14], LAYERS[-4]], ids=lambda case: case.name)

@@ -12,6 +12,7 @@ from amct_lightning.export.verify.float_forms import reader_of
 from amct_lightning.record import LayerRecord
 from tests.export.golden_files import golden_case, golden_inputs, golden_model
 
+QDQ_CASES = ["cnn_bn_relu__default", "mlp__a16w8_json", "mlp__a4w4_json", "res_down__default"]
 TYPES = {"INT4": TensorProto.INT4, "INT8": TensorProto.INT8, "INT16": TensorProto.INT16}
 
 

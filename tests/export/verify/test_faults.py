@@ -22,6 +22,7 @@ from amct_lightning.export.verify.torch_side import TorchRun, run_model
 from amct_lightning.record import QuantRecord
 from tests.export.golden_files import EXPORTED, RECURRENT, golden_case, golden_inputs, golden_model
 from tests.export.verify import faults
+from tests.export.verify.qdq_files import QDQ_CASES, qdq_model
 from tests.test_migrate import migrated
 
 CASES = [name for name in EXPORTED if name != "cnn_bn_relu__fp16_mode_cfg"]
@@ -110,6 +111,21 @@ class TestRecordedExports:
             if found[:1] != [layer]:
                 missed.append((layer, what, found))
         assert missed == []
+
+
+@pytest.mark.parametrize("case", QDQ_CASES)
+def test_qdq_models_with_one_fault_in_any_layer_have_it_found_and_named(case: str) -> None:
+    missed, right = [], qdq_model(case)
+    for layer in golden_case(case).record:
+        for name, step in (("weight", 1), ("weight.scale", 1e-6), ("bias", 1), ("bias.scale", 0.1)):
+            model, constant, change = copy.deepcopy(right), f"{layer}.{name}", faults.one_more(2, step)
+            if any(tensor.name == constant for tensor in model.graph.initializer):
+                dtype = faults.array(model, constant).dtype
+                faults.set_array(model, constant, lambda a, c=change, d=dtype: c(a.astype(np.float64)).astype(d))
+                departures = verified(case, "qdq", model, until_found=True).departures
+                if not departures or departures[0].layer != layer:
+                    missed.append((layer, name, departures[:1]))
+    assert missed == []
 
 
 class TestScalesRoundedToFloat16:

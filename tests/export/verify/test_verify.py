@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import ModelProto, helper, numpy_helper
+from onnx import ModelProto, helper
 from torch import Tensor, nn
 
 from amct_lightning import verify_export
@@ -19,11 +19,10 @@ from amct_lightning.export.verify.outputs import OutputComparison
 from amct_lightning.export.verify.torch_side import near_a_tie
 from tests.export.golden_files import golden_case, golden_model
 from tests.export.verify import faults
-from tests.export.verify.qdq_files import qdq_model
+from tests.export.verify.qdq_files import QDQ_CASES, qdq_model
 from tests.test_migrate import migrated
 
 CASE = "cnn_bn_relu__default"
-QDQ_CASES = [CASE, "mlp__a16w8_json", "mlp__a4w4_json", "res_down__default"]
 
 
 def batch(case: str = CASE) -> tuple[Tensor, ...]:
@@ -153,25 +152,6 @@ class TestQdq:
         report = verify_export(migrated(case), saved(tmp_path, ("qdq", qdq_model(case))), [batch(case)])
         assert [str(departure) for departure in report.forms[0].departures] == []
         assert all(row.codes and row.outputs for row in report.forms[0].layers)
-
-    @pytest.mark.parametrize("case", QDQ_CASES)
-    def test_with_one_fault_in_any_layer_has_it_found_and_named(self, tmp_path: Path, case: str) -> None:
-        missed = []
-        for layer in golden_case(case).record:
-            for name, step in (("weight", 1), ("weight.scale", 1e-6), ("bias", 1), ("bias.scale", 0.1)):
-                model = qdq_model(case)
-                if any(tensor.name == f"{layer}.{name}" for tensor in model.graph.initializer):
-                    change = faults.one_more(2, step)
-                    whole = numpy_helper.to_array(faults.tensor(model, f"{layer}.{name}"))
-                    dtype = whole.dtype
-                    faults.set_array(
-                        model, f"{layer}.{name}", lambda a, c=change, d=dtype: c(a.astype(np.float64)).astype(d)
-                    )
-                    files = saved(tmp_path, ("qdq", model))
-                    first = verify_export(migrated(case), files, [batch(case)]).first_departure
-                    if first is None or first.layer != layer:
-                        missed.append((layer, name, first))
-        assert missed == []
 
 
 class TestTies:

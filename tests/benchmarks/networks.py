@@ -1,0 +1,138 @@
+"""Networks that a user knows, small enough for a CPU, each with a batch of data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Network:
+    """A classifier, what it is called in tables, and a batch of its inputs."""
+
+    title: str
+    model: nn.Module
+    x: Tensor
+
+
+class Residual(nn.Module):
+    """What a branch makes of its input, added to it."""
+
+    def __init__(self, branch: nn.Module, shortcut: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.shortcut, self.activation = branch, shortcut, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.branch(x) + self.shortcut(x))
+
+
+def norm_conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """A convolution and its BatchNorm."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+
+def classifier(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
+
+
+def resnet18(width: int = 16) -> nn.Module:
+    """ResNet-18 with the stem that small images have."""
+    layers: list[nn.Module] = [norm_conv(3, width, 3), nn.ReLU()]
+    inputs = width
+    for outputs, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
+        for step in (stride, 1):
+            branch = nn.Sequential(norm_conv(inputs, outputs, 3, step), nn.ReLU(), norm_conv(outputs, outputs, 3))
+            same = step == 1 and inputs == outputs
+            shortcut = nn.Identity() if same else norm_conv(inputs, outputs, 1, step)
+            layers.append(Residual(branch, shortcut, nn.ReLU()))
+            inputs = outputs
+    return nn.Sequential(*layers, classifier(inputs))
+
+
+def mobilenet(width: int = 16) -> nn.Module:
+    """Inverted residuals as in MobileNetV2, with half of its widths and two blocks for each."""
+    layers: list[nn.Module] = [norm_conv(3, width, 3), nn.ReLU6()]
+    inputs = width
+    for outputs, stride in ((width, 1), (2 * width, 2), (3 * width, 2), (5 * width, 1)):
+        for step in (stride, 1):
+            wide = 6 * inputs
+            block = nn.Sequential(
+                norm_conv(inputs, wide, 1),
+                nn.ReLU6(),
+                norm_conv(wide, wide, 3, step, groups=wide),
+                nn.ReLU6(),
+                norm_conv(wide, outputs, 1),
+            )
+            same = step == 1 and inputs == outputs
+            layers.append(Residual(block, nn.Identity(), nn.Identity()) if same else block)
+            inputs = outputs
+    return nn.Sequential(*layers, classifier(inputs))
+
+
+def mlp(inputs: int = 784, width: int = 512, depth: int = 3) -> nn.Module:
+    sizes = [inputs, *[width] * depth]
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(width, CLASSES))
+
+
+class Attention(nn.Module):
+    """Self-attention, its projections as linear layers."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.out = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
+        return self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class ViT(nn.Module):
+    """A vision transformer with the width of ViT-Tiny, over patches of 4 x 4 pixels."""
+
+    def __init__(self, width: int = 192, heads: int = 3, depth: int = 4, size: int = 32) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.places = nn.Parameter(0.02 * torch.randn((size // 4) ** 2, width))
+        blocks: list[nn.Module] = []
+        for _ in range(depth):
+            attention = nn.Sequential(nn.LayerNorm(width), Attention(width, heads))
+            feed_forward = nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            )
+            blocks += [Residual(part, nn.Identity(), nn.Identity()) for part in (attention, feed_forward)]
+        self.blocks, self.norm, self.head = nn.Sequential(*blocks), nn.LayerNorm(width), nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.places
+        return self.head(self.norm(self.blocks(tokens)).mean(1))
+
+
+class SequenceLSTM(nn.Module):
+    """An LSTM that reads a sequence, and a linear layer that judges its last output."""
+
+    def __init__(self, inputs: int = 32, hidden: int = 128) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(inputs, hidden, batch_first=True), nn.Linear(hidden, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def networks() -> dict[str, Network]:
+    """Return the networks by name."""
+    images = torch.randn(32, 3, 32, 32)
+    return {
+        "resnet": Network("ResNet-18 of a quarter of the width, 32 images of 32x32", resnet18(), images),
+        "mobilenet": Network("MobileNetV2 of half the width, 8 blocks, 32 images of 32x32", mobilenet(), images),
+        "mlp": Network("MLP 784-512-512-512-10, batch 256", mlp(), torch.randn(256, 784)),
+        "vit": Network("ViT 192 wide, 4 blocks, 16 images of 64 patches", ViT(), images[:16]),
+        "lstm": Network("LSTM 128 wide, 32 sequences of 64 steps", SequenceLSTM(), torch.randn(32, 64, 32)),
+    }
