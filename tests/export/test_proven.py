@@ -28,6 +28,17 @@ def test_all_forms_of_a_recorded_network_compute_what_the_model_does(name: str, 
     assert report.ok, str(report)
 
 
+def test_files_under_the_name_of_another_form_are_refused(tmp_path: Path) -> None:
+    golden = golden_export("mlp__a16w8_json", tmp_path)
+    files: Any = {form: tmp_path / f"{form}.onnx" for form in ("deploy", "fake_quant", "qdq")}
+    export_forms(golden.model, files, golden.input_data)
+    for form, own in (("deploy", "qdq"), ("qdq", "fake_quant"), ("fake_quant", "deploy")):
+        with pytest.raises(ValueError, match=rf"{own}\.onnx' is of the form {own}, not {form}"):
+            verify_export(golden.model, {form: files[own]}, [golden.input_data])
+    with pytest.raises(TypeError, match="files is a str; it must map forms to files"):
+        verify_export(golden.model, str(files["qdq"]), [golden.input_data])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_on_the_grid_a_deployed_network_is_the_model_to_the_bit(name: str, tmp_path: Path) -> None:
     case = model_case(f"{name}__default")

@@ -113,13 +113,15 @@ def _read(path: str) -> Network:
     import onnx  # noqa: PLC0415  (only an export needs it)
     from google.protobuf.message import DecodeError  # noqa: PLC0415
 
+    from amct_lightning.export.verify.recognise import form_of  # noqa: PLC0415  (as above)
+
     if not Path(path).is_file():
         raise UserError(f"there is no file '{path}'.")
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except DecodeError as error:
         raise UserError(f"'{path}' is no ONNX file.") from error
-    form = _form_of(graph)
+    form = form_of(graph.node)
     if form is None:
         raise UserError(
             f"'{path}' is an ONNX file without the operators of a quantized network. Give files that "
@@ -127,17 +129,6 @@ def _read(path: str) -> Network:
         )
     constants = {constant.name for constant in graph.initializer}
     return Network(path, form, {value.name: _shape(value) for value in graph.input if value.name not in constants})
-
-
-def _form_of(graph: Any) -> Form | None:
-    from amct_lightning.export.write import VENDOR_OPERATORS  # noqa: PLC0415
-
-    operators = {node.op_type for node in graph.node}
-    if operators & VENDOR_OPERATORS:
-        return "deploy"
-    if "QuantizeLinear" in operators:
-        return "qdq"
-    return "fake_quant" if any(".fakequant." in node.name for node in graph.node) else None
 
 
 def _shape(value: Any) -> tuple[int | str, ...]:

@@ -18,6 +18,7 @@ from amct_lightning.export.verify.expected import ExpectedLayer
 from amct_lightning.export.verify.float_forms import reader_of
 from amct_lightning.export.verify.isolation import isolated, same_input
 from amct_lightning.export.verify.outputs import OutputComparison, output_step
+from amct_lightning.export.verify.recognise import form_of
 from amct_lightning.export.verify.report import Departure, FormReport
 from amct_lightning.export.verify.running import Row, made_by_model, observed_session
 from amct_lightning.export.verify.static import static_faults
@@ -48,10 +49,14 @@ class FormVerification:
         self, form: str, source: Source, layers: Mapping[str, ExpectedLayer], deq_bits: int, kept_bits: int = 32
     ) -> None:
         self.form, self.layers, self.deq_bits, self.kept_bits = form, layers, deq_bits, kept_bits
+        file = GraphFile(source)
+        own = form_of(file.nodes)
+        if own not in (form, None):
+            raise ValueError(f"{file.label} is of the form {own}, not {form}. Give it by that name: {{{own!r}: ...}}.")
         if form == "deploy":
             self.network: QuantizedNetwork = DeployedNetwork(source, deq_bits=deq_bits)
         else:
-            self.network = QuantizedNetwork(reader_of(form, GraphFile(source)))
+            self.network = QuantizedNetwork(reader_of(form, file))
         self.file = self.network.file
         self.faults: dict[str, list[str]] = {}
         self.rows: dict[str, Row] = {}

@@ -152,7 +152,7 @@ def _noted(layers: Mapping[str, ExpectedLayer], calls: dict[str, list[Call]]) ->
     def before(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
-            call = Call(_kept(x), torch.finfo(x.dtype).eps)
+            call = Call(_kept(x), torch.finfo(x.dtype if x.is_floating_point() else torch.float32).eps)
             if isinstance(module, (nn.LSTM, nn.GRU)):
                 hx = args[1] if len(args) > 1 else kwargs.get("hx")
                 call.x = _time_first(module, call.x)

@@ -91,13 +91,15 @@ def _samples(batch: InputData) -> int:
     return first.shape[0] if first.dim() else 1
 
 
-def _check(files: Mapping[str, str | Path], batches: object) -> None:
+def _check(files: object, batches: object) -> None:
+    if not isinstance(files, Mapping):
+        raise TypeError(f"files is a {type(files).__name__}; it must map forms to files: {{'deploy': 'net.onnx'}}.")
     for form in files:
         if form not in FORMS:
             raise ValueError(f"There is no form {form!r}, only {', '.join(FORMS)}.{closest(form, FORMS)}")
     if not files:
         raise ValueError(f"There is no file to verify; files maps one or more of {', '.join(FORMS)} to files.")
-    if isinstance(batches, (Tensor, Mapping)):
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise ValueError(
             f"batches is a {type(batches).__name__}; give several in a list or a DataLoader, one of them as [batch]."
         )
