@@ -110,8 +110,9 @@ def synchronize_calibration(model: nn.Module) -> list[ActivationQuantizer]:
         # Observing is Python state, so building this table costs no host synchronization.
         table = torch.stack([_row(quantizer) for quantizer in quantizers])
         dist.all_reduce(table)
-        counts, reached = table[:, 2].tolist(), table[:, 4].tolist()
-        for quantizer, row, count in zip(quantizers, table, counts, strict=True):
+        numbers = table[:, 2::2].tolist()  # the one read of the device
+        reached = [anywhere for _, anywhere in numbers]
+        for quantizer, row, (count, _) in zip(quantizers, table, numbers, strict=True):
             if count:
                 quantizer.finish_calibration(row[0] / count, row[1] / count, row[3])
     for quantizer in quantizers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,3 +267,11 @@ def test_recurrent_layers_give_their_states_as_well(kind: type[nn.RNNBase], give
     assert quantizers(exported.program) == (3, 2)
     assert_equal(outputs(exported.program.module(), *args), exported.eager())
     assert_close(onnx_outputs(exported.script_onnx, *args), exported.eager())
+
+
+def test_the_call_of_a_user_makes_a_file_that_runs(tmp_path: Path) -> None:
+    exported = made()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(exported.model, exported.args, tmp_path / "model.onnx", dynamo=True, verbose=False)
+    assert_close(onnx_outputs((tmp_path / "model.onnx").read_bytes(), *exported.args), exported.eager())

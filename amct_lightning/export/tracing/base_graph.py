@@ -20,6 +20,7 @@ import torch.onnx
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from amct_lightning.export.libraries import quiet
+from amct_lightning.export.tracing.culprits import culprits
 from amct_lightning.export.tracing.placeholder import LayerCall, placeholders
 from amct_lightning.export.tracing.prepared import Prepared
 from amct_lightning.export.tracing.signature import FlatCall, dynamic_shapes, on_cpu
@@ -127,10 +128,11 @@ def build_graph(
                 failed[f"{title}, opset {attempt_opset}"] = _first_line(error)
                 continue
             return graph
+        where = culprits(call, failed.values())
     listed = "\n".join(f"- {attempt}: {message}" for attempt, message in failed.items())
     raise RuntimeError(
         f"{type(prepared.model).__name__} cannot be translated into ONNX, by none of torch's exporters. This is about "
-        f"the parts in float, not about its quantized layers:\n{listed}"
+        f"the parts in float, not about its quantized layers.{where}\n{listed}"
     )
 
 

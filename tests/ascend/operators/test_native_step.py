@@ -21,6 +21,7 @@ STEP_PHASES = {
     "forward",
     "forward, bf16-mixed",
     "forward, half precision",
+    "forward, deploy_grid",
     "frozen",
     "before the start",
     "calibration",
@@ -30,6 +31,7 @@ STEP_PHASES = {
     "step of a monitor",
     "schedule",
     "evaluation",
+    "evaluation, deploy_grid",
     "search of the shifts",
 }
 # Outside of the steps: once per logging interval, and for every checkpoint.
