@@ -115,8 +115,11 @@ def deployed(qat: OnGrid, x: Tensor) -> np.ndarray:
     sums = sums_of(layer, codes, weight, qat.case.call)
     scale = scale_w.numpy() * factors(layer.input_quantizer)[0]
     shape = (-1,) if isinstance(layer, nn.Linear) else (-1, *[1] * (layer.weight.dim() - 2))
-    if layer.bias is not None:
-        sums = sums + np.round(layer.bias.detach().numpy() / scale).astype(np.int64).reshape(shape)
+    if layer.bias is None:
+        return ascend_dequant(sums, scale.reshape(shape))
+    if isinstance(layer, nn.Linear) and x.dim() != 2:  # MatMul has no bias: a float Add follows it in the file
+        return ascend_dequant(sums, scale.reshape(shape)) + layer.bias.detach().numpy()
+    sums = sums + np.round(layer.bias.detach().numpy() / scale).astype(np.int64).reshape(shape)
     return ascend_dequant(sums, scale.reshape(shape))
 
 
