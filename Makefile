@@ -18,7 +18,7 @@ demo: $(READY) ## Train, quantize, retrain, export and verify a small CNN on rea
 	$(BIN)/python examples/digits.py
 
 test: $(READY) ## Run the whole test suite, a file at a time on every core (JOBS=1 for one after another)
-	@echo "The whole suite, 8,000 tests: 10 to 14 minutes on two fast cores, 40 on slow ones; each dot is a test."
+	@echo "The whole suite, 10,500 tests: 14 minutes on two fast cores, 40 on slow ones; each dot is a test."
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-cpu: $(READY) ## Run the numeric tests as on CPUs with other vector instructions (CPU=default, avx2 or native for one)

@@ -1,4 +1,4 @@
-"""The last line of a script for AMCT: there is no export yet, and the error says how to keep the result."""
+"""The last line of a script for AMCT: it needs the record of an evaluation pass, and writes two files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 import amct_lightning as amct
-from amct_lightning import QuantRecord
 
 
-def test_the_last_line_of_a_script_says_what_to_do_and_that_works(
+def test_the_last_line_of_a_script_asks_for_an_evaluation_pass_and_then_writes_both_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -20,17 +19,24 @@ def test_the_last_line_of_a_script_says_what_to_do_and_that_works(
     amct.create_quant_retrain_config("config.json", model, x)
     qat = amct.create_quant_retrain_model("config.json", model, "record.txt", x)
     qat.train()(x)
-    with pytest.raises(NotImplementedError, match=r"no ONNX export yet.*'out/net'") as caught:
-        amct.save_quant_retrain_model("config.json", qat, "record.txt", "out/net", x, ["x"], ["y"], {"x": {0: "n"}})
-    assert not (tmp_path / "out").exists()
+    last_line = ("config.json", qat, "record.txt", "out/net", x, ["x"], ["y"], {"x": {0: "n"}, "y": {0: "n"}})
+    with pytest.raises(RuntimeError, match=r"record in 'record\.txt' is empty.*model\.eval\(\); model\(input\)"):
+        amct.save_quant_retrain_model(*last_line)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    qat.eval()(x)
+    assert amct.save_quant_retrain_model(*last_line) is None
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "net_deploy_model.onnx",
+        "net_fake_quant_model.onnx",
+    ]
 
-    # Both remedies, as the message has them.
-    message = str(caught.value)
-    scope = {"torch": torch, "model": qat, "input": x, "convert_amct_state_dict": amct.convert_amct_state_dict}
-    for code in ("model.eval()", "model(input)", "torch.save(convert_amct_state_dict(model.state_dict(), model, "
-                 "to_amct=True), 'for_amct.pth')"):  # fmt: skip
-        assert code in message
-        eval(code, scope)
-    assert list(QuantRecord.load("record.txt")) == ["0"]
-    restored = amct.restore_quant_retrain_model("config.json", model, "again.txt", x, "for_amct.pth")
-    assert torch.equal(restored.eval()(x), qat(x))
+
+def test_a_path_that_ends_with_a_slash_gives_names_without_a_prefix(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 2)), torch.randn(2, 4)
+    config, record = str(tmp_path / "config.json"), str(tmp_path / "record.txt")
+    amct.create_quant_retrain_config(config, model, x)
+    qat = amct.create_quant_retrain_model(config, model, record, x)
+    qat.train()(x)
+    qat.eval()(x)
+    amct.save_quant_retrain_model(config, qat, record, f"{tmp_path}/out/", x)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["deploy_model.onnx", "fake_quant_model.onnx"]
