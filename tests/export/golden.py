@@ -16,13 +16,6 @@ from torch import nn
 from amct_lightning import QuantRecord, convert_amct_state_dict, create_quant_retrain_model
 from tests.golden_data import GOLDEN, ModelCase, model_case
 
-EXPORTED = sorted(
-    path.parent.name
-    for path in GOLDEN.glob("models_data/*/export.json")
-    if isinstance(json.loads(path.read_text()).get("deploy"), dict)
-)
-"""The cases of which there is an export."""
-
 
 @dataclass(frozen=True)
 class GoldenExport:

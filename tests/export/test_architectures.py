@@ -24,7 +24,7 @@ CHANGED_CODES = {"EfficientNetForImageClassification": 0.05, "SwitchTransformers
 """Where a value lies so near to a tie that it is rounded the other way, and how much that makes of the output."""
 
 
-def evaluated(architecture: Architecture) -> tuple[nn.Module, dict[str, Any]]:
+def evaluated(architecture: Architecture, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     """The calibrated model, and an input without labels, which a deployed network does not get."""
     torch.manual_seed(0)
     model, inputs = architecture.build(), architecture.inputs()
@@ -32,7 +32,7 @@ def evaluated(architecture: Architecture) -> tuple[nn.Module, dict[str, Any]]:
     inputs.pop("return_loss", None)
     if model.config.is_encoder_decoder and labels is not None:
         inputs["decoder_input_ids"] = labels
-    quantized = prepare_qat(model, None, inputs)
+    quantized = prepare_qat(model, None, inputs, **options)
     calibrate(quantized, [inputs])
     return quantized.eval(), inputs
 

@@ -100,9 +100,10 @@ class TestForms:
         if form != "deploy":
             np.testing.assert_array_equal(run(tmp_path / "net.onnx", x), run(tmp_path / "whole.onnx", x))
 
+
+@pytest.mark.parametrize("form", ["qdq", "deploy"])  # in fake-quant integers are floating numbers, as in AMCT
+class TestSize:
     def test_a_network_with_integer_weights_is_a_quarter_or_an_eighth_in_size(self, tmp_path: Path, form: Any) -> None:
-        if form == "fake_quant":
-            pytest.skip("its integers are floating numbers, as in AMCT")
         bare = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64))
         floats = sum(parameter.nbytes for parameter in bare.parameters())
         for config, share in (("INT8", 4), ("A4W4", 8)):

@@ -13,7 +13,8 @@ import pytest
 from onnx import numpy_helper
 
 from amct_lightning import save_quant_retrain_model
-from tests.export.golden import EXPORTED, GoldenExport, golden_export
+from tests.export.golden import GoldenExport, golden_export
+from tests.export.golden_files import EXPORTED
 
 FORMS = ("deploy", "fake_quant")
 VENDOR = ("AscendQuant", "AscendDequant", "BasicLSTMInplaceFillWindowCache", "BasicGRUInplaceFillWindowCache")

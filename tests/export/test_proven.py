@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from amct_lightning import calibrate, export_onnx, prepare_qat, verify_export
+from amct_lightning import export_onnx, prepare_qat, verify_export
 from amct_lightning.export.onnx_file import export_forms
 from tests.architectures.models import ARCHITECTURES, Architecture
-from tests.export.golden import EXPORTED, golden_export
+from tests.export.golden import golden_export
+from tests.export.golden_files import EXPORTED
+from tests.export.test_architectures import evaluated
 from tests.golden_data import model_case
 
 MODELS = sorted({name.split("__")[0] for name in EXPORTED})
@@ -55,15 +56,8 @@ def test_on_the_grid_a_deployed_network_is_the_model_to_the_bit(name: str, tmp_p
 
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if str(a) != "MixtralForCausalLM"], ids=str)
 def test_on_the_grid_an_architecture_keeps_every_code(architecture: Architecture, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model, inputs = architecture.build(), architecture.inputs()
-    labels = inputs.pop("labels", None)
-    inputs.pop("return_loss", None)
-    if model.config.is_encoder_decoder and labels is not None:
-        inputs["decoder_input_ids"] = labels
-    model = prepare_qat(model, None, inputs, deploy_grid=True)
-    calibrate(model, [inputs])
-    file = export_onnx(model.eval(), tmp_path / "deploy.onnx", inputs, "deploy").path
+    model, inputs = evaluated(architecture, deploy_grid=True)
+    file = export_onnx(model, tmp_path / "deploy.onnx", inputs, "deploy").path
     report = verify_export(model, {"deploy": file}, [inputs])
     wrong = WRONGLY_TRANSLATED.get(str(architecture))
     if wrong is not None:

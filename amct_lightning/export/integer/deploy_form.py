@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ _BITS_OF_RECURRENT = {2: 8, 6: 16}
 _KNOWN = f"{QUANT}, {', '.join(PRODUCTS)}, {DEQUANT}, {', '.join(RECURRENT)}"
 
 
-class FormReader:
+class FormReader(ABC):
     """What the readers of all forms have in common.
 
     Args:
@@ -38,13 +39,13 @@ class FormReader:
         self.units: list[Unit] = []
         self.taken: set[int] = set()
 
+    @abstractmethod
     def read(self) -> None:
         """Find the quantized layers.
 
         Raises:
             ValueError: If a node is not what such a model has there.
         """
-        raise NotImplementedError
 
     def take(self, *nodes: NodeProto) -> None:
         """Note that nodes belong to a quantized layer, so that no float operator runs them."""
@@ -123,17 +124,17 @@ class FormReader:
             parameter,
         )
 
+    @abstractmethod
     def quantizer(self, tensor: str) -> InputQuantizer | None:
         """Return what makes a tensor of codes, ``None`` if the tensor holds none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def is_dequant(self, node: NodeProto) -> bool:
         """Tell whether a node that reads the sums of a layer dequantizes them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scale(self, last: NodeProto, quantizer: InputQuantizer) -> tuple[np.ndarray, np.ndarray | None]:
         """Return by what the last node of a layer multiplies its sums, and the parameters of a deploy model for it."""
-        raise NotImplementedError
 
     def integers(self, tensor: str, node: NodeProto, what: str) -> np.ndarray:
         """Return fixed integers that a node reads.

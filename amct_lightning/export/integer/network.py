@@ -159,12 +159,12 @@ class DeployedNetwork(QuantizedNetwork):
     """
 
     def __init__(
-        self, source: Source, *, deq_bits: int = 19, output_dtype: Literal["float32", "float16"] = "float32"
+        self, source: Source | GraphFile, *, deq_bits: int = 19, output_dtype: Literal["float32", "float16"] = "float32"
     ) -> None:
         check_bits(deq_bits)
         if output_dtype not in ("float32", "float16"):
             raise ValueError(f"output_dtype is {output_dtype!r}, it must be 'float32' or 'float16'.")
-        reader = DeployReader(GraphFile(source))
+        reader = DeployReader(source if isinstance(source, GraphFile) else GraphFile(source))
         reader.read()
         super().__init__(reader)
         self.deq_bits = deq_bits

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -26,7 +28,11 @@ def reader_of(form: str, file: GraphFile) -> FormReader:
     Raises:
         ValueError: If the file has something in it that the form has not.
     """
-    kinds: dict[str, type[FormReader]] = {"deploy": DeployReader, "fake_quant": FakeQuantReader, "qdq": QdqReader}
+    kinds: dict[str, Callable[[GraphFile], FormReader]] = {
+        "deploy": DeployReader,
+        "fake_quant": FakeQuantReader,
+        "qdq": QdqReader,
+    }
     reader = kinds[form](file)
     reader.read()
     return reader
@@ -69,9 +75,9 @@ class _FloatFormReader(FormReader):
             attributes_of(node),
         )
 
+    @abstractmethod
     def fake_quantizer(self, tensor: str) -> InputQuantizer | None:
         """Return what quantizes and dequantizes a tensor, ``None`` if nothing does."""
-        raise NotImplementedError
 
     def floats(self, tensor: str, node: NodeProto, what: str) -> np.ndarray:
         """Return the fixed float numbers that a node reads, dequantized where they stand there as integers."""
@@ -198,6 +204,10 @@ class QdqReader(_FloatFormReader):
         """Return the float numbers of a weight or bias, dequantized where it stands there as integers."""
         found = self.fixed(tensor)
         return self.need(tensor, node, what) if found is None else found
+
+    def is_dequant(self, node: NodeProto) -> bool:
+        """Tell that no node dequantizes sums: those of such a layer are real numbers."""
+        return False
 
     def to_dequant(self, node: NodeProto) -> tuple[list[NodeProto], None]:
         """Return nothing: what such a layer puts out is dequantized."""

@@ -54,7 +54,7 @@ class FormVerification:
         if own not in (form, None):
             raise ValueError(f"{file.label} is of the form {own}, not {form}. Give it by that name: {{{own!r}: ...}}.")
         if form == "deploy":
-            self.network: QuantizedNetwork = DeployedNetwork(source, deq_bits=deq_bits)
+            self.network: QuantizedNetwork = DeployedNetwork(file, deq_bits=deq_bits)
         else:
             self.network = QuantizedNetwork(reader_of(form, file))
         self.file = self.network.file
