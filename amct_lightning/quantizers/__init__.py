@@ -2,9 +2,9 @@
 
 from amct_lightning.quantizers.activation import ActivationQuantizer
 from amct_lightning.quantizers.base import Quantizer, is_exporting
+from amct_lightning.quantizers.functions.weight import ChannelLayout
 from amct_lightning.quantizers.shift_search import ShiftSearch
 from amct_lightning.quantizers.weight import LearnedWeightQuantizer, WeightQuantizer
-from amct_lightning.quantizers.weight_functional import ChannelLayout
 
 __all__ = [
     "ActivationQuantizer",

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from amct_lightning.quantizers.base import in_backward, several_processes
 from amct_lightning.quantizers.calibrating import CalibratingQuantizer
-from amct_lightning.quantizers.functional import activation_scale_offset, fake_quantize_activation, repair_clips
+from amct_lightning.quantizers.functional import activation_scale_offset, repair_clips
+from amct_lightning.quantizers.functions.activation import fake_quantize_activation
 from amct_lightning.quantizers.operators import activation_operator, takes_operators
 from amct_lightning.quantizers.transforms import transforming_calibrated
 

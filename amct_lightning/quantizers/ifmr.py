@@ -21,7 +21,7 @@ from amct_lightning.quantizers.functional import (
     range_ends,
     usable_scale,
 )
-from amct_lightning.quantizers.weight_functional import symmetric_divisor
+from amct_lightning.quantizers.functions.weight import symmetric_divisor
 
 _ELEMENTS_AT_ONCE = 1 << 20
 """Candidates x values held at once; 4 MiB of float32 stays in the caches of a CPU core."""

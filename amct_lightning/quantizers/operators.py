@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from amct_lightning.quantizers.base import in_torch_export
-from amct_lightning.quantizers.functional import fake_quantize_activation, repair_clips
+from amct_lightning.quantizers.functional import repair_clips
+from amct_lightning.quantizers.functions.activation import fake_quantize_activation
+from amct_lightning.quantizers.functions.weight import ChannelLayout, arq_scale, fake_quantize_weight
 from amct_lightning.quantizers.transforms import transforming
-from amct_lightning.quantizers.weight_functional import ChannelLayout, arq_scale, fake_quantize_weight
 
 _LIBRARY = torch.library.Library("amct_lightning", "DEF")
 _LIBRARY.define(

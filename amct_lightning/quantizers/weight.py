@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from amct_lightning.quantizers.base import Quantizer, is_exporting
-from amct_lightning.quantizers.operators import takes_operators, weight_operator
-from amct_lightning.quantizers.transforms import transforming
-from amct_lightning.quantizers.weight_functional import (
+from amct_lightning.quantizers.functions.weight import (
     ChannelLayout,
     arq_scale,
     fake_quantize_weight,
     fake_quantize_weight_learned,
     scale_gradient_factor,
 )
+from amct_lightning.quantizers.operators import takes_operators, weight_operator
+from amct_lightning.quantizers.transforms import transforming
 
 
 class WeightQuantizer(Quantizer):

@@ -9,20 +9,16 @@ import torch
 from torch import nn
 
 from amct_lightning.layer_types import LAYER_TYPES
-from amct_lightning.quantizers.functional import (
-    activation_scale_offset,
-    fake_quantize_activation,
-    guard_scale,
-    repair_clips,
-)
-from amct_lightning.quantizers.ifmr import IfmrResult, ifmr
-from amct_lightning.quantizers.weight_functional import (
+from amct_lightning.quantizers.functional import activation_scale_offset, guard_scale, repair_clips
+from amct_lightning.quantizers.functions.activation import fake_quantize_activation
+from amct_lightning.quantizers.functions.weight import (
     ChannelLayout,
     arq_scale,
     fake_quantize_weight,
     fake_quantize_weight_learned,
     scale_gradient_factor,
 )
+from amct_lightning.quantizers.ifmr import IfmrResult, ifmr
 from tests.golden_data import OperatorCase, operator_cases
 from tests.golden_exceptions import ULQ_ACT_CASES as RANGE_REPAIRED
 

@@ -7,18 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from amct_lightning.quantizers.functional import (
-    activation_scale_offset,
-    fake_quantize_activation,
-    half_range,
-    repair_clips,
-)
-from amct_lightning.quantizers.ifmr import ifmr
-from amct_lightning.quantizers.weight_functional import (
+from amct_lightning.quantizers.functional import activation_scale_offset, half_range, repair_clips
+from amct_lightning.quantizers.functions.activation import fake_quantize_activation
+from amct_lightning.quantizers.functions.weight import (
     ChannelLayout,
     arq_scale,
     fake_quantize_weight,
 )
+from amct_lightning.quantizers.ifmr import ifmr
 
 activation_bits = st.sampled_from([4, 8, 16])
 weight_bits = st.sampled_from([4, 8])

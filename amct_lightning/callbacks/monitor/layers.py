@@ -14,7 +14,7 @@ from amct_lightning.modules import QATLayer, quantized_layers
 from amct_lightning.modules.folding import current_weight, is_sharded
 from amct_lightning.quantizers import ActivationQuantizer, WeightQuantizer
 from amct_lightning.quantizers.functional import activation_scale_offset
-from amct_lightning.quantizers.weight_functional import fake_quantize_weight
+from amct_lightning.quantizers.functions.weight import fake_quantize_weight
 
 FACTORS = (
     "clip_max",

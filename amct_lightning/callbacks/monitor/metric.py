@@ -7,11 +7,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from amct_lightning.quantizers import ActivationQuantizer
-from amct_lightning.quantizers.functional import (
-    activation_scale_offset,
-    fake_quantize_activation,
-    half_range,
-)
+from amct_lightning.quantizers.functional import activation_scale_offset, half_range
+from amct_lightning.quantizers.functions.activation import fake_quantize_activation
 
 SUMS = ("elements", "below", "above", "signal", "noise")
 """What is summed up per layer: elements, those below and above the range, squares of values and of their errors."""

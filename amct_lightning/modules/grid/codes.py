@@ -12,16 +12,10 @@ import torch
 from torch import Tensor
 
 from amct_lightning.quantizers import ActivationQuantizer, ChannelLayout, LearnedWeightQuantizer, WeightQuantizer
-from amct_lightning.quantizers.functional import (
-    activation_gradients,
-    activation_scale_offset,
-    activation_tangent,
-    half_range,
-    quantize,
-    usable_scale,
-)
+from amct_lightning.quantizers.functional import activation_scale_offset, half_range, quantize, usable_scale
+from amct_lightning.quantizers.functions.activation import activation_gradients, activation_tangent
+from amct_lightning.quantizers.functions.weight import gradient_of_scale, slope_of_scale
 from amct_lightning.quantizers.transforms import call, differentiable_once, direct_form, transforming
-from amct_lightning.quantizers.weight_functional import gradient_of_scale, slope_of_scale
 
 
 class Codes(NamedTuple):

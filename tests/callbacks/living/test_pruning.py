@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amct_lightning import QuantRecord, QuantRetrainCallback, load_qat_checkpoint, quantized_layers
 from amct_lightning.quantizers import ChannelLayout
-from amct_lightning.quantizers.weight_functional import arq_scale
+from amct_lightning.quantizers.functions.weight import arq_scale
 from tests.callbacks.conftest import BATCHES, Net, TrainerFactory, loader
 
 ULQ = {"weights": {"algo": "ulq_retrain"}}

@@ -15,7 +15,7 @@ from amct_lightning import QuantRetrainCallback, QuantSchedule, prepare_qat, qua
 from amct_lightning.callbacks.schedule.schedule import Part, Position
 from amct_lightning.modules import activation_quantizers, learned_factors
 from amct_lightning.quantizers import ChannelLayout
-from amct_lightning.quantizers.weight_functional import arq_scale
+from amct_lightning.quantizers.functions.weight import arq_scale
 from tests.callbacks.conftest import BATCHES, Net, TrainerFactory, loader
 
 

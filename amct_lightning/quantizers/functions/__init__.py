@@ -1,0 +1,1 @@
+"""The fake quantization of activations and weights, with gradients."""

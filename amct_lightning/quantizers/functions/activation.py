@@ -1,0 +1,169 @@
+"""The fake quantization of activations with its gradients: AMCT's learned clips (ULQ), as pure functions.
+
+``b`` is the number of bits and ``h = 2^(b-1)``; integers run from ``-h`` to ``h-1``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amct_lightning.quantizers.functional import (
+    activation_scale_offset,
+    dequantize_,
+    quantize,
+    range_ends,
+    rounding_error,
+)
+from amct_lightning.quantizers.transforms import call, differentiable_once, direct_form, times_, transforming
+
+
+def fake_quantize_activation(
+    x: Tensor,
+    clip_max: Tensor,
+    clip_min: Tensor,
+    upper: Tensor,
+    lower: Tensor,
+    num_bits: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Quantize and dequantize ``x``, with learned-clip (ULQ) gradients.
+
+    ``y = (clamp(round(x/s + o), -h, h-1) - o) * s`` with scale and offset of the range ``[lower, upper]``.
+
+    Args:
+        x: Activations of any shape.
+        clip_max: Parameter that receives the gradient of the upper clip, 0-d float32.
+        clip_min: Parameter that receives the gradient of the lower clip, 0-d float32.
+        upper: The upper clip to use, that is ``clip_max`` after :func:`repair_clips`.
+        lower: The lower clip to use.
+        num_bits: 4, 8 or 16.
+        dtype: Dtype of the arithmetic, there and back; ``None`` for that of ``x``. What is kept for backward is
+            ``x`` itself in any case.
+
+    Returns:
+        The fake-quantized activations, shape and dtype of ``x``.
+
+    Example:
+        >>> high, low = torch.tensor(2.55), torch.tensor(0.0)
+        >>> fake_quantize_activation(torch.tensor([0.014, 9.0]), high, low, high, low, 8)
+        tensor([0.0100, 2.5500])
+    """
+    with torch.no_grad():
+        scale, offset = activation_scale_offset(upper, lower, num_bits)
+    settings = num_bits, dtype or x.dtype
+    return call(_FakeQuantizeActivation, _DIRECT, x, clip_max, clip_min, upper, lower, scale, offset, settings)
+
+
+class _FakeQuantizeActivation(torch.autograd.Function):
+    """Keeps only ``x`` and single numbers for backward; everything else is cheap to rebuild."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        _max: Tensor,
+        _min: Tensor,
+        _upper: Tensor,
+        _lower: Tensor,
+        scale: Tensor,
+        offset: Tensor,
+        settings: tuple[int, torch.dtype],
+    ) -> Tensor:
+        num_bits, dtype = settings
+        return dequantize_(quantize(x.to(dtype), scale, num_bits, offset), scale, offset).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, _, *numbers, ctx.settings = inputs
+        if any(ctx.needs_input_grad[:3]):
+            ctx.save_for_backward(x, *numbers)
+        if transforming():
+            ctx.save_for_forward(x, *numbers)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = activation_gradients(ctx.saved_tensors, ctx.settings, ctx.needs_input_grad[:3], grad)
+        return (*gradients, None, None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor | None, clip_max: Tensor | None, clip_min: Tensor | None, *_: Any) -> Tensor:
+        saved = ctx.saved_tensors
+        return activation_tangent(saved, ctx.settings, (x, clip_max, clip_min)).to(saved[0].dtype)
+
+
+_DIRECT = direct_form(_FakeQuantizeActivation)
+
+
+def activation_gradients(
+    saved: tuple[Tensor, ...], settings: tuple[int, torch.dtype], needs: Sequence[bool], grad: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of the input and of both clips from that of the fake-quantized activations.
+
+    Args:
+        saved: The activations, upper and lower clip, scale and offset.
+        settings: Number of bits, and dtype of the arithmetic.
+        needs: Which of the three are wanted; the others are ``None``.
+        grad: The gradient.
+    """
+    (x, upper, lower, scale, offset), (num_bits, dtype) = saved, settings
+    x, grad = x.to(dtype), grad.to(dtype)
+    largest, smallest = range_ends(scale, num_bits, offset)
+    # The gradient where x is above and below the range, 0 elsewhere, without a mask: those are slow on CPUs.
+    above = torch.ops.aten.threshold_backward(grad, x - largest, 0)
+    below = torch.ops.aten.threshold_backward(grad, smallest - x, 0)
+    inside = torch.sub(grad, above).sub_(below)
+    grad_x = inside.to(saved[0].dtype) if needs[0] else None
+    if not (needs[1] or needs[2]):
+        return grad_x, None, None
+    if dtype.itemsize < scale.dtype.itemsize:  # single numbers, rounded to it, would be too coarse
+        above_range, below_range, slope = _slopes(saved, settings, clips=True)
+        grad_max = ((slope + above_range) * grad).sum().to(upper.dtype) if needs[1] else None
+        grad_min = ((below_range.to(dtype) - slope) * grad).sum().to(lower.dtype) if needs[2] else None
+        return grad_x, grad_max, grad_min
+    error = rounding_error(x / scale, num_bits)
+    error = times_(error, inside)
+    shared, upper_sum, lower_sum = (terms.sum() for terms in (error, above, below))
+    for end, part in ((upper, upper_sum), (lower, lower_sum)):
+        shared = torch.addcmul(shared, rounding_error(end / scale, num_bits), part)
+    shared = shared / (2**num_bits - 1)
+    grad_max = (shared + upper_sum).to(upper.dtype) if needs[1] else None
+    grad_min = (lower_sum - shared).to(lower.dtype) if needs[2] else None
+    return grad_x, grad_max, grad_min
+
+
+def activation_tangent(
+    saved: tuple[Tensor, ...], settings: tuple[int, torch.dtype], tangents: Sequence[Tensor | None]
+) -> Tensor:
+    """Return the tangent of the fake-quantized activations, in the dtype of the arithmetic.
+
+    Args:
+        saved: The activations, upper and lower clip, scale and offset.
+        settings: Number of bits, and dtype of the arithmetic.
+        tangents: Those of the input, the upper and the lower clip.
+    """
+    x, clip_max, clip_min = tangents
+    above, below, error = _slopes(saved, settings, clips=True)
+    tangent = torch.zeros_like(error) if x is None else torch.where(above | below, 0.0, x.to(error.dtype))
+    if clip_max is not None:
+        tangent = tangent + (error + above) * clip_max
+    if clip_min is not None:
+        tangent = tangent + (below.to(error.dtype) - error) * clip_min
+    return tangent
+
+
+def _slopes(saved: tuple[Tensor, ...], settings: tuple[int, torch.dtype], clips: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where ``x`` is above and below the range, and the part of the gradients of the clips that they share."""
+    (x, upper, lower, scale, offset), (num_bits, dtype) = saved, settings
+    x = x.to(dtype)
+    largest, smallest = range_ends(scale, num_bits, offset)
+    above, below = x > largest, x < smallest
+    if not clips:
+        return above, below, x
+    codes = torch.where(above, upper, torch.where(below, lower, x)).div_(scale)
+    return above, below, torch.round(codes).sub_(codes).div_(2**num_bits - 1)
