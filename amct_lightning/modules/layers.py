@@ -15,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amct_lightning.modules.fused.forward import run_fused, runs_fused
+from amct_lightning.modules.fused.products import MatrixProduct
 from amct_lightning.modules.grid.forward import forward_on_grid
 from amct_lightning.modules.grid.norm import FoldedNorm, norm_of, release_norm
 from amct_lightning.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer, is_exporting
 from amct_lightning.quantizers.base import in_torch_export
+from amct_lightning.quantizers.executors import COMPOSITE
 from amct_lightning.quantizers.transforms import call, direct_form
 
 _Layer = TypeVar("_Layer", bound="QATLayer")
@@ -153,8 +156,15 @@ class QATLayer(nn.Module):
                 return self._operate(x, weight, None, *args, **kwargs)
 
             return forward_on_grid(self, self.folded_norm(), self.kept(input, weight), operate)
-        x = self.input_quantizer(self.kept(input, weight), self.calibrates_input)
+        input = self.kept(input, weight)
+        if runs_fused(self, input):
+            return self._run_fused(input, *args, **kwargs)
+        x = self.input_quantizer(input, self.calibrates_input)
         return self._operate(x, self.weight_quantizer(weight), cast("Tensor | None", self.bias), *args, **kwargs)
+
+    def _run_fused(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the layer on quantized input and weight as one operation for autograd."""
+        raise TypeError(f"{type(self).__name__} is not a complete QAT layer: it defines no _run_fused().")
 
     @property
     def on_grid(self) -> bool:
@@ -249,6 +259,9 @@ class QATLinear(QATLayer, nn.Linear):
 
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
+
+    def _run_fused(self, input: Tensor) -> Tensor:
+        return run_fused(self, COMPOSITE, MatrixProduct(), input, None)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

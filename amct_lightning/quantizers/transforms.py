@@ -27,6 +27,11 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active()  # what torch.autograd.Function.apply itself goes by
 
 
+def differentiating_forward() -> bool:
+    """Tell whether a level of forward-mode differentiation (``torch.autograd.forward_ad``) is entered."""
+    return torch.autograd.forward_ad._current_level >= 0  # there is no public way to ask
+
+
 def transforming_calibrated(calibrated: bool) -> bool:
     """Tell whether a transform is at work, and refuse one that runs what is not calibrated: it cannot be there.
 

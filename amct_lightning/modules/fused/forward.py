@@ -1,0 +1,61 @@
+"""When a layer is run as one operation for autograd, and how."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amct_lightning.modules.fused.function import Call, cast, quantized_product
+from amct_lightning.modules.fused.products import Product
+from amct_lightning.quantizers import is_exporting
+from amct_lightning.quantizers.executors import Executor
+from amct_lightning.quantizers.transforms import differentiating_forward, transforming
+
+
+def runs_fused(layer: Any, input: Tensor) -> bool:
+    """Tell whether a layer can be run as one operation now: graphs, transforms and subclasses of tensors take it apart.
+
+    Args:
+        layer: The layer.
+        input: Its input.
+    """
+    if torch.compiler.is_compiling() or transforming() or is_exporting() or differentiating_forward():
+        return False
+    plain = (Tensor, nn.Parameter)
+    tensors = (input, layer.weight, layer.bias)
+    if any(tensor is not None and type(tensor) not in plain for tensor in tensors):
+        return False
+    return not any(_has_hooks(quantizer) for quantizer in (layer.input_quantizer, layer.weight_quantizer))
+
+
+def run_fused(layer: Any, executor: Executor, product: Product, x: Tensor, observed: Tensor | None) -> Tensor:
+    """Return the output of a quantized layer.
+
+    Args:
+        layer: The layer.
+        executor: What runs the formulas of its quantizers.
+        product: The operation of the layer.
+        x: The input.
+        observed: The input before it was padded, if it was.
+    """
+    weight, bias, dtype = layer.weight, layer.bias, _autocast_dtype(x)
+    call = Call(
+        product, executor, layer.input_quantizer, layer.weight_quantizer, layer.calibrates_input, observed, dtype
+    )
+    if torch.is_grad_enabled():
+        return quantized_product(call, x, weight, bias)
+    values, _ = executor.quantize_input(layer.input_quantizer, x, layer.calibrates_input, observed)
+    weights, _ = executor.quantize_weight(layer.weight_quantizer, weight)
+    return product.forward(cast(values, dtype), cast(weights, dtype), cast(bias, dtype))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if active else None

@@ -1,0 +1,104 @@
+"""The autograd function of a quantized layer: it keeps input and weight, and rebuilds their quantized values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amct_lightning.modules.fused.products import Gradients, Needs, Product
+from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, WeightQuantizer
+from amct_lightning.quantizers.executors import Executor
+from amct_lightning.quantizers.transforms import differentiable_once
+
+
+@dataclass
+class Call:
+    """How a layer is called.
+
+    Attributes:
+        product: Its operation.
+        executor: What runs the formulas of its quantizers.
+        input_quantizer: Quantizer of the input.
+        weight_quantizer: Quantizer of the weight.
+        observe: Whether a calibrating quantizer counts the input as a batch.
+        observed: The input before it was padded, to calibrate on.
+        dtype: Dtype of the product, that of autocast; ``None`` for those of input and weight.
+    """
+
+    product: Product
+    executor: Executor
+    input_quantizer: ActivationQuantizer
+    weight_quantizer: WeightQuantizer
+    observe: bool
+    observed: Tensor | None
+    dtype: torch.dtype | None
+
+
+def quantized_product(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the output of a layer from its quantized input and weight, with the gradients of AMCT.
+
+    Args:
+        call: How the layer is called.
+        x: The input.
+        weight: The weight.
+        bias: The bias.
+    """
+    clips = call.input_quantizer
+    scale = call.weight_quantizer.scale if isinstance(call.weight_quantizer, LearnedWeightQuantizer) else None
+    output: Tensor = _QuantizedProduct.apply(x, weight, bias, clips.clip_max, clips.clip_min, scale, call)
+    return output
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """Factors are no saved tensors: they are single numbers that nobody else has, and no float layer keeps them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        _max: Tensor,
+        _min: Tensor,
+        _scale: Tensor | None,
+        call: Call,
+    ) -> Tensor:
+        executor, dtype = call.executor, call.dtype
+        values, ctx.factors = executor.quantize_input(call.input_quantizer, x, call.observe, call.observed)
+        weights, ctx.weight_factors = executor.quantize_weight(call.weight_quantizer, weight)
+        ctx.product, ctx.executor, ctx.dtype = call.product, executor, dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight)
+        return call.product.forward(cast(values, dtype), cast(weights, dtype), cast(bias, dtype))
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_x, of_weight, of_bias, of_max, of_min, of_scale = ctx.needs_input_grad[:6]
+        x, weight = ctx.saved_tensors  # read once, as activation checkpointing demands
+        needs = (of_x or of_max or of_min, of_weight or of_scale, of_bias)
+        grad_x, grad_weight, grad_bias = _product_gradients(ctx, grad, x, weight, needs)
+        grad_max, grad_min, grad_scale = None, None, None
+        if grad_x is not None:
+            wanted = of_x, of_max, of_min
+            grad_x, grad_max, grad_min = ctx.executor.input_gradients(x, grad_x, ctx.factors, wanted)
+        if of_scale:
+            grad_scale = ctx.executor.scale_gradient(weight, grad_weight, ctx.weight_factors)
+        grad_weight = cast(grad_weight, weight.dtype) if of_weight else None
+        return grad_x, grad_weight, cast(grad_bias, ctx.bias_dtype), grad_max, grad_min, grad_scale, None
+
+
+def _product_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, needs: Needs) -> Gradients:
+    """Return the gradients of the product; what was rebuilt for them is gone when it returns."""
+    values = ctx.executor.rebuild_input(x, ctx.factors) if needs[1] else x
+    weights = ctx.executor.rebuild_weight(weight, ctx.weight_factors) if needs[0] else weight
+    found: Gradients = ctx.product.backward(grad, cast(values, ctx.dtype), cast(weights, ctx.dtype), needs)
+    return found
+
+
+def cast(tensor: Any, dtype: torch.dtype | None) -> Any:
+    """Return a tensor in a dtype, or as it is if there is none of either."""
+    return tensor if tensor is None or dtype is None else tensor.to(dtype)

@@ -1,0 +1,149 @@
+"""The executor that is the reference of all others: one operator of torch after another, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amct_lightning.quantizers.activation import ActivationQuantizer
+from amct_lightning.quantizers.functional import activation_scale_offset, dequantize_, quantize
+from amct_lightning.quantizers.functions.activation import activation_gradients
+from amct_lightning.quantizers.functions.weight import ChannelLayout, gradient_of_scale
+from amct_lightning.quantizers.weight import LearnedWeightQuantizer, WeightQuantizer
+
+
+class Factors(NamedTuple):
+    """What a tensor was quantized with, single numbers on its device.
+
+    Attributes:
+        upper: Upper clip, 0-d float32.
+        lower: Lower clip, 0-d float32.
+        scale: Scale, 0-d float32.
+        offset: Offset, an integer, 0-d float32.
+        num_bits: Number of bits.
+    """
+
+    upper: Tensor
+    lower: Tensor
+    scale: Tensor
+    offset: Tensor
+    num_bits: int
+
+
+class WeightFactors(NamedTuple):
+    """What a weight was quantized with.
+
+    Attributes:
+        scale: Scale, float32, shaped to broadcast over ``layout.view(weight)``.
+        layout: Where the output channels are.
+        num_bits: Number of bits.
+        gradient_factor: By what the gradient of a learned scale is normalized; 0 for a scale that is not learned.
+    """
+
+    scale: Tensor
+    layout: ChannelLayout
+    num_bits: int
+    gradient_factor: float
+
+
+class Executor:
+    """Computes what a quantized layer needs besides its product, in forward and in backward; without a graph.
+
+    Backward gets the input and the weight as they were and rebuilds their quantized values, so that nothing is kept
+    that a float layer does not keep. This class runs the formulas in operators of torch; others give the same integers.
+
+    Attributes:
+        name: What it is called in settings and reports.
+
+    Example:
+        >>> executor = Executor()
+        >>> quantizer = ActivationQuantizer(num_bits=8, clip=(2.55, -1e-9), fixed_min=True)
+        >>> with torch.no_grad():
+        ...     values, factors = executor.quantize_input(quantizer, torch.tensor([0.014, 9.0]))
+        >>> values, executor.rebuild_input(torch.tensor([0.021]), factors)
+        (tensor([0.0100, 2.5500]), tensor([0.0200]))
+    """
+
+    name: ClassVar[str] = "composite"
+
+    def quantize_input(
+        self, quantizer: ActivationQuantizer, x: Tensor, observe: bool = True, observed: Tensor | None = None
+    ) -> tuple[Tensor, Factors]:
+        """Return the fake-quantized input in its own dtype, and its factors; in training keep the quantizer's books.
+
+        Args:
+            quantizer: The quantizer of the input.
+            x: The input, of any floating dtype.
+            observe: Whether a calibrating quantizer counts it as a batch.
+            observed: The tensor to calibrate on in its place, which has the same values.
+        """
+        upper, lower = quantizer.update_range(x if observed is None else observed, observe)
+        factors = Factors(upper, lower, *activation_scale_offset(upper, lower, quantizer.num_bits), quantizer.num_bits)
+        return self.rebuild_input(x, factors), factors
+
+    def rebuild_input(self, x: Tensor, factors: Factors) -> Tensor:
+        """Return the fake-quantized input in its own dtype.
+
+        Args:
+            x: The input.
+            factors: What :meth:`quantize_input` gave for it.
+        """
+        codes = quantize(x.float(), factors.scale, factors.num_bits, factors.offset)
+        return dequantize_(codes, factors.scale, factors.offset).to(x.dtype)
+
+    def input_gradients(
+        self, x: Tensor, grad: Tensor, factors: Factors, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients of the input and of both clips from that of the fake-quantized input.
+
+        Args:
+            x: The input.
+            grad: The gradient, in the memory format of any tensor.
+            factors: What :meth:`quantize_input` gave for it.
+            needs: Which of the three are wanted; the others are ``None``.
+        """
+        *numbers, num_bits = factors
+        return activation_gradients((x, *numbers), (num_bits, torch.float32), needs, grad)
+
+    def quantize_weight(self, quantizer: WeightQuantizer, weight: Tensor) -> tuple[Tensor, WeightFactors]:
+        """Return the fake-quantized weight in its own dtype, and its factors; keep the quantizer's books.
+
+        Args:
+            quantizer: The quantizer of the weight.
+            weight: The weight.
+        """
+        learned = isinstance(quantizer, LearnedWeightQuantizer)
+        factor = quantizer.gradient_factor if isinstance(quantizer, LearnedWeightQuantizer) else 0.0
+        scale = quantizer.present_scale(weight.float())
+        # A learned scale is a parameter, which an optimizer may have changed until backward.
+        factors = WeightFactors(scale.clone() if learned else scale, quantizer.layout, quantizer.num_bits, factor)
+        return self.rebuild_weight(weight, factors), factors
+
+    def rebuild_weight(self, weight: Tensor, factors: WeightFactors) -> Tensor:
+        """Return the fake-quantized weight in its own dtype.
+
+        Args:
+            weight: The weight.
+            factors: What :meth:`quantize_weight` gave for it.
+        """
+        values = weight.float()
+        codes = quantize(factors.layout.view(values), factors.scale, factors.num_bits)
+        return dequantize_(codes, factors.scale).view_as(values).to(weight.dtype)
+
+    def scale_gradient(self, weight: Tensor, grad: Tensor, factors: WeightFactors) -> Tensor:
+        """Return the gradient of learned scales, 1-d, from that of the fake-quantized weight.
+
+        Args:
+            weight: The weight.
+            grad: The gradient.
+            factors: What :meth:`quantize_weight` gave for it.
+        """
+        scale, layout, num_bits, factor = factors
+        return gradient_of_scale((weight.float(), scale), (layout, num_bits, factor), grad.float()).flatten()
+
+
+COMPOSITE = Executor()
+"""The reference; it has no state."""
