@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# What no test says otherwise runs on the reference, in processes that tests start as well.
+os.environ.setdefault("AMCT_LIGHTNING_EXECUTION", "composite")
 
 pytest_plugins = ["tests.ascend_sim.plugin"]
 

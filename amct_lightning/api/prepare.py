@@ -15,6 +15,8 @@ from amct_lightning.conversion.on_target import OnUnsupported, TargetLike, Targe
 from amct_lightning.graph.float_model import check_float_model
 from amct_lightning.graph.forward import InputData
 from amct_lightning.modules.degenerate import OnDegenerate, check_on_degenerate, set_on_degenerate
+from amct_lightning.modules.fused.choice import set_execution
+from amct_lightning.quantizers.executors import Execution, check_execution
 
 _logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ def prepare_qat(
     allow_reuse: bool = False,
     search_n: bool = False,
     deploy_grid: bool = False,
+    execution: Execution = "auto",
     on_degenerate: OnDegenerate = "amct",
     target: TargetLike = None,
     on_unsupported: OnUnsupported = "error",
@@ -53,6 +56,11 @@ def prepare_qat(
         deploy_grid: Compute with what the device computes with, so that the deployed network gives the same codes in
             every layer: quantize by the float32 reciprocal of the scale, add a bias of int32 to integer sums, keep 19
             bits of their scale, and in evaluation fold the BatchNorm into its convolution. AMCT's training does not.
+        execution: What runs the formulas of the quantizers. ``"composite"``, the reference, runs operators of torch one
+            by one, on any device. ``"compiled"`` runs kernels that Inductor compiles once for a machine: the same
+            integers, and gradients of clips and learned scales whose sums are in another order. ``"auto"`` takes the
+            compiled ones where a compiler is found, and else the others. Layers on ``deploy_grid``, under
+            ``torch.compile``, in transforms and exports, and LSTM and GRU do without it.
         on_degenerate: What a calibration does with a batch in which nothing but 0, or nearly so, reaches a layer: with
             ``"amct"`` it counts, the scale becomes 1 as in AMCT and a warning says so; with ``"wait"`` it does not
             count, and the layer calibrates on until a batch has values. It is no part of the state.
@@ -80,12 +88,14 @@ def prepare_qat(
         )
     """
     check_on_degenerate(on_degenerate, "prepare_qat")
+    check_execution(execution, "prepare_qat")
     check_float_model(model)
     rules, name = TargetRules.of(target, on_unsupported, "prepare_qat"), source or config_source(config)
     plan = make_plan(model, load_config(config), input_data, name, allow_reuse, search_n, rules, deploy_grid)
     converted = model if inplace else _copy(model)
     convert_layers(converted, plan)
     set_on_degenerate(converted, on_degenerate)
+    set_execution(converted, execution)
     return converted
 
 

@@ -18,6 +18,7 @@ from amct_lightning.conversion.report import conversion_report
 from amct_lightning.files import check_writable, is_file, write_text
 from amct_lightning.graph.forward import InputData
 from amct_lightning.modules.degenerate import OnDegenerate
+from amct_lightning.quantizers.executors import Execution
 
 _logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ def create_quant_retrain_model(
     allow_reuse: bool = False,
     search_n: bool = False,
     deploy_grid: bool = False,
+    execution: Execution = "auto",
     on_degenerate: OnDegenerate = "amct",
     target: TargetLike = None,
     on_unsupported: OnUnsupported = "error",
@@ -97,6 +99,7 @@ def create_quant_retrain_model(
         allow_reuse: See :func:`prepare_qat`.
         search_n: See :func:`prepare_qat`.
         deploy_grid: See :func:`prepare_qat`.
+        execution: See :func:`prepare_qat`.
         on_degenerate: See :func:`prepare_qat`.
         target: See :func:`prepare_qat`.
         on_unsupported: See :func:`prepare_qat`.
@@ -124,7 +127,7 @@ def create_quant_retrain_model(
     texts = {"config_file": (config_file, str), "record_file": (record_file, str)}
     check_arguments("create_quant_retrain_model", model, input_data, texts)
     options: dict[str, Any] = {"allow_reuse": allow_reuse, "search_n": search_n, "on_degenerate": on_degenerate}
-    options |= {"target": target, "on_unsupported": on_unsupported, "deploy_grid": deploy_grid}
+    options |= {"target": target, "on_unsupported": on_unsupported, "deploy_grid": deploy_grid, "execution": execution}
     converted = _convert(config_file, model, record_file, input_data, options)
     _start_record(converted, record_file)
     return wrap_like(converted, model)
@@ -141,6 +144,7 @@ def restore_quant_retrain_model(
     allow_reuse: bool = False,
     search_n: bool = False,
     deploy_grid: bool = False,
+    execution: Execution = "auto",
     on_degenerate: OnDegenerate = "amct",
     target: TargetLike = None,
     on_unsupported: OnUnsupported = "error",
@@ -162,6 +166,7 @@ def restore_quant_retrain_model(
         allow_reuse: See :func:`prepare_qat`.
         search_n: See :func:`prepare_qat`.
         deploy_grid: See :func:`prepare_qat`.
+        execution: See :func:`prepare_qat`.
         on_degenerate: See :func:`prepare_qat`.
         target: See :func:`prepare_qat`.
         on_unsupported: See :func:`prepare_qat`.
@@ -198,7 +203,7 @@ def restore_quant_retrain_model(
     refuse_same_file(record_file, pth_file, "checkpoint")
     state_dict = select_state_dict(read_checkpoint(pth_file), state_dict_name, pth_file)
     options: dict[str, Any] = {"allow_reuse": allow_reuse, "search_n": search_n, "on_degenerate": on_degenerate}
-    options |= {"target": target, "on_unsupported": on_unsupported, "deploy_grid": deploy_grid}
+    options |= {"target": target, "on_unsupported": on_unsupported, "deploy_grid": deploy_grid, "execution": execution}
     converted = _convert(config_file, model, record_file, input_data, options)
     restore_state(converted, state_dict, pth_file)
     _start_record(converted, record_file)

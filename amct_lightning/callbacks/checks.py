@@ -18,6 +18,7 @@ from amct_lightning.files import Location, is_file
 from amct_lightning.modules import activation_quantizers, quantized_layers
 from amct_lightning.modules.calibration import missed_layers
 from amct_lightning.modules.degenerate import check_on_degenerate
+from amct_lightning.quantizers.executors import check_execution
 from amct_lightning.wording import abbreviated, cut_off
 
 
@@ -61,6 +62,7 @@ def check_arguments(callback: Any) -> None:
     for name in ("allow_reuse", "search_n", "deploy_grid"):
         if not isinstance(getattr(callback, name), bool):
             raise TypeError(f"QuantRetrainCallback({name}={getattr(callback, name)!r}): must be True or False.")
+    check_execution(callback.execution, "QuantRetrainCallback")
     if callback.batch_to_input is not None and not callable(callback.batch_to_input):
         raise TypeError("QuantRetrainCallback(batch_to_input=...) must be a function of a batch, or None.")
     if config is not None and not isinstance(config, (str, Path, RetrainConfig, QuantChoices, Mapping)):

@@ -43,6 +43,7 @@ from amct_lightning.conversion.on_target import OnUnsupported, TargetLike, Targe
 from amct_lightning.modules import leave_out_of_broadcast, quantized_layers
 from amct_lightning.modules.degenerate import OnDegenerate
 from amct_lightning.modules.folding import is_sharded
+from amct_lightning.quantizers.executors import Execution
 
 
 class QuantRetrainCallback(EvaluationHooks):
@@ -87,6 +88,8 @@ class QuantRetrainCallback(EvaluationHooks):
         export_dir: Where to, with its record; ``None`` means ``export`` in the Trainer's ``default_root_dir``.
         verify_batches: Number of evaluation batches to verify it on, see :func:`amct_lightning.verify_export`.
         deploy_grid: Compute with what the device computes with; see :func:`amct_lightning.prepare_qat`.
+        execution: What runs the quantizers: ``"composite"``, ``"compiled"``, or ``"auto"`` for the faster of those that
+            work here; see :func:`amct_lightning.prepare_qat`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -127,6 +130,7 @@ class QuantRetrainCallback(EvaluationHooks):
         export_dir: str | Path | None = None,
         verify_batches: int = 1,
         deploy_grid: bool = False,
+        execution: Execution = "auto",
     ) -> None:
         super().__init__()
         self.config = config
@@ -147,6 +151,7 @@ class QuantRetrainCallback(EvaluationHooks):
         self._rules = TargetRules.of(target, on_unsupported, "QuantRetrainCallback")
         self._exports = ExportSettings.of(export, export_dir, verify_batches)
         self.deploy_grid = deploy_grid
+        self.execution = execution
         check_arguments(self)
         self._calibration = CalibrationCount(on_degenerate)
         self._modules: list[nn.Module] = []
@@ -167,7 +172,7 @@ class QuantRetrainCallback(EvaluationHooks):
         begin_in_float(self.float_checkpoint, trainer, pl_module, self.submodule)
         choices = self.config, self.schedule, self.input_data, self.batch_to_input
         options = self.allow_reuse, self.search_n, self._rules, self.deploy_grid
-        Conversion(*choices, *options).apply(trainer, pl_module, state)
+        Conversion(*choices, *options, self.execution).apply(trainer, pl_module, state)
         leave_out_of_broadcast(pl_module)  # the module that DDP wraps
         self._watch = ModuleWatch(pl_module, model)
         expect_float(model, is_fitting)  # sanity check and model summary run the layers before any calibration

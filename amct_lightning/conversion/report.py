@@ -15,6 +15,7 @@ from amct_lightning.conversion.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.graph.eligibility import NOT_REACHED
 from amct_lightning.layer_types import supported_class
 from amct_lightning.modules import QATLayer
+from amct_lightning.modules.fused.choice import execution_of
 from amct_lightning.wording import TEXT_BOX, abbreviated, as_html, as_text, cut_off
 
 MISSED = "no training batch has reached it, so that it has no range: evaluated in float, not in the record"
@@ -72,6 +73,7 @@ class ConversionReport:
             and how many of each.
         target: The generation of hardware that the settings were checked for, if that was asked for.
         deploy_grid: Whether the layers compute with what the device computes with.
+        execution: What runs their quantizers, where the model was when the report was made.
     """
 
     rows: tuple[ReportRow, ...]
@@ -79,6 +81,7 @@ class ConversionReport:
     float_parts: tuple[tuple[str, int], ...] = ()
     target: str | None = None
     deploy_grid: bool = False
+    execution: str = "composite"
 
     def __rich__(self) -> RenderableType:
         """Give rich what it shows."""
@@ -101,6 +104,8 @@ class ConversionReport:
         aim = "" if self.target is None else f" for target {self.target}"
         head = f"{sum(row.quantized for row in self.rows)} of {len(self.rows)} layers are quantized{aim} ({_LEGEND})."
         grid = [_ON_GRID] if self.deploy_grid else []
+        if self.execution != "composite":
+            grid.append(f"Their quantizers run as {self.execution} kernels (execution='{self.execution}').")
         return "\n".join([head, *grid, *([f"{beside(self.float_parts)}."] if self.float_parts else [])])
 
     @property
@@ -148,7 +153,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
         )
     ordered = tuple(rows[name] for name in modules if name in rows)
     notes = tuple(_warnings(ordered, plan, modules))
-    return ConversionReport(ordered, notes, plan.float_parts, plan.target, plan.deploy_grid)
+    return ConversionReport(ordered, notes, plan.float_parts, plan.target, plan.deploy_grid, execution_of(root))
 
 
 def quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan) -> ReportRow:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from amct_lightning.modules.fused.forward import run_fused
 from amct_lightning.modules.fused.products import Convolution
 from amct_lightning.modules.layers import QATLayer
-from amct_lightning.quantizers.executors import COMPOSITE
 
 
 class _QATConv(QATLayer):
@@ -19,7 +18,6 @@ class _QATConv(QATLayer):
     bias: Tensor | None
     stride: tuple[int, ...]
     padding: Any
-    padding_mode: str
     dilation: tuple[int, ...]
     groups: int
 
@@ -28,14 +26,10 @@ class _QATConv(QATLayer):
 
     def _run_fused(self, input: Tensor) -> Tensor:
         x, padding = _with_batch(input, len(self.stride)), self.padding
-        if self.padding_mode != "zeros":
-            # Private to torch.nn, as is the forward that it is for: the padding on both sides, last dimension first.
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = (0,) * len(self.stride)
-        elif isinstance(padding, str):
+        if isinstance(padding, str):  # what it stands for is private to torch.nn
             x, padding = _pad_to_same(x, self._reversed_padding_repeated_twice)
         product = Convolution(self.stride, padding, self.dilation, False, (0,) * len(self.stride), self.groups)
-        output = run_fused(self, COMPOSITE, product, x, None if x is input else input)
+        output = run_fused(self, product, x, None if x is input else input)
         return output if input.dim() == x.dim() else output.squeeze(0)
 
 
@@ -74,7 +68,7 @@ class _QATConvTranspose(QATLayer):
         )
         x = _with_batch(input, dims)
         product = Convolution(self.stride, self.padding, self.dilation, True, tuple(added), self.groups)
-        output = run_fused(self, COMPOSITE, product, x, None if x is input else input)
+        output = run_fused(self, product, x, None if x is input else input)
         return output if input.dim() == x.dim() else output.squeeze(0)
 
 

@@ -21,7 +21,6 @@ from amct_lightning.modules.grid.forward import forward_on_grid
 from amct_lightning.modules.grid.norm import FoldedNorm, norm_of, release_norm
 from amct_lightning.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer, is_exporting
 from amct_lightning.quantizers.base import in_torch_export
-from amct_lightning.quantizers.executors import COMPOSITE
 from amct_lightning.quantizers.transforms import call, direct_form
 
 _Layer = TypeVar("_Layer", bound="QATLayer")
@@ -45,6 +44,7 @@ class QATLayer(nn.Module):
         quant_mode: ``"quantized"``; ``"float"`` to run as before the conversion; ``"observe"`` to do so and calibrate
             on the way.
         deploy_grid: Whether it computes with what the device computes with, see :func:`amct_lightning.prepare_qat`.
+        execution: What runs the formulas of its quantizers, see there.
     """
 
     activation_quantizers: ClassVar[tuple[str, ...]] = ("input_quantizer",)
@@ -57,6 +57,7 @@ class QATLayer(nn.Module):
     float_expected_of: int = 0
     quant_mode: Literal["quantized", "float", "observe"] = "quantized"
     deploy_grid: bool = False
+    execution: str = "auto"
 
     @classmethod
     def convert(
@@ -98,7 +99,7 @@ class QATLayer(nn.Module):
         release_norm(self)
         for name in (*self.activation_quantizers, *self.weight_quantizers):
             delattr(self, name)
-        for attribute in ("calibrates_input", "float_expected_of", "quant_mode", "deploy_grid"):
+        for attribute in ("calibrates_input", "float_expected_of", "quant_mode", "deploy_grid", "execution"):
             self.__dict__.pop(attribute, None)
         self.__class__ = self.float_class()  # type: ignore[assignment]
 
@@ -261,7 +262,7 @@ class QATLinear(QATLayer, nn.Linear):
         return F.linear(x, weight, bias)
 
     def _run_fused(self, input: Tensor) -> Tensor:
-        return run_fused(self, COMPOSITE, MatrixProduct(), input, None)
+        return run_fused(self, MatrixProduct(), input, None)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -160,6 +160,18 @@ class ActivationQuantizer(CalibratingQuantizer):
         self._store(*self.usable_clips())
 
     @torch.no_grad()
+    def keep(self, upper: Tensor, lower: Tensor, watched: Tensor) -> None:
+        """Take over what a kernel has made of the clips, as every training forward does.
+
+        Args:
+            upper: The upper clip in use, 0-d float32.
+            lower: The lower clip in use.
+            watched: 0, or NaN if a value of the input was NaN or infinite.
+        """
+        self._store(upper, lower)
+        self.poison.add_(watched)
+
+    @torch.no_grad()
     def freeze(self, frozen: bool = True) -> None:
         """Let training leave the clips alone, or learn them again; a calibration goes on in any case.
 

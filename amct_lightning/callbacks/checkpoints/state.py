@@ -18,6 +18,7 @@ from amct_lightning.modules import QATLayer, activation_quantizers, quantized_la
 from amct_lightning.modules.calibration import missed_layers
 from amct_lightning.modules.convert import PLAN_ATTRIBUTE
 from amct_lightning.modules.folding import is_sharded
+from amct_lightning.modules.fused.choice import execution_of
 from amct_lightning.wording import abbreviated
 
 
@@ -72,6 +73,7 @@ class QuantState:
             "float_layers": layers_in_float(self.model),
             "missed_layers": missed_layers(self.model),
             "observed": observed,
+            "execution": execution_of(self.model),
             "other_parts": {} if self.whole is None else _other_parts(self.whole, found[0]),
         }
 
@@ -111,6 +113,7 @@ class QuantState:
             averages: Copies of the LightningModule, whose states other callbacks are about to load.
         """
         self._loaded = entry
+        warn_of_other_execution(self.converted(), entry)
         self.calibration.steps = entry.get("calibration_steps", 0)
         restore_observed(self.converted(), entry)
         for average in averages if entry else ():
@@ -121,6 +124,22 @@ class QuantState:
         if self._loaded:
             restore_observed(self.converted(), self._loaded)
         self._loaded = {}
+
+
+def warn_of_other_execution(model: nn.Module, entry: Mapping[str, Any]) -> None:
+    """Say so if a training goes on with other kernels than it began with: its numbers then differ by rounding.
+
+    Args:
+        model: The converted module.
+        entry: What :meth:`QuantState.entry` gave; earlier versions did not note it.
+    """
+    before, now = entry.get("execution"), execution_of(model)
+    if before not in (None, now):
+        rank_zero_warn(
+            f"The checkpoint was written with execution='{before}', and the quantizers now run with '{now}': the "
+            "training goes on from the same state, but not to the bit as it would have. "
+            f"QuantRetrainCallback(execution='{before}') runs them as before."
+        )
 
 
 def layers_in_float(model: nn.Module) -> list[str]:

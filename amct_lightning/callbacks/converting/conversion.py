@@ -26,6 +26,8 @@ from amct_lightning.conversion.plan import QuantPlan, carried_plan, find_plan, n
 from amct_lightning.conversion.report import conversion_report
 from amct_lightning.layer_types import supported_class
 from amct_lightning.modules import quantized_layers
+from amct_lightning.modules.fused.choice import set_execution
+from amct_lightning.quantizers.executors import Execution
 from amct_lightning.wording import abbreviated
 
 
@@ -41,6 +43,7 @@ class Conversion:
     search_n: bool
     target: TargetRules | None
     deploy_grid: bool = False
+    execution: Execution = "auto"
 
     def apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: QuantState) -> None:
         """Convert a float model, or make sure that a converted one is quantized as it should be.
@@ -56,6 +59,7 @@ class Conversion:
         self._apply(trainer, pl_module, state)
         if self.target is not None:
             note_target(state.model, self.target.target.name)
+        set_execution(state.model, self.execution)
         done = find_plan(state.model)
         if done is not None:
             convert_averages(pl_module, *done)
@@ -110,6 +114,7 @@ class Conversion:
         plan = self._with_batches(self._first_plan(model, config, source, inputs))
         reshard(pl_module)
         convert_layers(model, plan)
+        set_execution(model, self.execution)
         report = conversion_report(model)
         rank_zero_info(f"QuantRetrainCallback: the record goes to '{state.record.path}'. {report}")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from amct_lightning.modules.fused.function import Call, cast, quantized_product
 from amct_lightning.modules.fused.products import Product
 from amct_lightning.quantizers import is_exporting
-from amct_lightning.quantizers.executors import Executor
+from amct_lightning.quantizers.executors import executor_for
 from amct_lightning.quantizers.transforms import differentiating_forward, transforming
 
 
@@ -30,17 +30,17 @@ def runs_fused(layer: Any, input: Tensor) -> bool:
     return not any(_has_hooks(quantizer) for quantizer in (layer.input_quantizer, layer.weight_quantizer))
 
 
-def run_fused(layer: Any, executor: Executor, product: Product, x: Tensor, observed: Tensor | None) -> Tensor:
+def run_fused(layer: Any, product: Product, x: Tensor, observed: Tensor | None) -> Tensor:
     """Return the output of a quantized layer.
 
     Args:
         layer: The layer.
-        executor: What runs the formulas of its quantizers.
         product: The operation of the layer.
         x: The input.
         observed: The input before it was padded, if it was.
     """
     weight, bias, dtype = layer.weight, layer.bias, _autocast_dtype(x)
+    executor = executor_for(layer.execution, x.device.type)
     call = Call(
         product, executor, layer.input_quantizer, layer.weight_quantizer, layer.calibrates_input, observed, dtype
     )

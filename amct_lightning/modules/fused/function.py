@@ -48,7 +48,8 @@ def quantized_product(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None
     """
     clips = call.input_quantizer
     scale = call.weight_quantizer.scale if isinstance(call.weight_quantizer, LearnedWeightQuantizer) else None
-    output: Tensor = _QuantizedProduct.apply(x, weight, bias, clips.clip_max, clips.clip_min, scale, call)
+    tensors = x, weight, bias, clips.clip_max, clips.clip_min, scale
+    output: Tensor = _QuantizedProduct.apply(*tensors, call)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -71,14 +72,19 @@ class _QuantizedProduct(torch.autograd.Function):
         weights, ctx.weight_factors = executor.quantize_weight(call.weight_quantizer, weight)
         ctx.product, ctx.executor, ctx.dtype = call.product, executor, dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x, weight)
+        if x.requires_grad or call.product.keeps_both:
+            ctx.save_for_backward(x, weight)
+        else:  # the float layer keeps no weight here; it is a parameter, whose owner keeps it
+            ctx.save_for_backward(x)
+            ctx.weight, ctx.version = weight, weight._version
         return call.product.forward(cast(values, dtype), cast(weights, dtype), cast(bias, dtype))
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_x, of_weight, of_bias, of_max, of_min, of_scale = ctx.needs_input_grad[:6]
-        x, weight = ctx.saved_tensors  # read once, as activation checkpointing demands
+        x, *saved = ctx.saved_tensors  # read once, as activation checkpointing demands
+        weight = saved[0] if saved else _unchanged_weight(ctx)
         needs = (of_x or of_max or of_min, of_weight or of_scale, of_bias)
         grad_x, grad_weight, grad_bias = _product_gradients(ctx, grad, x, weight, needs)
         grad_max, grad_min, grad_scale = None, None, None
@@ -89,6 +95,16 @@ class _QuantizedProduct(torch.autograd.Function):
             grad_scale = ctx.executor.scale_gradient(weight, grad_weight, ctx.weight_factors)
         grad_weight = cast(grad_weight, weight.dtype) if of_weight else None
         return grad_x, grad_weight, cast(grad_bias, ctx.bias_dtype), grad_max, grad_min, grad_scale, None
+
+
+def _unchanged_weight(ctx: Any) -> Tensor:
+    if ctx.weight._version != ctx.version:
+        raise RuntimeError(
+            "The weight of a quantized layer was changed in place between its forward and its backward, which needs it "
+            "as it was for the gradients of the clips. Call backward before the optimizer steps."
+        )
+    weight: Tensor = ctx.weight
+    return weight
 
 
 def _product_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, needs: Needs) -> Gradients:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,13 @@ Needs = tuple[bool, bool, bool]
 
 
 class Product(Protocol):
-    """The operation of a layer."""
+    """The operation of a layer.
+
+    Attributes:
+        keeps_both: Whether torch keeps input and weight for backward even if only one of them is needed.
+    """
+
+    keeps_both: ClassVar[bool]
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the output."""
@@ -42,6 +48,8 @@ class MatrixProduct:
         >>> MatrixProduct().forward(torch.ones(2, 3), torch.ones(1, 3), torch.ones(1)).flatten()
         tensor([4., 4.])
     """
+
+    keeps_both: ClassVar[bool] = False
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the output."""
@@ -72,6 +80,8 @@ class Convolution:
         >>> conv.forward(torch.ones(1, 1, 4), torch.ones(1, 1, 3), None)
         tensor([[[3., 3.]]])
     """
+
+    keeps_both: ClassVar[bool] = True
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]

@@ -1,5 +1,15 @@
 """What runs the formulas of a quantized layer: the operators of torch one by one, or kernels that were compiled."""
 
 from amct_lightning.quantizers.executors.base import COMPOSITE, Executor, Factors, WeightFactors
+from amct_lightning.quantizers.executors.choice import Execution, check_execution, executor_for, resolved
 
-__all__ = ["COMPOSITE", "Executor", "Factors", "WeightFactors"]
+__all__ = [
+    "COMPOSITE",
+    "Execution",
+    "Executor",
+    "Factors",
+    "WeightFactors",
+    "check_execution",
+    "executor_for",
+    "resolved",
+]

@@ -1,0 +1,168 @@
+"""The executor whose formulas were compiled: each of them is one pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from amct_lightning.quantizers.activation import ActivationQuantizer
+from amct_lightning.quantizers.executors.base import Executor, Factors, WeightFactors
+from amct_lightning.quantizers.executors.kernels import Kernel
+from amct_lightning.quantizers.weight import LearnedWeightQuantizer, WeightQuantizer
+
+Load = Callable[[Kernel], "Callable[[list[Tensor]], Sequence[Tensor]]"]
+"""What gives a kernel."""
+
+
+class CompiledExecutor(Executor):
+    """Runs compiled kernels on flat views, one for all layers; what they cannot take, in operators of torch.
+
+    Integers and gradients of inputs are those of the reference, to the bit; gradients of clips and learned scales are
+    sums in another order.
+
+    Args:
+        load: What gives a kernel, compiled before if need be.
+    """
+
+    name: ClassVar[str] = "compiled"
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._kernels: dict[tuple[str, int, bool, torch.dtype, str], Callable[[list[Tensor]], Sequence[Tensor]]] = {}
+        self._zeros: dict[torch.device, Tensor] = {}
+
+    def quantize_input(
+        self, quantizer: ActivationQuantizer, x: Tensor, observe: bool = True, observed: Tensor | None = None
+    ) -> tuple[Tensor, Factors]:
+        """See :meth:`Executor.quantize_input`."""
+        if x.numel() >= 2 and quantizer.calibrating:  # now, that training may then go on without a halt
+            for name in ("train", "rebuild", "gradients"):
+                self._get(name, quantizer.num_bits, False, x)
+        if x.numel() < 2 or quantizer.frozen or quantizer.calibrating or not quantizer.learns:
+            return super().quantize_input(quantizer, x, observe, observed)
+        flat, restore = flattened(x)
+        lower = self._zero(x.device) if quantizer.fixed_min else quantizer.clip_min
+        clips = quantizer.clip_max, lower, quantizer.clip_max_previous, quantizer.clip_min_previous
+        kernel = self._get("train", quantizer.num_bits, False, x)
+        values, upper, lower, scale, offset, watched = kernel([flat, *(clip.detach() for clip in clips)])
+        quantizer.keep(upper, lower, watched)
+        return restore(values), Factors(upper, lower, scale, offset, quantizer.num_bits)
+
+    def rebuild_input(self, x: Tensor, factors: Factors) -> Tensor:
+        """See :meth:`Executor.rebuild_input`."""
+        if x.numel() < 2:
+            return super().rebuild_input(x, factors)
+        flat, restore = flattened(x)
+        kernel = self._get("rebuild", factors.num_bits, False, x)
+        return restore(kernel([flat, factors.scale, factors.offset])[0])
+
+    def input_gradients(
+        self, x: Tensor, grad: Tensor, factors: Factors, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See :meth:`Executor.input_gradients`."""
+        if x.numel() < 2:
+            return super().input_gradients(x, grad, factors, needs)
+        flat, restore = flattened(x)
+        if grad.stride() != x.stride() or grad.dtype != x.dtype or not is_dense(x):
+            grad = torch.empty_like(x).copy_(grad)
+        *numbers, num_bits = factors
+        found = self._get("gradients", num_bits, False, x)([flat, flattened(grad)[0], *numbers])
+        of_x, of_max, of_min = (part if need else None for part, need in zip(found, needs, strict=True))
+        return None if of_x is None else restore(of_x), of_max, of_min
+
+    def quantize_weight(self, quantizer: WeightQuantizer, weight: Tensor) -> tuple[Tensor, WeightFactors]:
+        """See :meth:`Executor.quantize_weight`."""
+        learned = isinstance(quantizer, LearnedWeightQuantizer)
+        if learned or quantizer.frozen or not _is_simple(weight, quantizer.layout.transposed):
+            return super().quantize_weight(quantizer, weight)
+        rows, restore = _as_rows(weight)
+        values, scale = self._get("weight", quantizer.num_bits, quantizer.channel_wise, weight)([rows])
+        quantizer.scale.copy_(scale.view(-1))
+        shaped = scale.view(-1, *[1] * (weight.dim() - 1))
+        return restore(values), WeightFactors(shaped, quantizer.layout, quantizer.num_bits, 0.0)
+
+    def rebuild_weight(self, weight: Tensor, factors: WeightFactors) -> Tensor:
+        """See :meth:`Executor.rebuild_weight`."""
+        scale, layout, num_bits, _ = factors
+        if scale.numel() == 1 and weight.numel() > 1:
+            flat, restore = flattened(weight)
+            kernel = self._get("rebuild", num_bits, False, weight)
+            return restore(kernel([flat, scale.view(()), self._zero(weight.device)])[0])
+        if not _is_simple(weight, layout.transposed):
+            return super().rebuild_weight(weight, factors)
+        rows, restore = _as_rows(weight)
+        return restore(self._get("rebuild_weight", num_bits, True, weight)([rows, scale.view(-1, 1)])[0])
+
+    def scale_gradient(self, weight: Tensor, grad: Tensor, factors: WeightFactors) -> Tensor:
+        """See :meth:`Executor.scale_gradient`."""
+        scale, layout, num_bits, factor = factors
+        if not _is_simple(weight, layout.transposed):
+            return super().scale_gradient(weight, grad, factors)
+        if grad.stride() != weight.stride() or grad.dtype != weight.dtype or not is_dense(weight):
+            grad = torch.empty_like(weight).copy_(grad)
+        rows, grads = _as_rows(weight)[0], _as_rows(grad)[0]
+        channel_wise = scale.numel() > 1
+        shaped = scale.view(-1, 1) if channel_wise else scale.view(())
+        number = torch.full((), factor, device=weight.device)
+        return self._get("scale", num_bits, channel_wise, weight)([rows, grads, shaped, number])[0].view(-1)
+
+    def _get(
+        self, name: str, num_bits: int, channel_wise: bool, values: Tensor
+    ) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+        key = name, num_bits, channel_wise, values.dtype, values.device.type
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            kernel = self._kernels[key] = self._load(Kernel(*key))
+        return kernel
+
+    def _zero(self, device: torch.device) -> Tensor:
+        if device not in self._zeros:
+            self._zeros[device] = torch.zeros((), device=device)
+        return self._zeros[device]
+
+
+def flattened(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the values of a tensor as they lie in memory, and what gives such values the shape of the tensor.
+
+    Args:
+        x: A tensor; one with gaps or overlaps is copied.
+
+    Example:
+        >>> x = torch.arange(4.0).view(1, 2, 1, 2).to(memory_format=torch.channels_last)
+        >>> flat, restore = flattened(x)
+        >>> flat, torch.equal(restore(flat), x)
+        (tensor([0., 2., 1., 3.]), True)
+    """
+    if x.is_contiguous() or not is_dense(x):
+        shape = x.shape
+        return x.reshape(-1), lambda values: values.view(shape)
+    order = sorted(range(x.dim()), key=lambda axis: (x.stride(axis), x.shape[axis]), reverse=True)
+    ordered = x.permute(order)
+    back = [order.index(axis) for axis in range(x.dim())]
+    return ordered.view(-1), lambda values: values.view(ordered.shape).permute(back)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Tell whether a tensor covers its memory without gaps and overlaps, in any order of its axes."""
+    expected = 1
+    for stride, length in sorted((x.stride(axis), x.shape[axis]) for axis in range(x.dim()) if x.shape[axis] > 1):
+        if stride != expected:
+            return False
+        expected *= length
+    return True
+
+
+def _is_simple(weight: Tensor, transposed: bool) -> bool:
+    """Tell whether a weight is a row for each output channel in memory."""
+    rows = weight.shape[0]
+    if transposed or rows < 2 or weight.numel() < 2 * rows or not is_dense(weight):
+        return False
+    return weight.stride(0) * rows == weight.numel()
+
+
+def _as_rows(weight: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    flat, restore = flattened(weight)
+    return flat.view(weight.shape[0], -1), lambda values: restore(values.view(-1))
