@@ -29,7 +29,7 @@ HEAD = "| room | what is in it |"
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
 WITH_LIGHTNING = ("callbacks/", "ascend/", "commands/", "protocols.py", "__init__.py")
 # typing_extensions comes with torch.
-OF_TORCH = {"torch", "typing_extensions", *sys.stdlib_module_names}
+OF_TORCH = {"torch", "typing_extensions", "filelock", *sys.stdlib_module_names}
 WITH_TORCH_ONLY = ("quantizers/", "layer_types.py", "targets/")
 MOST_FILES = 12
 
