@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amct_lightning.modules.integer import onednn
+from amct_lightning.modules.integer import matmul, onednn
+from amct_lightning.modules.integer.codes import CHANNELS_LAST, ToCodes, unsigned_codes
 from amct_lightning.modules.integer.numbers import Convolution, Numbers, geometry_of
 from amct_lightning.modules.integer.packed import PackedWeight
-
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @torch.no_grad()
@@ -24,6 +23,7 @@ def integer_forward(
     numbers: Numbers,
     packed: PackedWeight,
     dtype: torch.dtype | None = None,
+    to_codes: ToCodes = unsigned_codes,
 ) -> Tensor:
     """Return the layer's output, its products summed up in integers.
 
@@ -38,6 +38,7 @@ def integer_forward(
         numbers: Scales, offset and numbers of bits.
         packed: What keeps the packed weight for the next call; one for each layer.
         dtype: Dtype of the output; ``None`` for that of ``x``.
+        to_codes: What gives the codes of the input on CPUs, such as :func:`unsigned_codes` or that function compiled.
 
     Returns:
         The output in shape and memory format of the float layer's, without a gradient.
@@ -52,16 +53,25 @@ def integer_forward(
     if isinstance(layer, nn.Linear):
         if not x.numel() or x.shape[-1] != weight.shape[1]:
             return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        return onednn.linear(x, weight, bias, numbers, packed).to(dtype)
+        return _linear(x, weight, bias, numbers, packed, to_codes).to(dtype)
     if not (x.numel() and _fits(layer, x)):
         return _in_float(layer, x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     geometry = geometry_of(layer)
     assert geometry is not None
     batched = x if x.dim() == weight.dim() else x.unsqueeze(0)
-    output = onednn.convolution(batched, weight, bias, numbers, packed, geometry).to(dtype)
+    output = onednn.convolution(batched, weight, bias, numbers, packed, geometry, to_codes).to(dtype)
     if not (is_channels_last(x) or is_channels_last(weight)):
         output = output.reshape(-1).view(output.shape)  # contiguous() leaves the strides of axes of length 1
     return output if batched is x else output.squeeze(0)
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Numbers, packed: PackedWeight, to_codes: ToCodes
+) -> Tensor:
+    product = matmul.PRODUCTS.get(x.device.type)
+    if product is not None:
+        return matmul.linear(x, weight, bias, numbers, product)
+    return onednn.linear(x, weight, bias, numbers, packed, to_codes)
 
 
 def is_channels_last(tensor: Tensor) -> bool:

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import platform
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from amct_lightning.modules.integer.codes import unsigned_codes, weight_codes
+from amct_lightning.modules.integer.codes import ToCodes, weight_codes
 from amct_lightning.modules.integer.numbers import POINT, Geometry, Numbers
 from amct_lightning.modules.integer.packed import PackedWeight
 from amct_lightning.quantizers.functional import half_range
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Numbers, packed: PackedWeight) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Numbers, packed: PackedWeight, to_codes: ToCodes
+) -> Tensor:
     """Return ``x @ weight.T + bias`` in float32, summed up in integers.
 
     Args:
@@ -27,15 +30,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Numbers, pac
         bias: Bias, if there is one.
         numbers: Scales, offset and numbers of bits.
         packed: Where the packed weight is kept.
+        to_codes: What gives the codes of the input.
     """
-    features = weight.shape[1]
-    codes = unsigned_codes(x, numbers.scale, numbers.offset, numbers.num_bits[0]).reshape(1, -1, 1, features)
+    codes = to_codes(x, numbers.scale, numbers.offset, numbers.num_bits[0]).reshape(1, -1, 1, weight.shape[1])
     sums = _convolve(codes.permute(0, 3, 1, 2), weight[:, :, None, None], bias, numbers, packed, POINT)
     return sums.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, numbers: Numbers, packed: PackedWeight, geometry: Geometry
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    numbers: Numbers,
+    packed: PackedWeight,
+    geometry: Geometry,
+    to_codes: ToCodes,
 ) -> Tensor:
     """Return the convolution of ``x`` with ``weight`` in float32, summed up in integers; two dimensions channels last.
 
@@ -46,9 +55,19 @@ def convolution(
         numbers: Scales, offset and numbers of bits.
         packed: Where the packed weight is kept.
         geometry: Stride, padding, dilation and groups.
+        to_codes: What gives the codes of the input.
     """
-    codes = unsigned_codes(x, numbers.scale, numbers.offset, numbers.num_bits[0])
+    x, geometry = _only_read(x, weight, geometry)
+    codes = to_codes(x, numbers.scale, numbers.offset, numbers.num_bits[0])
     return _convolve(codes, weight, bias, numbers, packed, geometry)
+
+
+def _only_read(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Geometry]:
+    """Leave out the points between those that a convolution of one point reads, which then has a stride of 1."""
+    if all(stride == 1 for stride in geometry.stride) or any(geometry.padding) or weight[0, 0].numel() > 1:
+        return x, geometry
+    read: Any = (..., *(slice(None, None, stride) for stride in geometry.stride))
+    return x[read], geometry._replace(stride=(1,) * len(geometry.stride))
 
 
 def _convolve(

@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from amct_lightning.modules.integer import onednn
+from amct_lightning.modules.integer import matmul, onednn
 from amct_lightning.modules.integer.numbers import Convolution, geometry_of
 from amct_lightning.quantizers.functional import half_range
 
 MOST_BITS = 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_SUM = 2**31 - 1
+CONVOLUTIONS = {
+    "cuda": "torch has no integer convolution for CUDA devices",
+    "npu": "npu_quant_conv2d of torch_npu gives float16, and wants the zero point on the host, which would wait",
+}
+"""Type of device -> why its integer products are those of linear layers only."""
 
 
 def why_not(layer: nn.Module, device: torch.device, num_bits: tuple[int, int]) -> str | None:
@@ -57,4 +62,6 @@ def _of_sums(layer: nn.Linear | Convolution, num_bits: tuple[int, int]) -> str |
 def _of_device(layer: nn.Linear | Convolution, device: torch.device, num_bits: tuple[int, int]) -> str | None:
     if device.type == "cpu":
         return onednn.obstacle(2 if isinstance(layer, nn.Linear) else len(layer.kernel_size), num_bits)
-    return f"there are no integer operators for devices of type '{device.type}'"
+    if device.type not in matmul.PRODUCTS:
+        return f"there are no integer operators for devices of type '{device.type}'"
+    return matmul.obstacle(device, layer.out_features) if isinstance(layer, nn.Linear) else CONVOLUTIONS[device.type]

@@ -31,6 +31,13 @@ def test_halves_are_rounded_to_even() -> None:
     assert codes.tolist() == [-2, -2, 0, 0, 2, 2]
 
 
+def test_compiled_codes_are_the_same() -> None:
+    x, scale, offset = torch.randn(3, 70000) * 30, torch.tensor(0.13), torch.tensor(-7.0)
+    compiled = torch.compile(unsigned_codes, dynamic=True, fullgraph=True)
+    for bits in (4, 8):
+        assert torch.equal(compiled(x, scale, offset, bits), unsigned_codes(x, scale, offset, bits))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "sliced"])
 def test_large_inputs_have_the_same_codes(dtype: torch.dtype, layout: str) -> None:

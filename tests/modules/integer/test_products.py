@@ -92,6 +92,20 @@ def test_output_is_that_of_fake_quantization_but_for_the_roundings_of_float(laye
     assert ((case.integers() - expected).abs() <= error).all()
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(4, 6, 1, stride=2), (2, 4, 9)),
+        (nn.Conv2d(4, 6, 1, stride=(2, 3), groups=2), (2, 4, 7, 8)),
+        (nn.Conv3d(4, 6, 1, stride=2), (2, 4, 3, 5, 4)),
+    ],
+)
+def test_convolution_of_one_point_leaves_out_what_it_does_not_read(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    case = Case.make(layer, torch.randn(shape), -9)
+    assert case.integers().stride() == case.float_layer().stride()
+    assert_exact(case)
+
+
 def test_one_scale_for_the_whole_weight() -> None:
     case = Case.make(nn.Conv2d(4, 6, 3), torch.randn(2, 4, 5, 5))
     case.numbers = case.numbers._replace(weight_scale=case.numbers.weight_scale[1:2])
