@@ -74,7 +74,7 @@ def _convolve(
     codes: Tensor, weight: Tensor, bias: Tensor | None, numbers: Numbers, packed: PackedWeight, geometry: Geometry
 ) -> Tensor:
     of_weight = weight_codes(weight, numbers.weight_scale, numbers.num_bits[1])
-    ready = packed.of(of_weight, (tuple(codes.shape[1:]), geometry), lambda: _pack(of_weight, codes, geometry))
+    ready = packed.of(of_weight, geometry, lambda: _pack(of_weight, codes, geometry))
     zero_point = numbers.offset + half_range(numbers.num_bits[0])
     return _product(codes, ready, bias, (numbers.scale, zero_point, numbers.weight_scale), geometry)
 

@@ -16,7 +16,9 @@ from amct_lightning.quantizers.functional import dequantize_, half_range, quanti
 from tests.sums import UNIT_ROUNDOFF
 
 BITS = [(8, 8), (8, 4), (4, 8), (4, 4)]
-PLACES = {nn.Linear: F.linear, nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+HERE = [bits for bits in BITS if why_not(nn.Linear(1, 1), torch.device("cpu"), bits) is None] or BITS
+"""Those that this CPU computes in integers."""
+OPERATIONS = {nn.Linear: F.linear, nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
 @dataclass
@@ -84,7 +86,7 @@ class Case:
         layer = self.layer
         if isinstance(layer, nn.Linear):
             return F.linear(x, weight, bias)
-        return PLACES[type(layer)](x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+        return OPERATIONS[type(layer)](x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def _laid_out(values: Tensor, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from amct_lightning.modules.integer import Numbers
-from tests.modules.integer.cases import BITS, Case, assert_exact
+from tests.modules.integer.cases import BITS, HERE, Case, assert_exact
 
 LAST = torch.channels_last
 
@@ -38,7 +38,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(convolutions(), st.sampled_from(BITS), st.integers(0, 3))
+@given(convolutions(), st.sampled_from(HERE), st.integers(0, 3))
 def test_convolution_is_exact_in_integers(made: tuple[nn.Module, Tensor], bits: tuple[int, int], number: int) -> None:
     assert_exact(Case.make(*made, offsets(bits[0])[number], bits))
 
@@ -48,7 +48,7 @@ def test_convolution_is_exact_in_integers(made: tuple[nn.Module, Tensor], bits: 
 def test_linear_layer_is_exact_in_integers(
     rows: list[int], inputs: int, outputs: int, bias: bool, data: st.DataObject
 ) -> None:
-    bits = data.draw(st.sampled_from(BITS))
+    bits = data.draw(st.sampled_from(HERE))
     offset = data.draw(st.sampled_from(offsets(bits[0])))
     assert_exact(Case.make(nn.Linear(inputs, outputs, bias), torch.randn(*rows, inputs), offset, bits))
 
