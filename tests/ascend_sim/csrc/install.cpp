@@ -81,6 +81,7 @@ class Installer {
     sim::register_networks(device_, autograd_);
     sim::register_batch_norm(device_, npu);
     sim::register_npu_operators(npu);
+    sim::register_quant(npu);
   }
 
  private:

@@ -51,5 +51,6 @@ void register_counting(torch::Library& device);
 void register_networks(torch::Library& device, torch::Library& autograd);
 void register_batch_norm(torch::Library& device, torch::Library& npu);
 void register_npu_operators(torch::Library& npu);
+void register_quant(torch::Library& npu);
 
 }  // namespace sim
