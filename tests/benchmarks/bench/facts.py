@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -61,19 +62,26 @@ def kept_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> tuple[in
         forward: Computes what would be called backward on.
         own: The parameters and buffers.
     """
-    kept: dict[int, torch.UntypedStorage] = {}  # holds them, so that no address is given twice
+    kept: weakref.WeakSet[_Kept] = weakref.WeakSet()  # what autograd drops again is gone from it
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
-        return tensor
+    def pack(tensor: Tensor) -> _Kept:
+        kept.add(held := _Kept(tensor))
+        return held
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
         result = forward()
+    storages = [held.tensor.untyped_storage() for held in kept]
     del result
     of_model = {tensor.untyped_storage().data_ptr() for tensor in own}
-    sizes = {address: storage.nbytes() for address, storage in kept.items()}
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     return sum(size for address, size in sizes.items() if address not in of_model), sum(sizes.values())
+
+
+class _Kept:
+    """A tensor in autograd's keeping."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # the result of a node would keep the node, and so itself
 
 
 def allocated(step: Callable[[], object]) -> tuple[int, int]:
