@@ -8,10 +8,10 @@ READY := .venv/.ready
 SOURCES := amct_lightning tests examples docs/docstrings.py docs/search_words.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cpu lint format types check docs clean
+.PHONY: help demo test test-cpu bench bench-compare lint format types check docs clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Train, quantize, retrain, export and verify a small CNN on real digits (FP32, INT8, INT4)
 	@echo "A CNN learns 1,797 digits in float, then on in float, as INT8 and as INT4, and is verified: 1 to 2 minutes, 4 on a slow machine."
@@ -23,6 +23,12 @@ test: $(READY) ## Run the whole test suite, a file at a time on every core (JOBS
 
 test-cpu: $(READY) ## Run the numeric tests as on CPUs with other vector instructions (CPU=default, avx2 or native for one)
 	$(BIN)/python -m tests.capabilities $(CPU)
+
+bench: $(READY) ## Measure training steps beside float ones and other packages (ARGS="--networks vit --rounds 5"), 20 minutes
+	$(BIN)/python -m tests.benchmarks.bench $(ARGS)
+
+bench-compare: $(READY) ## Measure training steps of two commits in turns (BASE=main HEAD=.; "." is the working tree)
+	$(BIN)/python -m tests.benchmarks.bench.compare $(or $(BASE),HEAD) $(or $(HEAD),.) $(ARGS)
 
 lint: $(READY) ## Check style and format
 	$(BIN)/ruff check $(SOURCES)

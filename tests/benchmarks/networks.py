@@ -56,30 +56,43 @@ def resnet18(width: int = 16) -> nn.Module:
     return nn.Sequential(*layers, classifier(inputs))
 
 
+def inverted(inputs: int, outputs: int, stride: int, wider: int = 6) -> nn.Module:
+    """An inverted residual of MobileNetV2."""
+    wide = wider * inputs
+    widening = [norm_conv(inputs, wide, 1), nn.ReLU6()] if wider > 1 else []
+    depthwise = norm_conv(wide, wide, 3, stride, groups=wide)
+    block = nn.Sequential(*widening, depthwise, nn.ReLU6(), norm_conv(wide, outputs, 1))
+    same = stride == 1 and inputs == outputs
+    return Residual(block, nn.Identity(), nn.Identity()) if same else block
+
+
 def mobilenet(width: int = 16) -> nn.Module:
     """Inverted residuals as in MobileNetV2, with half of its widths and two blocks for each."""
     layers: list[nn.Module] = [norm_conv(3, width, 3), nn.ReLU6()]
     inputs = width
     for outputs, stride in ((width, 1), (2 * width, 2), (3 * width, 2), (5 * width, 1)):
         for step in (stride, 1):
-            wide = 6 * inputs
-            block = nn.Sequential(
-                norm_conv(inputs, wide, 1),
-                nn.ReLU6(),
-                norm_conv(wide, wide, 3, step, groups=wide),
-                nn.ReLU6(),
-                norm_conv(wide, outputs, 1),
-            )
-            same = step == 1 and inputs == outputs
-            layers.append(Residual(block, nn.Identity(), nn.Identity()) if same else block)
+            layers.append(inverted(inputs, outputs, step))
             inputs = outputs
     return nn.Sequential(*layers, classifier(inputs))
 
 
-def mlp(inputs: int = 784, width: int = 512, depth: int = 3) -> nn.Module:
+def mobilenet_v2() -> nn.Module:
+    """The whole MobileNetV2: 17 blocks, of the widths in its paper."""
+    layers: list[nn.Module] = [norm_conv(3, 32, 3, 2), nn.ReLU6()]
+    inputs = 32
+    table = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+    for wider, outputs, blocks, stride in table:
+        for block in range(blocks):
+            layers.append(inverted(inputs, outputs, 1 if block else stride, wider))
+            inputs = outputs
+    return nn.Sequential(*layers, norm_conv(inputs, 1280, 1), nn.ReLU6(), classifier(1280))
+
+
+def mlp(inputs: int = 784, width: int = 512, depth: int = 3, classes: int = CLASSES) -> nn.Module:
     sizes = [inputs, *[width] * depth]
     layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(width, CLASSES))
+    return nn.Sequential(*layers, nn.Linear(width, classes))
 
 
 class Attention(nn.Module):
@@ -94,6 +107,11 @@ class Attention(nn.Module):
         return self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+def feed_forward(width: int) -> nn.Sequential:
+    """The two linear layers of a transformer's block."""
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
 class ViT(nn.Module):
     """A vision transformer with the width of ViT-Tiny, over patches of 4 x 4 pixels."""
 
@@ -104,15 +122,34 @@ class ViT(nn.Module):
         blocks: list[nn.Module] = []
         for _ in range(depth):
             attention = nn.Sequential(nn.LayerNorm(width), Attention(width, heads))
-            feed_forward = nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-            )
-            blocks += [Residual(part, nn.Identity(), nn.Identity()) for part in (attention, feed_forward)]
+            linear = nn.Sequential(nn.LayerNorm(width), *feed_forward(width))
+            blocks += [Residual(part, nn.Identity(), nn.Identity()) for part in (attention, linear)]
         self.blocks, self.norm, self.head = nn.Sequential(*blocks), nn.LayerNorm(width), nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.patches(x).flatten(2).transpose(1, 2) + self.places
         return self.head(self.norm(self.blocks(tokens)).mean(1))
+
+
+class Bert(nn.Module):
+    """An encoder as BERT is, of the size that is known as BERT-Mini, which judges a sequence by its first token."""
+
+    def __init__(self, width: int = 256, heads: int = 4, depth: int = 4, length: int = 128, words: int = 8192) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, width), nn.Parameter(0.02 * torch.randn(length, width))
+        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.Sequential(
+            *(
+                Residual(part, nn.Identity(), nn.LayerNorm(width))
+                for _ in range(depth)
+                for part in (Attention(width, heads), feed_forward(width))
+            )
+        )
+        self.pooler, self.head = nn.Linear(width, width), nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.blocks(self.norm(self.words(x) + self.places))
+        return self.head(self.pooler(tokens[:, 0]).tanh())
 
 
 class SequenceLSTM(nn.Module):

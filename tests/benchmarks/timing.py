@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 
+class Seconds(NamedTuple):
+    """What a step took: of the wall clock, and of the processor in all threads of the process."""
+
+    wall: float
+    cpu: float
+
+
+def timed(step: Callable[[], object]) -> Seconds:
+    """Run a step once and return what it took."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    step()
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def in_turns(steps: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, list[Seconds]]:
+    """Return what each step took in each round; the steps take turns, so that noise hits all of them alike.
+
+    Another one begins in every round, so that none always comes after the same one.
+    """
+    times: dict[str, list[Seconds]] = {name: [] for name in steps}
+    names = list(steps)
+    for number in range(-warm_up, rounds):
+        first = number % len(names) if names else 0
+        for name in names[first:] + names[:first]:
+            seconds = timed(steps[name])
+            if number >= 0:
+                times[name].append(seconds)
+    return times
+
+
 def medians(steps: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
-    """Return the median seconds of each step; the steps take turns, so that noise hits all of them alike."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(2):
-        for step in steps.values():
-            step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    return {name: sorted(values)[rounds // 2] for name, values in times.items()}
+    """Return the median seconds of each step, of those that took turns."""
+    times = in_turns(steps, rounds)
+    return {name: statistics.median(seconds.wall for seconds in values) for name, values in times.items()}
 
 
 class Turns:

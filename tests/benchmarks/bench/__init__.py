@@ -1,0 +1,1 @@
+"""The price of a quantized training step: this package beside float training and other packages."""
