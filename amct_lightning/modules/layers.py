@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amct_lightning.modules.fused.forward import run_fused, runs_fused
+from amct_lightning.modules.fused.integer import PACKED
 from amct_lightning.modules.fused.products import MatrixProduct
 from amct_lightning.modules.grid.forward import forward_on_grid
 from amct_lightning.modules.grid.norm import FoldedNorm, norm_of, release_norm
@@ -99,7 +100,7 @@ class QATLayer(nn.Module):
         release_norm(self)
         for name in (*self.activation_quantizers, *self.weight_quantizers):
             delattr(self, name)
-        for attribute in ("calibrates_input", "float_expected_of", "quant_mode", "deploy_grid", "execution"):
+        for attribute in ("calibrates_input", "float_expected_of", "quant_mode", "deploy_grid", "execution", PACKED):
             self.__dict__.pop(attribute, None)
         self.__class__ = self.float_class()  # type: ignore[assignment]
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_lightning.modules.fused.function import Call, cast, quantized_product
+from amct_lightning.modules.fused.function import Call, quantized_product
+from amct_lightning.modules.fused.integer import IntegerProduct, reason_against
 from amct_lightning.modules.fused.products import Product
 from amct_lightning.quantizers import is_exporting
-from amct_lightning.quantizers.executors import executor_for
+from amct_lightning.quantizers.executors import executor_for, resolved
 from amct_lightning.quantizers.transforms import differentiating_forward, transforming
 
 
@@ -41,14 +42,11 @@ def run_fused(layer: Any, product: Product, x: Tensor, observed: Tensor | None) 
     """
     weight, bias, dtype = layer.weight, layer.bias, _autocast_dtype(x)
     executor = executor_for(layer.execution, x.device.type)
-    call = Call(
-        product, executor, layer.input_quantizer, layer.weight_quantizer, layer.calibrates_input, observed, dtype
-    )
-    if torch.is_grad_enabled():
-        return quantized_product(call, x, weight, bias)
-    values, _ = executor.quantize_input(layer.input_quantizer, x, layer.calibrates_input, observed)
-    weights, _ = executor.quantize_weight(layer.weight_quantizer, weight)
-    return product.forward(cast(values, dtype), cast(weights, dtype), cast(bias, dtype))
+    in_integers = resolved(layer.execution, x.device.type) == "integer" and reason_against(layer, x.device) is None
+    integer = IntegerProduct(layer, dtype) if in_integers else None
+    quantizers = layer.input_quantizer, layer.weight_quantizer
+    call = Call(product, executor, *quantizers, layer.calibrates_input, observed, dtype, integer)
+    return quantized_product(call, x, weight, bias) if torch.is_grad_enabled() else call.forward(x, weight, bias)[0]
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amct_lightning.modules.fused.integer import IntegerProduct
 from amct_lightning.modules.fused.products import Gradients, Needs, Product
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, WeightQuantizer
-from amct_lightning.quantizers.executors import Executor
+from amct_lightning.quantizers.executors import Executor, Factors, WeightFactors
 from amct_lightning.quantizers.transforms import differentiable_once
 
 
@@ -26,6 +27,7 @@ class Call:
         observe: Whether a calibrating quantizer counts the input as a batch.
         observed: The input before it was padded, to calibrate on.
         dtype: Dtype of the product, that of autocast; ``None`` for those of input and weight.
+        integer: What computes the product in integers, if it is to be so.
     """
 
     product: Product
@@ -35,6 +37,17 @@ class Call:
     observe: bool
     observed: Tensor | None
     dtype: torch.dtype | None
+    integer: IntegerProduct | None
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Factors, WeightFactors]:
+        """Return the output and what input and weight were quantized with; without a graph."""
+        executor, quantizers = self.executor, (self.input_quantizer, self.weight_quantizer)
+        if self.integer is not None:
+            return self.integer.forward(executor, quantizers, (x, weight, bias), self.observe)
+        values, factors = executor.quantize_input(quantizers[0], x, self.observe, self.observed)
+        weights, weight_factors = executor.quantize_weight(quantizers[1], weight)
+        output = self.product.forward(cast(values, self.dtype), cast(weights, self.dtype), cast(bias, self.dtype))
+        return output, factors, weight_factors
 
 
 def quantized_product(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,17 +80,15 @@ class _QuantizedProduct(torch.autograd.Function):
         _scale: Tensor | None,
         call: Call,
     ) -> Tensor:
-        executor, dtype = call.executor, call.dtype
-        values, ctx.factors = executor.quantize_input(call.input_quantizer, x, call.observe, call.observed)
-        weights, ctx.weight_factors = executor.quantize_weight(call.weight_quantizer, weight)
-        ctx.product, ctx.executor, ctx.dtype = call.product, executor, dtype
+        output, ctx.factors, ctx.weight_factors = call.forward(x, weight, bias)
+        ctx.product, ctx.executor, ctx.dtype = call.product, call.executor, call.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         if x.requires_grad or call.product.keeps_both:
             ctx.save_for_backward(x, weight)
         else:  # the float layer keeps no weight here; it is a parameter, whose owner keeps it
             ctx.save_for_backward(x)
             ctx.weight, ctx.version = weight, weight._version
-        return call.product.forward(cast(values, dtype), cast(weights, dtype), cast(bias, dtype))
+        return output
 
     @staticmethod
     @differentiable_once

@@ -80,9 +80,23 @@ class Executor:
             observe: Whether a calibrating quantizer counts it as a batch.
             observed: The tensor to calibrate on in its place, which has the same values.
         """
-        upper, lower = quantizer.update_range(x if observed is None else observed, observe)
-        factors = Factors(upper, lower, *activation_scale_offset(upper, lower, quantizer.num_bits), quantizer.num_bits)
+        factors = _input_factors(quantizer, x if observed is None else observed, observe)
         return self.rebuild_input(x, factors), factors
+
+    def input_codes(
+        self, quantizer: ActivationQuantizer, x: Tensor, observe: bool = True
+    ) -> tuple[Tensor | None, Factors]:
+        """Return the codes of the input, from 0 on, as uint8, and its factors; in training keep the quantizer's books.
+
+        Args:
+            quantizer: The quantizer of the input.
+            x: The input, of any floating dtype.
+            observe: Whether a calibrating quantizer counts it as a batch.
+
+        Returns:
+            The codes, ``None`` if they are left to whoever needs them; and the factors.
+        """
+        return None, _input_factors(quantizer, x, observe)
 
     def rebuild_input(self, x: Tensor, factors: Factors) -> Tensor:
         """Return the fake-quantized input in its own dtype.
@@ -115,12 +129,21 @@ class Executor:
             quantizer: The quantizer of the weight.
             weight: The weight.
         """
+        factors = self.weight_factors(quantizer, weight)
+        return self.rebuild_weight(weight, factors), factors
+
+    def weight_factors(self, quantizer: WeightQuantizer, weight: Tensor) -> WeightFactors:
+        """Return what the weight is quantized with; keep the quantizer's books.
+
+        Args:
+            quantizer: The quantizer of the weight.
+            weight: The weight.
+        """
         learned = isinstance(quantizer, LearnedWeightQuantizer)
         factor = quantizer.gradient_factor if isinstance(quantizer, LearnedWeightQuantizer) else 0.0
         scale = quantizer.present_scale(weight.float())
         # A learned scale is a parameter, which an optimizer may have changed until backward.
-        factors = WeightFactors(scale.clone() if learned else scale, quantizer.layout, quantizer.num_bits, factor)
-        return self.rebuild_weight(weight, factors), factors
+        return WeightFactors(scale.clone() if learned else scale, quantizer.layout, quantizer.num_bits, factor)
 
     def rebuild_weight(self, weight: Tensor, factors: WeightFactors) -> Tensor:
         """Return the fake-quantized weight in its own dtype.
@@ -143,6 +166,11 @@ class Executor:
         """
         scale, layout, num_bits, factor = factors
         return gradient_of_scale((weight.float(), scale), (layout, num_bits, factor), grad.float()).flatten()
+
+
+def _input_factors(quantizer: ActivationQuantizer, x: Tensor, observe: bool) -> Factors:
+    upper, lower = quantizer.update_range(x, observe)
+    return Factors(upper, lower, *activation_scale_offset(upper, lower, quantizer.num_bits), quantizer.num_bits)
 
 
 COMPOSITE = Executor()

@@ -12,8 +12,11 @@ from amct_lightning.quantizers.executors.base import COMPOSITE, Executor
 from amct_lightning.quantizers.executors.compiled import CompiledExecutor
 from amct_lightning.quantizers.executors.kernels import Kernel, KernelModule
 
-Execution = Literal["auto", "composite", "compiled"]
-"""What runs the formulas of the quantizers; ``"auto"`` is ``"compiled"`` where a compiler is found."""
+Execution = Literal["auto", "composite", "compiled", "integer"]
+"""What runs quantized layers; ``"auto"`` is ``"compiled"`` where a compiler is found.
+
+``"integer"`` computes the products of the forward in integers; its quantizers run as ``"auto"`` would run them.
+"""
 
 ENVIRONMENT = "AMCT_LIGHTNING_EXECUTION"
 """The variable that says what ``"auto"`` is."""
@@ -59,7 +62,11 @@ def executor_for(execution: str, device: str) -> Executor:
         execution: One of :data:`Execution`.
         device: Type of the device.
     """
-    return CompiledExecutor(_kernel) if resolved(execution, device) == "compiled" else COMPOSITE
+    name = resolved(execution, device)
+    if name == "integer":
+        name = resolved("auto", device)
+    compiled = name == "compiled" or (name == "integer" and build.has_compiler(device))
+    return CompiledExecutor(_kernel) if compiled else COMPOSITE
 
 
 def _kernel(kernel: Kernel) -> build.Compiled:

@@ -38,15 +38,36 @@ class CompiledExecutor(Executor):
         self, quantizer: ActivationQuantizer, x: Tensor, observe: bool = True, observed: Tensor | None = None
     ) -> tuple[Tensor, Factors]:
         """See :meth:`Executor.quantize_input`."""
-        if x.numel() >= 2 and quantizer.calibrating:  # now, that training may then go on without a halt
-            for name in ("train", "rebuild", "gradients"):
-                self._get(name, quantizer.num_bits, False, x)
-        if x.numel() < 2 or quantizer.frozen or quantizer.calibrating or not quantizer.learns:
+        self._prepare("train", quantizer, x)
+        if x.numel() < 2 or not _moves(quantizer):
             return super().quantize_input(quantizer, x, observe, observed)
+        return self._train("train", quantizer, x)
+
+    def input_codes(
+        self, quantizer: ActivationQuantizer, x: Tensor, observe: bool = True
+    ) -> tuple[Tensor | None, Factors]:
+        """See :meth:`Executor.input_codes`."""
+        self._prepare("train_codes", quantizer, x)
+        if x.numel() < 2:
+            return super().input_codes(quantizer, x, observe)
+        if _moves(quantizer):
+            return self._train("train_codes", quantizer, x)
+        _, factors = super().input_codes(quantizer, x, observe)
+        flat, restore = flattened(x)
+        kernel = self._get("codes", quantizer.num_bits, False, x)
+        return restore(kernel([flat, factors.scale, factors.offset])[0]), factors
+
+    def _prepare(self, name: str, quantizer: ActivationQuantizer, x: Tensor) -> None:
+        """Get the kernels for the input while it is calibrated, so that training then goes on without a halt."""
+        if x.numel() >= 2 and quantizer.calibrating:
+            for kernel in (name, "rebuild", "gradients"):
+                self._get(kernel, quantizer.num_bits, False, x)
+
+    def _train(self, name: str, quantizer: ActivationQuantizer, x: Tensor) -> tuple[Tensor, Factors]:
         flat, restore = flattened(x)
         lower = self._zero(x.device) if quantizer.fixed_min else quantizer.clip_min
         clips = quantizer.clip_max, lower, quantizer.clip_max_previous, quantizer.clip_min_previous
-        kernel = self._get("train", quantizer.num_bits, False, x)
+        kernel = self._get(name, quantizer.num_bits, False, x)
         values, upper, lower, scale, offset, watched = kernel([flat, *(clip.detach() for clip in clips)])
         quantizer.keep(upper, lower, watched)
         return restore(values), Factors(upper, lower, scale, offset, quantizer.num_bits)
@@ -122,6 +143,11 @@ class CompiledExecutor(Executor):
         if device not in self._zeros:
             self._zeros[device] = torch.zeros((), device=device)
         return self._zeros[device]
+
+
+def _moves(quantizer: ActivationQuantizer) -> bool:
+    """Tell whether a forward now repairs and keeps the clips."""
+    return quantizer.learns and not (quantizer.frozen or quantizer.calibrating)
 
 
 def flattened(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

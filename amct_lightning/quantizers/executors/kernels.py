@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amct_lightning.quantizers.functional import activation_scale_offset, dequantize_, quantize, repair_clips
+from amct_lightning.quantizers.functional import (
+    activation_scale_offset,
+    dequantize_,
+    half_range,
+    quantize,
+    repair_clips,
+)
 from amct_lightning.quantizers.functions.activation import activation_gradients
 from amct_lightning.quantizers.functions.weight import ChannelLayout, arq_scale, gradient_of_scale
 
@@ -61,15 +67,17 @@ class KernelModule(torch.nn.Module):
         kernel = self.kernel
         shape = (64, _ELEMENTS // 64) if kernel.name.endswith("weight") or kernel.name == "scale" else (_ELEMENTS,)
         values = torch.ones(shape, dtype=kernel.dtype, device=kernel.device)
-        number = torch.ones((), device=kernel.device)
-        scale = torch.ones((64, 1), device=kernel.device) if kernel.channel_wise else number.clone()
+        numbers = [torch.ones((), device=kernel.device) for _ in range(4)]  # one tensor twice would stay one for good
+        scale = torch.ones((64, 1), device=kernel.device) if kernel.channel_wise else numbers[0]
         return {
-            "train": (values, *[number] * 4),
-            "rebuild": (values, number, number),
-            "gradients": (values, values.clone(), *[number] * 4),
+            "train": (values, *numbers),
+            "train_codes": (values, *numbers),
+            "codes": (values, *numbers[:2]),
+            "rebuild": (values, *numbers[:2]),
+            "gradients": (values, values.clone(), *numbers),
             "weight": (values,),
             "rebuild_weight": (values, scale),
-            "scale": (values, values.clone(), scale, number),
+            "scale": (values, values.clone(), scale, numbers[1]),
         }[kernel.name]
 
 
@@ -77,10 +85,30 @@ def _train(
     kernel: Kernel, x: Tensor, clip_max: Tensor, clip_min: Tensor, previous_max: Tensor, previous_min: Tensor
 ) -> tuple[Tensor, ...]:
     """From the clips and those of the step before to the values, what they were made with, and 0, or NaN with a NaN."""
+    factors, watched = _factors(kernel, x, clip_max, clip_min, previous_max, previous_min)
+    return _values(kernel, x, *factors[2:]), *factors, watched
+
+
+def _train_codes(
+    kernel: Kernel, x: Tensor, clip_max: Tensor, clip_min: Tensor, previous_max: Tensor, previous_min: Tensor
+) -> tuple[Tensor, ...]:
+    """The same with the integers, counted from 0, in place of the values that they stand for."""
+    factors, watched = _factors(kernel, x, clip_max, clip_min, previous_max, previous_min)
+    return *_codes(kernel, x, *factors[2:]), *factors, watched
+
+
+def _codes(kernel: Kernel, x: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+    codes = quantize(x.float(), scale, kernel.num_bits, offset)
+    return ((codes + half_range(kernel.num_bits)).to(torch.uint8),)
+
+
+def _factors(
+    kernel: Kernel, x: Tensor, clip_max: Tensor, clip_min: Tensor, previous_max: Tensor, previous_min: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     upper, lower = repair_clips(clip_max, clip_min, previous_max, previous_min, fixed_min=False)
     scale, offset = activation_scale_offset(upper, lower, kernel.num_bits)
     width = x.abs().amax().float() + upper.abs() + lower.abs()
-    return _values(kernel, x, scale, offset), upper, lower, scale, offset, width * 0
+    return (upper, lower, scale, offset), width * 0
 
 
 def _rebuild(kernel: Kernel, x: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
@@ -115,6 +143,8 @@ def _weights(kernel: Kernel, weight: Tensor, scale: Tensor) -> Tensor:
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "train": _train,
+    "train_codes": _train_codes,
+    "codes": _codes,
     "rebuild": _rebuild,
     "gradients": _gradients,
     "weight": _weight,
