@@ -1,4 +1,4 @@
-"""Training of LSTM and GRU: its numbers, what autograd keeps, and how many operators a step takes.
+"""Training of LSTM and GRU: its numbers, and what is done around it.
 
 The numbers are compared with those of the layer under a ``torch.func`` transform, where each quantizer and operator of
 the cell is differentiated on its own.
@@ -16,54 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp
 from torch.utils.checkpoint import checkpoint
 
-from amct_lightning import calibrate, prepare_qat
 from amct_lightning.modules.recurrent import loop
-from tests.benchmarks.recurrent import FloatLoop
-from tests.benchmarks.step_time import saved_bytes
 from tests.modules.cases import WIDTHS, Width
-from tests.operators import Operators
+from tests.modules.recurrent_net import BATCH, HIDDEN, INPUTS, KINDS, STEPS, initial, plain, trained
 from tests.sums import sum_error
-
-KINDS = pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-STEPS, BATCH, INPUTS, HIDDEN = 7, 3, 4, 38
-
-
-class Net(nn.Module):
-    """A recurrent layer of which outputs and last state are returned."""
-
-    def __init__(self, kind: type[nn.RNNBase], **settings: Any) -> None:
-        super().__init__()
-        self.layer = kind(INPUTS, HIDDEN, **settings)
-
-    def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        y, last = self.layer(x, state if len(state) > 1 else state[0] if state else None)
-        return (y, *(last if isinstance(last, tuple) else (last,)))
-
-
-def trained(kind: type[nn.RNNBase], x: Tensor, width: Width = WIDTHS[0], **settings: Any) -> Any:
-    """A calibrated layer; some values of input and hidden state are outside of their ranges."""
-    model = prepare_qat(Net(kind, **settings), width.config(), (x,)).train()
-    calibrate(model, [x])
-    model.train()
-    with torch.no_grad():
-        for quantizer in (model.layer.input_quantizer, model.layer.hidden_quantizer):
-            quantizer.clip_max.mul_(0.7)
-            quantizer.clip_min.mul_(0.6)
-    return model
-
-
-def initial(kind: type[nn.RNNBase], *shape: int) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(*shape, HIDDEN) * 0.5 for _ in range(2 if kind is nn.LSTM else 1))
-
-
-def plain(model: Any, inputs: tuple[Tensor, ...], grads: Callable[[Tensor], Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """The outputs, and the gradients of parameters and inputs."""
-    inputs = tuple(t.clone().requires_grad_() for t in inputs)
-    model.zero_grad()
-    outputs = model(*inputs)
-    torch.autograd.backward(outputs, [grads(y) for y in outputs])
-    named = {name: p.grad.clone() for name, p in model.named_parameters()}
-    return outputs, named | {str(number): t.grad for number, t in enumerate(inputs)}
 
 
 def in_parts(
@@ -162,60 +118,6 @@ def test_a_loss_may_use_one_of_the_outputs_alone(kind: type[nn.RNNBase], used: i
     outputs = model(x)
     sum(y.sum() * (number == used % len(outputs)) for number, y in enumerate(outputs)).backward()
     assert all(torch.equal(p.grad, found[name]) for name, p in model.named_parameters())
-
-
-FACTORS = 2 * 4 * 4 + 2 * 4 * HIDDEN * 4
-"""Bytes of scale, offset and clips of two activations, and of the scales of two weights."""
-
-
-@KINDS
-@pytest.mark.parametrize("width", [WIDTHS[0], Width(algo="ulq_retrain")], ids=str)
-def test_autograd_keeps_no_more_bytes_than_of_a_float_loop(kind: type[nn.RNNBase], width: Width) -> None:
-    x = torch.randn(STEPS, BATCH, INPUTS)
-    model, float_loop, x = trained(kind, x, width), FloatLoop(kind, INPUTS, HIDDEN), x.requires_grad_()
-    kept, of_float = saved_bytes(lambda: model(x)), saved_bytes(lambda: float_loop(x))
-    assert kept <= of_float + FACTORS
-    if kind is nn.LSTM:  # a float loop over a GRU keeps a product of which it needs a third, and a difference
-        assert kept > of_float
-
-
-@KINDS
-def test_longer_sequences_add_what_they_add_to_a_float_loop(kind: type[nn.RNNBase]) -> None:
-    x = torch.randn(2 * STEPS, BATCH, INPUTS)
-    model, float_loop = trained(kind, x), FloatLoop(kind, INPUTS, HIDDEN)
-
-    def added(run: Callable[[Tensor], object]) -> int:
-        short, long = (t.clone().requires_grad_() for t in (x[:STEPS], x))
-        return saved_bytes(lambda: run(long)) - saved_bytes(lambda: run(short))
-
-    assert added(model) == added(float_loop) - (0 if kind is nn.LSTM else 3 * STEPS * BATCH * HIDDEN * 4)
-
-
-@KINDS
-def test_an_evaluation_keeps_nothing(kind: type[nn.RNNBase]) -> None:
-    x = torch.randn(STEPS, BATCH, INPUTS)
-    model = trained(kind, x).eval()
-    with torch.no_grad():
-        assert saved_bytes(lambda: model(x)) == 0
-    model.requires_grad_(False)
-    assert saved_bytes(lambda: model(x)) == 0
-
-
-@KINDS
-def test_a_step_takes_fewer_operators_than_one_of_a_float_loop(kind: type[nn.RNNBase]) -> None:
-    x = torch.randn(2 * STEPS, BATCH, INPUTS)
-
-    def per_step(model: Callable[[Tensor], Any]) -> float:
-        counts = []
-        for steps in (STEPS, 2 * STEPS):
-            with Operators() as operators:
-                y = model(x[:steps])
-                (y if isinstance(y, Tensor) else y[0]).sum().backward()
-            counts.append(sum(operators.counts.values()))
-            assert not operators.host_reads
-        return (counts[1] - counts[0]) / STEPS
-
-    assert per_step(trained(kind, x)) < per_step(FloatLoop(kind, INPUTS, HIDDEN))
 
 
 @KINDS
