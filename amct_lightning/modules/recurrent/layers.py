@@ -2,11 +2,14 @@
 
 Input and hidden state have a quantizer each, as have the input and the recurrent weight. What does not depend on
 the step before (the input, its product with the weight, both weights) is computed once for the whole sequence.
+
+The loop stands here in plain operators, for all that look into it: exporters, compilers, ``torch.func`` transforms,
+the deploy grid. A training step takes it from ``loop.py``, to the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -18,16 +21,15 @@ from torch.nn.utils.rnn import PackedSequence
 from amct_lightning.modules.grid.codes import activation_codes, weight_codes
 from amct_lightning.modules.grid.sums import integer_product, output_dtype
 from amct_lightning.modules.layers import QATLayer
-from amct_lightning.quantizers import ActivationQuantizer, WeightQuantizer
-
-State = tuple[Tensor, ...]
-"""The hidden state, for LSTM also the cell state; each (batch, hidden size)."""
+from amct_lightning.modules.recurrent.cells import Cell, GRUCell, LSTMCell, Multiply, State
+from amct_lightning.modules.recurrent.factors import ActivationFactors, WeightFactors
+from amct_lightning.modules.recurrent.loop import run_loop
+from amct_lightning.modules.recurrent.projection import project
+from amct_lightning.quantizers import ActivationQuantizer, WeightQuantizer, is_exporting
+from amct_lightning.quantizers.transforms import transforming
 
 Range = tuple[Tensor, Tensor]
 """Upper and lower clip."""
-
-Multiply = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From the hidden state to its product with the recurrent weight, and the quantized hidden state."""
 
 
 class _QATRecurrent(QATLayer):
@@ -37,6 +39,7 @@ class _QATRecurrent(QATLayer):
     )
 
     keeps_input: ClassVar[bool] = False
+    cell: ClassVar[Cell]
 
     hidden_quantizer: ActivationQuantizer
     recurrent_weight_quantizer: WeightQuantizer
@@ -108,6 +111,29 @@ class _QATRecurrent(QATLayer):
     def _run(
         self, x: Tensor, time_axis: int, state: State, input_range: Range, hidden_range: Range
     ) -> tuple[Tensor, State]:
+        """Run all steps, by autograd functions that keep and do little."""
+        if self._is_looked_into():
+            return self._run_in_parts(x, time_axis, state, input_range, hidden_range)
+        factors = ActivationFactors.of(self.input_quantizer, *input_range)
+        weight = WeightFactors.of(self.weight_quantizer, self.weight_ih_l0)
+        bias = getattr(self, "bias_ih_l0", None)
+        gates = project(x, self.input_quantizer, factors, weight, bias, time_axis)
+        factors = ActivationFactors.of(self.hidden_quantizer, *hidden_range)
+        weight = WeightFactors.of(self.recurrent_weight_quantizer, self.weight_hh_l0)
+        bias, state = getattr(self, "bias_hh_l0", None), tuple(part.to(gates.dtype) for part in state)
+        return run_loop(self.cell, gates, state, self.hidden_quantizer, factors, weight, bias)
+
+    def _is_looked_into(self) -> bool:
+        """Tell whether somebody has to see the operators, or a quantizer has a ``quantize()`` that is not the usual."""
+        if torch.compiler.is_compiling() or transforming() or is_exporting():
+            return True
+        quantizers = self.input_quantizer, self.hidden_quantizer
+        return any(getattr(q.quantize, "__func__", None) is not ActivationQuantizer.quantize for q in quantizers)
+
+    def _run_in_parts(
+        self, x: Tensor, time_axis: int, state: State, input_range: Range, hidden_range: Range
+    ) -> tuple[Tensor, State]:
+        """Like :meth:`_run`, by operators that exporters, compilers and ``torch.func`` transforms can look into."""
         x = self.input_quantizer.quantize(x, *input_range).movedim(time_axis, 0)
         weight = self.weight_quantizer(self.weight_ih_l0)
         recurrent = self.recurrent_weight_quantizer(self.weight_hh_l0)
@@ -156,6 +182,8 @@ class _QATRecurrent(QATLayer):
 class QATLSTM(_QATRecurrent, nn.LSTM):  # type: ignore[misc]
     """Quantized twin of :class:`torch.nn.LSTM`; the cell state is not quantized."""
 
+    cell: ClassVar[Cell] = LSTMCell()
+
     def _cell(self, input_gates: Tensor, hidden_gates: Tensor, h: Tensor, state: State) -> State:
         i, f, g, o = (input_gates + hidden_gates).chunk(4, -1)
         c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
@@ -164,6 +192,8 @@ class QATLSTM(_QATRecurrent, nn.LSTM):  # type: ignore[misc]
 
 class QATGRU(_QATRecurrent, nn.GRU):  # type: ignore[misc]
     """Quantized twin of :class:`torch.nn.GRU`."""
+
+    cell: ClassVar[Cell] = GRUCell()
 
     def _cell(self, input_gates: Tensor, hidden_gates: Tensor, h: Tensor, state: State) -> State:
         r, z, n = input_gates.chunk(3, -1)
