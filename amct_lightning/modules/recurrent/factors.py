@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amct_lightning.quantizers import ActivationQuantizer, ChannelLayout, LearnedWeightQuantizer, WeightQuantizer
 from amct_lightning.quantizers.functional import activation_scale_offset, dequantize_, quantize, range_ends
-from amct_lightning.quantizers.weight_functional import fake_quantize_weight, gradient_of_scale
+from amct_lightning.quantizers.functions.weight import fake_quantize_weight, gradient_of_scale
 
 
 class ActivationFactors(NamedTuple):

@@ -21,7 +21,7 @@ from amct_lightning.modules.recurrent.factors import (
     weight_gradients,
 )
 from amct_lightning.quantizers import ActivationQuantizer
-from amct_lightning.quantizers.functional import activation_gradients
+from amct_lightning.quantizers.functions.activation import activation_gradients
 from amct_lightning.quantizers.transforms import differentiable_once
 
 BLOCK = 2**17
