@@ -8,10 +8,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from amct_lightning.commands import dispatch
 from amct_lightning.commands.errors import guarded
-from amct_lightning.commands.quant_cli import QuantCLI
+
+if TYPE_CHECKING:
+    from amct_lightning.commands.quant_cli import QuantCLI
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Load QuantCLI when a script asks for it: it takes Lightning, and most commands do without."""
+        if name != "QuantCLI":
+            raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+        from amct_lightning.commands.quant_cli import QuantCLI  # noqa: PLC0415
+
+        return QuantCLI
+
 
 __all__ = ["QuantCLI", "main"]
 

@@ -5,9 +5,10 @@ A strategy, a CheckpointIO or a module fits one of these by having its members. 
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from lightning.fabric.plugins import CheckpointIO
+if TYPE_CHECKING:
+    from lightning.fabric.plugins import CheckpointIO
 
 
 @runtime_checkable

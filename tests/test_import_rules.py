@@ -27,7 +27,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HEAD = "| room | what is in it |"
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
-WITH_LIGHTNING = ("callbacks/", "ascend/", "commands/", "protocols.py", "__init__.py")
+WITH_LIGHTNING = ("callbacks/", "ascend/", "commands/", "protocols.py")
 # typing_extensions comes with torch.
 OF_TORCH = {"torch", "typing_extensions", "filelock", *sys.stdlib_module_names}
 WITH_TORCH_ONLY = ("quantizers/", "layer_types.py", "targets/")

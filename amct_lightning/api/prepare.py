@@ -11,12 +11,13 @@ from torch import nn
 from amct_lightning.config import ConfigLike, config_source, load_config
 from amct_lightning.conversion.convert import convert_layers
 from amct_lightning.conversion.make_plan import make_plan
-from amct_lightning.conversion.on_target import OnUnsupported, TargetLike, TargetRules
+from amct_lightning.conversion.on_target import TargetLike, TargetRules
 from amct_lightning.graph.float_model import check_float_model
 from amct_lightning.graph.forward import InputData
 from amct_lightning.modules.degenerate import OnDegenerate, check_on_degenerate, set_on_degenerate
 from amct_lightning.modules.fused.choice import set_execution
 from amct_lightning.quantizers.executors import Execution, check_execution
+from amct_lightning.targets import OnUnsupported
 
 _logger = logging.getLogger(__name__)
 

@@ -13,12 +13,13 @@ from amct_lightning.amct.plain_hooks import install_hooks
 from amct_lightning.amct.restore import read_checkpoint, restore_state, select_state_dict
 from amct_lightning.api.prepare import prepare_qat
 from amct_lightning.config import RetrainConfig
-from amct_lightning.conversion.on_target import OnUnsupported, TargetLike, TargetRules
+from amct_lightning.conversion.on_target import TargetLike, TargetRules
 from amct_lightning.conversion.report import conversion_report
 from amct_lightning.files import check_writable, is_file, write_text
 from amct_lightning.graph.forward import InputData
 from amct_lightning.modules.degenerate import OnDegenerate
 from amct_lightning.quantizers.executors import Execution
+from amct_lightning.targets import OnUnsupported
 
 _logger = logging.getLogger(__name__)
 

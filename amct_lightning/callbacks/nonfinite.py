@@ -16,6 +16,9 @@ from amct_lightning.modules import activation_quantizers
 from amct_lightning.modules.degenerate import degenerate_message, flags_of, take_degenerate
 from amct_lightning.wording import cut_off
 
+_MOST_NOTED = 64
+"""Number of batches after which their flags are counted, however long the interval is."""
+
 
 class NonfiniteWatch:
     """Reads the flags that the activation quantizers raise on their device.
@@ -41,6 +44,8 @@ class NonfiniteWatch:
         self.steps: list[int] = []
         self.reported: set[str] = set()
         self._ages = torch.zeros(())
+        self._poisons: list[Tensor] = []  # of batches that are not counted yet
+        self._is_scattered = self._find_devices()
         self._outside = outside
 
     def start_batch(self, step: int) -> None:
@@ -48,9 +53,9 @@ class NonfiniteWatch:
         self.steps.append(step)
 
     def end_batch(self) -> None:
-        """Count, on the device, for how many batches each flag is up; look at the flags if the interval is over."""
+        """Keep, on the device, what the flags were after this batch; look at them if the interval is over."""
         if self.quantizers:
-            self._ages = self._ages + self._flags()
+            self._note()
         if len(self.steps) >= self.interval:
             self.check()
 
@@ -65,7 +70,9 @@ class NonfiniteWatch:
         """
         if not self.quantizers or not self.steps:
             return
-        counted = self._ages + self._flags() if interval_goes_on else self._ages.expand(len(self.quantizers))
+        if interval_goes_on:
+            self._note()
+        counted = self._count().expand(len(self.quantizers))
         degenerate = take_degenerate(self.model)
         written = [] if self._outside is None else self._outside.take_flags()
         if degenerate:
@@ -85,8 +92,10 @@ class NonfiniteWatch:
         if not interval_goes_on:
             self.steps.clear()
         self._ages = torch.zeros_like(self._ages)
-        for quantizer in self.quantizers.values():
-            quantizer.forget_nonfinite()
+        self._is_scattered = self._find_devices()
+        for quantizer, age in zip(self.quantizers.values(), ages, strict=True):
+            if age:
+                quantizer.forget_nonfinite()
         message = degenerate_message(degenerate, numbers[len(self.quantizers) :])
         if message:
             rank_zero_warn(message)
@@ -94,9 +103,24 @@ class NonfiniteWatch:
             self.reported.update(found)
             self._report(found)
 
-    def _flags(self) -> Tensor:
+    def _note(self) -> None:
         poisons = [quantizer.poison for quantizer in self.quantizers.values()]
-        return torch.isnan(torch.stack([poison.to(poisons[0].device, non_blocking=True) for poison in poisons]))
+        if self._is_scattered:
+            poisons = [poison.to(poisons[0].device, non_blocking=True) for poison in poisons]
+        self._poisons.append(torch.stack(poisons))
+        if len(self._poisons) >= _MOST_NOTED:
+            self._count()
+
+    def _find_devices(self) -> bool:
+        """Tell whether the flags are on several devices; each interval asks, not each batch."""
+        return len({quantizer.poison.device for quantizer in self.quantizers.values()}) > 1
+
+    def _count(self) -> Tensor:
+        """Count, on the device, for how many batches each flag is up by now."""
+        if self._poisons:
+            self._ages = self._ages + torch.isnan(torch.stack(self._poisons)).float().sum(0)
+            self._poisons = []
+        return self._ages
 
     def _report(self, found: dict[str, int]) -> None:
         first = min(found.values())

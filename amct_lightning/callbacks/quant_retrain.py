@@ -39,11 +39,12 @@ from amct_lightning.callbacks.schedule.table import schedule_table
 from amct_lightning.callbacks.sharding import build_layers, check_complete, check_tensor_parallel
 from amct_lightning.callbacks.training import Training
 from amct_lightning.config import QuantChoices, RetrainConfig
-from amct_lightning.conversion.on_target import OnUnsupported, TargetLike, TargetRules
+from amct_lightning.conversion.on_target import TargetLike, TargetRules
 from amct_lightning.modules import leave_out_of_broadcast, quantized_layers
 from amct_lightning.modules.degenerate import OnDegenerate
 from amct_lightning.modules.folding import is_sharded
 from amct_lightning.quantizers.executors import Execution
+from amct_lightning.targets import OnUnsupported
 
 
 class QuantRetrainCallback(EvaluationHooks):

@@ -83,7 +83,7 @@ class Training:
         anew = self.phases.start_batch(at)
         self.calibration.start_batch(self.phases.observing, anew)
         self._watch.start_batch(trainer.global_step)
-        phase, text = self.phases.phase, self.phases.text
+        phase, text = self.phases.look()
         if phase is not self._logged or batch == 0:  # Lightning keeps a value until the end of the epoch
             pl_module.log(PHASE_METRIC, float(phase), on_step=True, on_epoch=False, batch_size=1)
             self._logged = phase

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from amct_lightning.commands.base import Command, UserError, finished_words, is_completing, offer, root_parser
 from amct_lightning.commands.config import ConfigCommand
 from amct_lightning.commands.export.command import ExportCommand
-from amct_lightning.commands.export.verification import VerifyCommand
+from amct_lightning.commands.export.verify_command import VerifyCommand
 from amct_lightning.commands.record.command import RecordCommand
 from amct_lightning.commands.report import ReportCommand
 from amct_lightning.commands.run import RunCommand

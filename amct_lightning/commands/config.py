@@ -7,21 +7,12 @@ from collections.abc import Sequence
 from typing import get_args
 
 from jsonargparse import ArgumentParser, Namespace
-from torch import nn
 from typing_extensions import override
 
 from amct_lightning.commands.base import ParsedCommand
-from amct_lightning.commands.choices_text import in_few_words, to_simple, to_yaml
-from amct_lightning.commands.model_input import add_model_options, find_part, make_input, make_model, spelled_out
+from amct_lightning.commands.model_options import add_model_options, spelled_out
 from amct_lightning.commands.output import check_output, deliver, short_warnings
-from amct_lightning.config import config_source, load_config
-from amct_lightning.conversion.convert import convert_layers
-from amct_lightning.conversion.make_plan import make_plan
-from amct_lightning.conversion.on_target import OnUnsupported, TargetRules
-from amct_lightning.conversion.plan import QuantPlan
-from amct_lightning.conversion.report import conversion_report
-from amct_lightning.graph.forward import Forward
-from amct_lightning.targets import TARGETS
+from amct_lightning.targets import TARGETS, OnUnsupported
 
 _EPILOG = """\
 examples:
@@ -88,41 +79,12 @@ class ConfigCommand(ParsedCommand):
         """Make the configuration."""
         if options.output is not None:
             check_output(options.output, options.force, "configuration")
+        from amct_lightning.commands.make_config import make_config  # noqa: PLC0415  (torch; not for help and errors)
+
         with short_warnings():
-            part, plan = _plan(options)
-            text = _text(part, plan, options)
-            table = _explanation(part, plan) if options.explain else None
+            text, table = make_config(options)
         if options.output is not None or table is None:
             deliver(text, options.output, options.force, "configuration")
         if table is not None:
             sys.stdout.write(f"{table}\n")
         return 0
-
-
-def _plan(options: Namespace) -> tuple[nn.Module, QuantPlan]:
-
-    choices = load_config(options.choices)
-    model = make_model(options.model, options.init_arg or [], options.ckpt)
-    part = find_part(model, options.submodule)
-    # The shapes are for the part; the example input of the model is for all of it, and the part runs inside.
-    run = part if options.input_shape else model
-    input_data = make_input(options.input_shape or [], model)
-    source = config_source(options.choices) if options.choices else "config"
-    target = TargetRules.of(options.target, options.on_unsupported, "config")
-    return part, make_plan(part, choices, Forward(run, input_data), source, target=target)
-
-
-def _text(part: nn.Module, plan: QuantPlan, options: Namespace) -> str:
-    if options.format == "json":
-        return plan.config.to_text()
-    layers = {name: part.get_submodule(name) for name in plan.config}
-    choices = in_few_words(plan.config, layers)
-    listed = "\n".join(f"#   {name}  {type(layer).__name__}" for name, layer in layers.items())
-    head = f"# What is quantized in {type(part).__name__}. Its layers that can be:\n{listed}\n"
-    return head + (to_yaml(choices) if options.format == "yaml" else to_simple(choices))
-
-
-def _explanation(part: nn.Module, plan: QuantPlan) -> str:
-    """Convert the model, which nobody needs after this, and return the table."""
-    convert_layers(part, plan)
-    return str(conversion_report(part))

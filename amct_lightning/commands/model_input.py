@@ -1,4 +1,4 @@
-"""The model and the input that a command looks at, from class path and shapes."""
+"""The model and the input that a command looks at, made from what its options say."""
 
 from __future__ import annotations
 
@@ -19,61 +19,6 @@ from amct_lightning.graph.forward import InputData
 
 _SHAPE = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<sizes>\d+(?:,\d+)*)?(?::(?P<dtype>\w+))?")
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
-
-
-def add_model_options(parser: ArgumentParser, part: str) -> None:
-    """Add the options that name a model, a part of it and the input that it takes.
-
-    Args:
-        parser: The parser of the command.
-        part: What is done with the part alone, for the help.
-    """
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="CLASS_PATH|YAML",
-        help="Class path of a LightningModule or any module, or the YAML of a run, whose model is taken.",
-    )
-    parser.add_argument(
-        "--init-arg",
-        action="append",
-        metavar="KEY=VALUE",
-        help="An argument of the class; may be repeated. --model.KEY=VALUE is the same.",
-    )
-    parser.add_argument(
-        "--input-shape",
-        action="append",
-        metavar="[NAME=]SHAPE[:DTYPE]",
-        help="Shape of an argument of forward, such as 1,3,32,32 or ids=1,128:int64; repeat it for each. Without "
-        "it, the example_input_array of the model is used.",
-    )
-    parser.add_argument("--submodule", metavar="NAME", help=part)
-
-
-def spelled_out(arguments: Sequence[str]) -> list[str]:
-    """Spell ``--model.width=16`` as ``--init-arg width=16``.
-
-    Args:
-        arguments: The arguments of a command with :func:`add_model_options`.
-
-    Example:
-        >>> spelled_out(["--model", "Net", "--model.width", "16"])
-        ['--model', 'Net', '--init-arg', 'width=16']
-    """
-    result: list[str] = []
-    waiting = ""
-    for argument in arguments:
-        found = re.fullmatch(r"--model\.([^=]+)(=.*)?", argument, re.DOTALL)
-        if waiting:
-            result.append(f"{waiting}={argument}")
-            waiting = ""
-        elif found is None:
-            result.append(argument)
-        else:
-            result.append("--init-arg")
-            waiting = "" if found[2] else found[1]
-            result += [f"{found[1]}{found[2]}"] if found[2] else []
-    return [*result, waiting] if waiting else result
 
 
 def make_model(model: str, init_args: Sequence[str], checkpoint: str | None) -> nn.Module:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping
-from typing import Any
+from functools import reduce
+from operator import or_
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
@@ -123,6 +125,7 @@ class QuantCLI(LightningCLI):
         group.add_argument(
             "--quant.enabled", type=bool, default=True, help="Whether to quantize; false trains in float."
         )
+        _ask_for_whole_numbers_first()
         super().add_core_arguments_to_parser(parser)
 
     @override
@@ -142,6 +145,20 @@ class QuantCLI(LightningCLI):
         return super().instantiate_trainer(
             callbacks=[*_own_callback(config.get("quant"), callbacks), *callbacks], **kwargs
         )
+
+
+def _ask_for_whole_numbers_first() -> None:
+    """Give the arguments of the Trainer their types anew: int before float.
+
+    Lightning (seen in 2.6) writes Optional[Union[float, int]] elsewhere, and Python may return that object for
+    Optional[Union[int, float]], depending on what else was imported. jsonargparse tries the types in their order, and
+    reads ``limit_train_batches=1`` as 1.0 then, which is all batches.
+    """
+    annotations = pl.Trainer.__init__.__annotations__
+    for name, annotation in annotations.items():
+        kinds = get_args(annotation)
+        if int in kinds and float in kinds:
+            annotations[name] = reduce(or_, sorted(kinds, key=lambda kind: kind is not int))
 
 
 def _spelled_out(arguments: list[str]) -> list[str]:

@@ -10,7 +10,6 @@ from typing_extensions import override
 
 from amct_lightning.commands.base import ParsedCommand, UserError
 from amct_lightning.commands.output import check_output
-from amct_lightning.run_report import write_report
 
 
 class ReportCommand(ParsedCommand):
@@ -48,6 +47,8 @@ The report needs matplotlib and jinja2: pip install 'amct-lightning[report]'
         if not source.exists():
             raise UserError(f"there is no folder or checkpoint '{source}'. Give the log_dir of a run or a .ckpt file.")
         check_output(options.output, options.force, "report")
+        from amct_lightning.run_report import write_report  # noqa: PLC0415  (torch; not for help and errors)
+
         try:
             written = write_report(source, options.output)
         except ImportError as error:

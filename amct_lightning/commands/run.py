@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing_extensions import override
 
 from amct_lightning.commands.base import PROGRAM, Command, HelpFormatter, skip
-from amct_lightning.commands.quant_cli import QuantCLI
 
 _FIT = """\
 examples:
@@ -58,6 +57,8 @@ class RunCommand(Command):
     @override
     def execute(self, arguments: Sequence[str], commands: Sequence[Command]) -> int:
         """Hand the arguments to the LightningCLI."""
+        from amct_lightning.commands.quant_cli import QuantCLI  # noqa: PLC0415  (Lightning, for these commands only)
+
         names = [command.name for command in commands if isinstance(command, RunCommand)]
         QuantCLI(
             args=list(arguments),
@@ -73,5 +74,7 @@ class RunCommand(Command):
     @override
     def complete(self, words: list[str]) -> None:
         """Answer a shell that asks for completions."""
+        from amct_lightning.commands.quant_cli import QuantCLI  # noqa: PLC0415  (as above)
+
         skip(1)
         QuantCLI(args=[], run=False)  # without subcommands: see offer(); parsing answers and ends the process

@@ -5,21 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 from torch import nn
 
 from amct_lightning.config import LayerConfig, RetrainConfig
 from amct_lightning.config.fit import without_int4
 from amct_lightning.layer_types import supported_class
-from amct_lightning.targets import Fact, Target, TargetName, find_target
+from amct_lightning.targets import Fact, OnUnsupported, Target, TargetName, find_target
 from amct_lightning.wording import cut_off
 
 TargetLike = TargetName | int | None
 """A target as users give it; YAML reads 950 as a number."""
-
-OnUnsupported = Literal["error", "fallback", "warn"]
-"""What to do about layers that the target does not run: refuse, take INT8 (or float where that is not enough), warn."""
 
 
 class Obstacle(NamedTuple):

@@ -188,12 +188,12 @@ class Agreement:
     @property
     def done(self) -> bool:
         """Whether all quantizers that may calibrate have done so, or were given up; the same on every process."""
-        return all(quantizer.settled or quantizer.missed for quantizer in self.quantizers)
+        return all(quantizer.missed for quantizer in self.unsettled)
 
     @property
     def unsettled(self) -> list[ActivationQuantizer]:
         """The quantizers whose ranges the processes have not agreed on, with those given up; the same on all."""
-        return [quantizer for quantizer in self.quantizers if not quantizer.settled]
+        return [quantizer for quantizer in self.quantizers if quantizer.calibrating or quantizer.fresh]
 
     def end_batch(self, model: nn.Module, last: bool = False) -> bool:
         """Let the processes agree if a calibration ends with this batch.

@@ -63,19 +63,27 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
         >>> quantized_layers(nn.Linear(2, 2))
         {}
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QATLayer)}
-    roots = [module for module in model.modules() if PLAN_ATTRIBUTE in module.__dict__]
+    modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, QATLayer)}
+    roots = [module for module in modules.values() if PLAN_ATTRIBUTE in module.__dict__]
     planned = {layer for root in roots for layer in _planned_layers(root, is_first=root is roots[0])}
     return {name: layer for name, layer in layers.items() if layer in planned or not roots}
 
 
 def _planned_layers(root: nn.Module, is_first: bool) -> list[nn.Module]:
     """Return the quantized layers of a converted module, none if it is a copy of another one."""
-    modules = dict(root.named_modules(remove_duplicate=False))
-    layers = [modules.get(layer.name) for layer in root.__dict__[PLAN_ATTRIBUTE].layers]
+    layers = [_submodule(root, layer.name) for layer in root.__dict__[PLAN_ATTRIBUTE].layers]
     found = [layer for layer in layers if isinstance(layer, QATLayer)]
     is_copy = any(layer.input_quantizer.is_copy for layer in found)
     return [] if is_copy and not is_first else list(found)
+
+
+def _submodule(root: nn.Module, name: str) -> nn.Module | None:
+    """Return the module of a name, if it is still there."""
+    found: nn.Module | None = root
+    for part in name.split(".") if name else ():
+        found = None if found is None else found._modules.get(part)
+    return found
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from amct_lightning.files import read_bytes, write_text
 from amct_lightning.record import proto_text
 from amct_lightning.record.checks import check_text
 from amct_lightning.record.compare import Difference, compare
-from amct_lightning.record.derive import derive_layers
 from amct_lightning.record.layer_record import LayerRecord
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class QuantRecord(Mapping[str, LayerRecord]):
@@ -62,6 +63,8 @@ class QuantRecord(Mapping[str, LayerRecord]):
             >>> list(QuantRecord.from_model(model))
             ['0']
         """
+        from amct_lightning.record.derive import derive_layers  # noqa: PLC0415  (torch, which a record alone needs not)
+
         return cls(derive_layers(model))
 
     @classmethod

@@ -17,6 +17,9 @@ TargetName = Literal["A2", "A3", "950", "310P"]
 Verdict = Literal["runs", "doubtful", "unsupported"]
 """Whether the matrix unit computes with it; of what is doubtful there is no word, or one against another."""
 
+OnUnsupported = Literal["error", "fallback", "warn"]
+"""What to do about layers that the target does not run: refuse, take INT8 (or float where that is not enough), warn."""
+
 
 @dataclass(frozen=True)
 class Fact:

@@ -22,7 +22,7 @@ def import_libraries() -> None:
     import pytest  # noqa: F401
     import torch_npu  # noqa: F401
 
-    import amct_lightning  # noqa: F401
+    import amct_lightning.public  # noqa: F401
 
 
 def tell(answers: int, **message: int) -> None:

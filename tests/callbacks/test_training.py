@@ -114,10 +114,13 @@ class Poisoned(Net):
         return super().training_step((x, y), batch_idx)
 
 
-def test_nonfinite_activations_are_reported_with_layer_and_step(make_trainer: TrainerFactory, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("interval", "epochs"), [(4, 3), (1000, 20)])  # an interval of many batches, and its end
+def test_nonfinite_activations_are_reported_with_layer_and_step(
+    make_trainer: TrainerFactory, tmp_path: Path, interval: int, epochs: int
+) -> None:
     callback = QuantRetrainCallback(record_file=tmp_path / "r.txt")
     with pytest.warns(UserWarning, match=r"layer 'net\.0' \(step 5\)"):
-        make_trainer(callbacks=[callback], max_epochs=3, log_every_n_steps=4).fit(Poisoned(), loader())
+        make_trainer(callbacks=[callback], max_epochs=epochs, log_every_n_steps=interval).fit(Poisoned(), loader())
     QuantRecord.load(tmp_path / "r.txt").validate()
 
 

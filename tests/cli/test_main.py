@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,24 @@ quant:
   record_file: record.txt
   config: {weights: {dst_type: INT4}, skip_layers: [net.0]}
 """
+
+
+# What needs no model, and how it ends.
+WITHOUT_A_MODEL = {
+    "--help": 0,
+    "--version": 0,
+    "recrod": 2,
+    "record show record.txt": 0,
+    "record check record.txt": 0,
+    "record diff record.txt record.txt": 0,
+    "record show missing.txt": 2,
+    "config --help": 0,
+    "config --format xml": 2,
+    "report missing": 2,
+    "export --help": 0,
+    "export last.ckpt": 2,
+    "verify last.ckpt net.onnx --model Net --random 0": 2,
+}
 
 
 def process(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -116,25 +135,45 @@ def test_the_yaml_of_a_run_works_in_a_folder_with_nothing_but_the_module(tmp_pat
     assert (tmp_path / "lightning_logs" / "version_0" / "config.yaml").exists()
 
 
+def test_commands_that_need_no_model_load_neither_torch_nor_lightning(tmp_path: Path) -> None:
+    layer = LayerRecord(scale_d=0.5, offset_d=0, scale_w=[0.1], offset_w=[0])
+    QuantRecord({"fc": layer}).save(tmp_path / "record.txt")
+    script = f"""
+import sys
+from amct_lightning.cli import main
+for line in {WITHOUT_A_MODEL}:
+    status = main(line.split())
+    print("->", status, *sorted({{"torch", "lightning", "numpy", "matplotlib", "onnx"}} & {{*sys.modules}}))
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
+    ends = [line for line in finished.stdout.splitlines() if line.startswith("->")]
+    assert ends == [f"-> {status}" for status in WITHOUT_A_MODEL.values()], finished.stderr[-2000:]
+
+
 def test_a_shell_gets_completions(tmp_path: Path) -> None:
-    answers = {}
+    answers, imports = {}, {}
     for line in ("amct-lightning record ", "amct-lightning fit --quant.record", "amct-lightning export --dyn"):
         read, write = os.pipe()
         environment = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9", "_ARGCOMPLETE": "1"}
-        subprocess.run(
-            ["/bin/bash", "-c", f"'{sys.executable}' -m amct_lightning 8>&{write} 9>/dev/null"],
+        imports[line] = subprocess.run(
+            ["/bin/bash", "-c", f"'{sys.executable}' -X importtime -m amct_lightning 8>&{write} 9>/dev/null"],
             cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
             env={**os.environ, **environment, "_ARGCOMPLETE_IFS": "\n"},
             pass_fds=[write],
             check=False,
             timeout=120,
-        )
+        ).stderr
         os.close(write)
         with os.fdopen(read) as pipe:
             answers[line] = pipe.read().split()
     assert {"show", "check", "diff", "extract"} <= set(answers["amct-lightning record "])
     assert answers["amct-lightning fit --quant.record"] == ["--quant.record_file"]
     assert answers["amct-lightning export --dyn"] == ["--dynamic-batch"]
+    assert [bool(re.search(r"\| +torch$", listed, re.MULTILINE)) for listed in imports.values()] == [False, True, False]
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:

@@ -205,7 +205,8 @@ def test_a_script_of_ones_own_has_the_same_options(folder: Folder, monkeypatch: 
 def test_whole_numbers_stay_whole_whatever_was_imported_first(folder: Folder) -> None:
     """``limit_train_batches=1`` is one batch, ``1.0`` all of them."""
     run = folder.run_yaml(quant={"schedule": {"freeze_bn": 1, "freeze_data": 1.0}})
-    command = [sys.executable, "-m", "amct_lightning", "fit", "--config", run]
+    script = "import rich.console; from amct_lightning.cli import main; main()"
+    command = [sys.executable, "-c", script, "fit", "--config", run]
     command += ["--trainer.limit_train_batches=1", "--print_config"]
     printed = subprocess.run(command, cwd=folder.path, capture_output=True, text=True, check=True).stdout
     config = yaml.safe_load(printed)

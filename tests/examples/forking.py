@@ -15,7 +15,7 @@ from pathlib import Path
 import lightning.pytorch  # noqa: F401
 import sklearn.datasets  # noqa: F401
 
-import amct_lightning  # noqa: F401
+import amct_lightning.public  # noqa: F401
 
 
 def start() -> int:

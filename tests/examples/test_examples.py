@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import re
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from amct_lightning import QuantRecord
-from tests.examples.running import ONE_THREAD, command, fit, printed_accuracies, run
+from tests.examples.running import EXAMPLES, ONE_THREAD, command, fit, printed_accuracies, run
 
 SHORT = ["--epochs", "2", "--qat-epochs", "2"]
 FORKING = Path(__file__).with_name("forking.py")
@@ -128,3 +129,22 @@ def test_a_momentum_teacher_is_the_average_of_its_quantized_student(tmp_path: Pa
     assert torch.allclose(student, teacher, atol=0.3)
     assert "net.0.input_quantizer.clip_max" in state
     assert not any(name.startswith("teacher") and "quantizer" in name for name in state)
+
+
+def test_the_step_that_the_demo_times_is_a_whole_one_and_the_networks_take_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    turns: list[str] = []
+
+    def net(name: str) -> torch.nn.Module:
+        module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        module.register_forward_hook(lambda *_: turns.append(name))
+        return module
+
+    nets = {"fp32": net("fp32"), "int8": net("int8")}
+    before = nets["int8"][1].weight.detach().clone()
+    times = importlib.import_module("digits").step_times(nets, seed=0, rounds=2, warm_up=1)
+    assert turns == ["int8", "fp32", "fp32", "int8", "int8", "fp32"]
+    assert times.keys() == nets.keys()
+    assert not torch.equal(nets["int8"][1].weight, before)  # by the optimizer

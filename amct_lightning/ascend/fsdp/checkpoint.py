@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from amct_lightning.ascend.devices import npu
+from amct_lightning.ascend.fsdp import state
 from amct_lightning.ascend.fsdp.gradients import plain
 from amct_lightning.ascend.fsdp.units import reshard
 from amct_lightning.ascend.hccl.collectives import broadcast_tensors
@@ -81,7 +81,7 @@ class ShardedCheckpointIO(TorchCheckpointIO):
         _wait()
         rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
         states = [held.state for held in checkpoint.get("optimizer_states", [])]
-        _state().save_shards(checkpoint["state_dict"], states, temporary)
+        state.save_shards(checkpoint["state_dict"], states, temporary)
         if _is_main():
             torch.save(rest, temporary / META)
             _replace(final, temporary)
@@ -148,8 +148,8 @@ class ShardedCheckpoints(ModelParallelStrategy):
         inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         reshard(model)
         if self._save_distributed_checkpoint:
-            return ShardedState(_state().named_optimizer_state(inner, model))  # type: ignore[return-value]
-        gathered: dict[str, Any] = _state().gathered_optimizer_state(inner, keep=self.is_global_zero)
+            return ShardedState(state.named_optimizer_state(inner, model))  # type: ignore[return-value]
+        gathered: dict[str, Any] = state.gathered_optimizer_state(inner, keep=self.is_global_zero)
         return gathered
 
     @override
@@ -187,9 +187,9 @@ class ShardedCheckpoints(ModelParallelStrategy):
         checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         model, strict = given(self.model), given(self.lightning_module).strict_loading
         if is_checkpoint_folder(path):
-            _state().load_shards(Path(path), model, self.optimizers, strict)
+            state.load_shards(Path(path), model, self.optimizers, strict)
         else:
-            _state().load_whole(checkpoint, Path(path), model, self.optimizers, strict)
+            state.load_whole(checkpoint, Path(path), model, self.optimizers, strict)
         return checkpoint
 
     @override
@@ -224,13 +224,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _state() -> ModuleType:
-    """Import what deals with the states only now: ``torch.distributed.checkpoint`` takes its time."""
-    from amct_lightning.ascend.fsdp import state  # noqa: PLC0415
-
-    return state
 
 
 def _is_main() -> bool:

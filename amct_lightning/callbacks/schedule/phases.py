@@ -54,7 +54,11 @@ class PhaseRunner:
         ]
         self.phases: dict[str, LayerPhase] = {}
         self.observing: frozenset[ActivationQuantizer] = frozenset()
+        self._quantizers = [quantizer for layer in self.layers.values() for quantizer in data_quantizers(layer)]
+        self._seen: list[object] | None = None
+        self._phase, self._text = Phase.FLOAT, ""
         self._frozen_norms: dict[nn.Module, FrozenNorm] = {}
+        self._has_updates = False  # whether factors are held between the steps at which they are updated
         self._waiting: list[ActivationQuantizer] = []  # to be frozen as soon as they are calibrated
         self._skipped = SkippedLayers(self.layers.values())
         self._holder = Holder()
@@ -80,9 +84,10 @@ class PhaseRunner:
             kept.hold(new_epoch=at.batch == 0)
         if self._at is not None and not self._may_change(self._at, at):
             return False
-        self._at = at
+        self._at, self._seen = at, None
         self._waiting = []
         self.phases = {name: self.schedule.phase(name, at) for name in self.layers}
+        self._has_updates = any(phase.held_between_updates for phase in self.phases.values())
         calibrate = [name for name in self.layers if self.phases[self.owners[name]].calibrates]
         self.observing = frozenset(quantizer for name in calibrate for quantizer in data_quantizers(self.layers[name]))
         held: list[nn.Module] = []
@@ -125,7 +130,7 @@ class PhaseRunner:
             step: Number of optimizer steps done now.
         """
         self._holder.end_batch()
-        if self._at is None or step == self._at.step:
+        if self._at is None or step == self._at.step or not self._has_updates:
             return
         for name, phase in self.phases.items():
             if phase.held_between_updates and phase.updates and not phase.weights_frozen:
@@ -152,12 +157,20 @@ class PhaseRunner:
     @property
     def phase(self) -> Phase:
         """The phase of the least advanced layer."""
-        return min((self._phase_of(name) for name in self.layers), default=Phase.FLOAT)
+        return self.look()[0]
 
-    @property
-    def text(self) -> str:
-        """The phase in words, for people."""
-        phase, frozen = self.phase, []
+    def look(self) -> tuple[Phase, str]:
+        """Return the phase, also in words, for people; as every batch asks for it, it is found out if it may differ."""
+        seen: list[object] = [layer.quant_mode for layer in self.layers.values()]
+        seen += [quantizer.calibrating and not quantizer.missed for quantizer in self._quantizers]
+        if seen != self._seen:
+            self._seen = seen
+            self._phase = min((self._phase_of(name) for name in self.layers), default=Phase.FLOAT)
+            self._text = self._in_words(self._phase)
+        return self._phase, self._text
+
+    def _in_words(self, phase: Phase) -> str:
+        frozen = []
         if phase is Phase.LEARNING:  # of layers that are not quantized yet nothing else can be said
             frozen += [word for word, part in (("ranges", "data"), ("weights", "weights")) if self._all(part)]
         if self._frozen_norms:
@@ -184,7 +197,7 @@ class PhaseRunner:
             return False  # the pass that StochasticWeightAveraging adds for the batch normalizations trains nothing
         if at.epoch != before.epoch or self._waiting or type(self.schedule) is not QuantSchedule:
             return True
-        return at.step != before.step and any(phase.held_between_updates for phase in self.phases.values())
+        return at.step != before.step and self._has_updates
 
     def _apply_data(self, name: str, layer: QATLayer, held: list[nn.Module]) -> bool:
         """Set the mode of a layer, and of its quantizers if it owns them; return whether they calibrate anew."""

@@ -17,8 +17,6 @@ from amct_lightning.files import atomic_path, beside, location, write_text
 if TYPE_CHECKING:
     from amct_lightning.export.forms import Form
 
-FORMS: tuple[Form, ...] = ("deploy", "fake_quant", "qdq")
-
 
 def need_onnx(*more: str) -> None:
     """Check that what an export needs is installed.

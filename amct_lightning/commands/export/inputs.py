@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from amct_lightning.commands.base import UserError
 from amct_lightning.commands.model_input import make_input
+from amct_lightning.export.tracing.signature import FlatCall
 from amct_lightning.graph.forward import InputData
 from amct_lightning.graph.preserve import preserved
 
@@ -52,8 +53,6 @@ def batch_axes(model: nn.Module, input_data: InputData) -> dict[str, dict[int, s
         model: The model.
         input_data: Its input.
     """
-    from amct_lightning.export.tracing.signature import FlatCall  # noqa: PLC0415  (a command that exports nothing needs none)
-
     call = FlatCall(model, input_data)
     named = zip(call.names, call.tensors, strict=True)
     return {name: {0: "batch"} for name, tensor in named if tensor.dim()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from amct_lightning.checkpoint_file import CHECKPOINT_KEY, read_foreign_checkpoint
 from amct_lightning.commands.base import UserError
 from amct_lightning.record import QuantRecord, proto_text
 
@@ -82,6 +81,8 @@ def extract(path: str) -> str:
         UserError: If it has none.
         RuntimeError: If it is no checkpoint, or cannot be read without running code.
     """
+    from amct_lightning.checkpoint_file import CHECKPOINT_KEY, read_foreign_checkpoint  # noqa: PLC0415  (torch)
+
     entry: Any = read_foreign_checkpoint(path)[0].get(CHECKPOINT_KEY)
     if not isinstance(entry, dict):
         raise UserError(

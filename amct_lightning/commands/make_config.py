@@ -1,0 +1,58 @@
+"""What ``amct-lightning config`` does: the model is made, observed, and its configuration written as a text."""
+
+from __future__ import annotations
+
+from jsonargparse import Namespace
+from torch import nn
+
+from amct_lightning.commands.choices_text import in_few_words, to_simple, to_yaml
+from amct_lightning.commands.model_input import find_part, make_input, make_model
+from amct_lightning.config import config_source, load_config
+from amct_lightning.conversion.convert import convert_layers
+from amct_lightning.conversion.make_plan import make_plan
+from amct_lightning.conversion.on_target import TargetRules
+from amct_lightning.conversion.plan import QuantPlan
+from amct_lightning.conversion.report import conversion_report
+from amct_lightning.graph.forward import Forward
+
+
+def make_config(options: Namespace) -> tuple[str, str | None]:
+    """Make a configuration as the options of the command say.
+
+    Args:
+        options: The options.
+
+    Returns:
+        The text of the configuration, and the table that explains it if there is to be one.
+    """
+    part, plan = _plan(options)
+    text = _text(part, plan, options)
+    return text, _explanation(part, plan) if options.explain else None
+
+
+def _plan(options: Namespace) -> tuple[nn.Module, QuantPlan]:
+    choices = load_config(options.choices)
+    model = make_model(options.model, options.init_arg or [], options.ckpt)
+    part = find_part(model, options.submodule)
+    # The shapes are for the part; the example input of the model is for all of it, and the part runs inside.
+    run = part if options.input_shape else model
+    input_data = make_input(options.input_shape or [], model)
+    source = config_source(options.choices) if options.choices else "config"
+    target = TargetRules.of(options.target, options.on_unsupported, "config")
+    return part, make_plan(part, choices, Forward(run, input_data), source, target=target)
+
+
+def _text(part: nn.Module, plan: QuantPlan, options: Namespace) -> str:
+    if options.format == "json":
+        return plan.config.to_text()
+    layers = {name: part.get_submodule(name) for name in plan.config}
+    choices = in_few_words(plan.config, layers)
+    listed = "\n".join(f"#   {name}  {type(layer).__name__}" for name, layer in layers.items())
+    head = f"# What is quantized in {type(part).__name__}. Its layers that can be:\n{listed}\n"
+    return head + (to_yaml(choices) if options.format == "yaml" else to_simple(choices))
+
+
+def _explanation(part: nn.Module, plan: QuantPlan) -> str:
+    """Convert the model, which nobody needs after this, and return the table."""
+    convert_layers(part, plan)
+    return str(conversion_report(part))

@@ -1,0 +1,45 @@
+"""The public names of the package, all of them; loaded when one of them is asked for."""
+
+from amct_lightning.amct.migrate import convert_amct_state_dict
+from amct_lightning.api import (
+    create_quant_retrain_config,
+    create_quant_retrain_model,
+    prepare_qat,
+    restore_quant_retrain_model,
+)
+from amct_lightning.ascend import AscendFSDPStrategy, AscendStrategy, NPUAccelerator
+from amct_lightning.callbacks import QuantMonitor, QuantRetrainCallback, QuantSchedule
+from amct_lightning.callbacks.checkpoints.loading import load_qat_checkpoint
+from amct_lightning.config import QuantChoices, RetrainConfig
+from amct_lightning.conversion.report import conversion_report
+from amct_lightning.export import ExportReport, export_onnx, save_quant_retrain_model, verify_export
+from amct_lightning.modules import quantized_layers
+from amct_lightning.modules.calibration import calibrate
+from amct_lightning.modules.convert import float_parameters
+from amct_lightning.record import QuantRecord
+
+__all__ = [
+    "AscendFSDPStrategy",
+    "AscendStrategy",
+    "ExportReport",
+    "NPUAccelerator",
+    "QuantChoices",
+    "QuantMonitor",
+    "QuantRecord",
+    "QuantRetrainCallback",
+    "QuantSchedule",
+    "RetrainConfig",
+    "calibrate",
+    "conversion_report",
+    "convert_amct_state_dict",
+    "create_quant_retrain_config",
+    "create_quant_retrain_model",
+    "export_onnx",
+    "float_parameters",
+    "load_qat_checkpoint",
+    "prepare_qat",
+    "quantized_layers",
+    "restore_quant_retrain_model",
+    "save_quant_retrain_model",
+    "verify_export",
+]
