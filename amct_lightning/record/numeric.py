@@ -82,6 +82,9 @@ def to_list(name: str, values: Iterable[Any], convert: Callable[[str, Any], Numb
         >>> to_list("offset_w", (0, 0), to_integer)
         [0, 0]
     """
+    if isinstance(values, np.ndarray) and values.dtype == np.float32 and convert is to_float32 and values.ndim == 1:
+        numbers: list[Number] = values.tolist()
+        return numbers
     try:
         items = list(values)
     except TypeError as error:
