@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from amct_lightning.conversion.convert import convert_layers
@@ -73,14 +74,30 @@ def float_copies(whole: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Mod
     quantized = {
         name: module for name, module in modules.items() if any(isinstance(m, QATLayer) for m in module.modules())
     }
+    alike: dict[_Signature, list[str]] = {}
+    for name, module in quantized.items():
+        if name:
+            alike.setdefault(_signature(float_parameters(module)), []).append(name)
+    firsts: dict[int, list[float]] = {}
     found: list[str] = []
     for name, module in modules.items():
         if name in quantized or any(name.startswith(f"{outer}.") for outer in found):
             continue
-        twin = next((other for other, m in quantized.items() if other and _has_weights_of(module, m)), None)
+        if any(isinstance(inner, Quantizer) for inner in module.modules()):
+            continue
+        own = list(module.parameters())
+        others = alike.get(_signature(own), []) if own else []
+        twin = next((other for other in others if _are_copies(own, float_parameters(quantized[other]), firsts)), None)
         if twin is not None:
             found.append(name)
             yield name, module, twin, quantized[twin]
+
+
+_Signature = tuple[tuple[torch.Size, torch.device], ...]
+
+
+def _signature(parameters: Sequence[Tensor]) -> _Signature:
+    return tuple((parameter.shape, parameter.device) for parameter in parameters)
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -93,14 +110,24 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     }
 
 
-def _has_weights_of(module: nn.Module, quantized: nn.Module) -> bool:
-    if any(isinstance(inner, Quantizer) for inner in module.modules()):
+def _are_copies(own: Sequence[Tensor], others: Sequence[Tensor], firsts: dict[int, list[float]]) -> bool:
+    """Tell whether two modules of one signature have other parameters with the same values.
+
+    Args:
+        own: The parameters of the one.
+        others: Those of the other.
+        firsts: The first values of what was looked at before. They tell most layers of one shape apart, so that the
+            host waits for each of them once, and not once for each pair.
+    """
+    if any(a is b or a.is_meta for a, b in zip(own, others, strict=True)):
         return False
-    own, others = list(module.parameters()), float_parameters(quantized)
-    return bool(own) and len(own) == len(others) and all(_is_copy(a, b) for a, b in zip(own, others, strict=True))
+    plain = not any(isinstance(parameter, DTensor) for parameter in (*own, *others))
+    if plain and _first(own[0], firsts) != _first(others[0], firsts):
+        return False
+    return all(bool((a == b).all()) for a, b in zip(own, others, strict=True))
 
 
-def _is_copy(a: Tensor, b: Tensor) -> bool:
-    if a is b or a.shape != b.shape or a.device != b.device or a.is_meta:
-        return False
-    return bool((a == b).all())
+def _first(parameter: Tensor, firsts: dict[int, list[float]]) -> list[float]:
+    if id(parameter) not in firsts:
+        firsts[id(parameter)] = parameter.detach().flatten()[:1].tolist()
+    return firsts[id(parameter)]
