@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,26 +78,38 @@ def float_copies(whole: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Mod
     for name, module in quantized.items():
         if name:
             alike.setdefault(_signature(float_parameters(module)), []).append(name)
-    firsts: dict[int, list[float]] = {}
+    by_first: dict[_Signature, dict[tuple[float, ...], list[str]]] = {}
     found: list[str] = []
     for name, module in modules.items():
         if name in quantized or any(name.startswith(f"{outer}.") for outer in found):
             continue
-        if any(isinstance(inner, Quantizer) for inner in module.modules()):
+        own, signature = list(module.parameters()), _signature(module.parameters())
+        if not own or signature not in alike or any(isinstance(inner, Quantizer) for inner in module.modules()):
             continue
-        own = list(module.parameters())
-        others = alike.get(_signature(own), []) if own else []
-        twin = next((other for other in others if _are_copies(own, float_parameters(quantized[other]), firsts)), None)
+        # The first value tells most layers of one shape apart: the host waits once for each, and not for each pair.
+        if signature not in by_first:
+            by_first[signature] = {}
+            for other in alike[signature]:
+                by_first[signature].setdefault(_first(float_parameters(quantized[other])), []).append(other)
+        others = by_first[signature].get(_first(own), [])
+        twin = next((other for other in others if _are_copies(own, float_parameters(quantized[other]))), None)
         if twin is not None:
             found.append(name)
             yield name, module, twin, quantized[twin]
 
 
-_Signature = tuple[tuple[torch.Size, torch.device], ...]
+_Signature = tuple[tuple[torch.Size, torch.device, bool], ...]
 
 
-def _signature(parameters: Sequence[Tensor]) -> _Signature:
-    return tuple((parameter.shape, parameter.device) for parameter in parameters)
+def _signature(parameters: Iterable[Tensor]) -> _Signature:
+    return tuple((parameter.shape, parameter.device, isinstance(parameter, DTensor)) for parameter in parameters)
+
+
+def _first(parameters: Sequence[Tensor]) -> tuple[float, ...]:
+    first = parameters[0]
+    if first.is_meta or isinstance(first, DTensor):
+        return ()
+    return tuple(first.detach().flatten()[:1].tolist())
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -110,24 +122,8 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     }
 
 
-def _are_copies(own: Sequence[Tensor], others: Sequence[Tensor], firsts: dict[int, list[float]]) -> bool:
-    """Tell whether two modules of one signature have other parameters with the same values.
-
-    Args:
-        own: The parameters of the one.
-        others: Those of the other.
-        firsts: The first values of what was looked at before. They tell most layers of one shape apart, so that the
-            host waits for each of them once, and not once for each pair.
-    """
+def _are_copies(own: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Tell whether two modules of one signature have other parameters with the same values."""
     if any(a is b or a.is_meta for a, b in zip(own, others, strict=True)):
         return False
-    plain = not any(isinstance(parameter, DTensor) for parameter in (*own, *others))
-    if plain and _first(own[0], firsts) != _first(others[0], firsts):
-        return False
     return all(bool((a == b).all()) for a, b in zip(own, others, strict=True))
-
-
-def _first(parameter: Tensor, firsts: dict[int, list[float]]) -> list[float]:
-    if id(parameter) not in firsts:
-        firsts[id(parameter)] = parameter.detach().flatten()[:1].tolist()
-    return firsts[id(parameter)]
