@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HOST_READS = ("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero")
@@ -24,3 +25,18 @@ class Operators(TorchDispatchMode):
     @property
     def host_reads(self) -> dict[str, int]:
         return {name: count for name, count in self.counts.items() if name in HOST_READS}
+
+
+class Reads(TorchFunctionMode):
+    """Count the calls that bring numbers to the host; some of them, such as ``tolist``, dispatch no operator."""
+
+    _NAMES = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "__array__", "cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in self._NAMES:
+            self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))

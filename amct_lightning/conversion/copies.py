@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from amct_lightning.conversion.convert import convert_layers
@@ -73,14 +74,42 @@ def float_copies(whole: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Mod
     quantized = {
         name: module for name, module in modules.items() if any(isinstance(m, QATLayer) for m in module.modules())
     }
+    alike: dict[_Signature, list[str]] = {}
+    for name, module in quantized.items():
+        if name:
+            alike.setdefault(_signature(float_parameters(module)), []).append(name)
+    by_first: dict[_Signature, dict[tuple[float, ...], list[str]]] = {}
     found: list[str] = []
     for name, module in modules.items():
         if name in quantized or any(name.startswith(f"{outer}.") for outer in found):
             continue
-        twin = next((other for other, m in quantized.items() if other and _has_weights_of(module, m)), None)
+        own, signature = list(module.parameters()), _signature(module.parameters())
+        if not own or signature not in alike or any(isinstance(inner, Quantizer) for inner in module.modules()):
+            continue
+        # The first value tells most layers of one shape apart: the host waits once for each, and not for each pair.
+        if signature not in by_first:
+            by_first[signature] = {}
+            for other in alike[signature]:
+                by_first[signature].setdefault(_first(float_parameters(quantized[other])), []).append(other)
+        others = by_first[signature].get(_first(own), [])
+        twin = next((other for other in others if _are_copies(own, float_parameters(quantized[other]))), None)
         if twin is not None:
             found.append(name)
             yield name, module, twin, quantized[twin]
+
+
+_Signature = tuple[tuple[torch.Size, torch.device, bool], ...]
+
+
+def _signature(parameters: Iterable[Tensor]) -> _Signature:
+    return tuple((parameter.shape, parameter.device, isinstance(parameter, DTensor)) for parameter in parameters)
+
+
+def _first(parameters: Sequence[Tensor]) -> tuple[float, ...]:
+    first = parameters[0]
+    if first.is_meta or isinstance(first, DTensor):
+        return ()
+    return tuple(first.detach().flatten()[:1].tolist())
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -93,14 +122,8 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     }
 
 
-def _has_weights_of(module: nn.Module, quantized: nn.Module) -> bool:
-    if any(isinstance(inner, Quantizer) for inner in module.modules()):
+def _are_copies(own: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Tell whether two modules of one signature have other parameters with the same values."""
+    if any(a is b or a.is_meta for a, b in zip(own, others, strict=True)):
         return False
-    own, others = list(module.parameters()), float_parameters(quantized)
-    return bool(own) and len(own) == len(others) and all(_is_copy(a, b) for a, b in zip(own, others, strict=True))
-
-
-def _is_copy(a: Tensor, b: Tensor) -> bool:
-    if a is b or a.shape != b.shape or a.device != b.device or a.is_meta:
-        return False
-    return bool((a == b).all())
+    return all(bool((a == b).all()) for a, b in zip(own, others, strict=True))

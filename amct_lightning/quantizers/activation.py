@@ -217,17 +217,22 @@ class ActivationQuantizer(CalibratingQuantizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _observe(self, values: Tensor, observe: bool, preview: Tensor) -> tuple[Tensor, Tensor]:
-        # A single NaN would make the range NaN for good; it is told by the flag and left out here.
-        values, preview = (t.detach().nan_to_num(0.0, 0.0, 0.0) for t in (values, preview))
+        kept, whole = None, preview is values
         observe = observe or self.missed  # the layer that should feed it is the one that no batch reaches
         if observe and values.numel() and not in_backward():
             self._is_reached = True
             if self._counts(values):
-                self.observed.append(values)  # a copy: the model may rewrite its activations in place
-                self._count()
+                self.observed.append(values.detach())
+                self._count()  # which is over with the last batch, of which nobody needs a copy
+                if self.calibrating:
+                    # The model may rewrite its activations in place, and a single NaN, which the flag tells of, would
+                    # make the range NaN for good.
+                    kept = self.observed[-1] = values.detach().nan_to_num(0.0, 0.0, 0.0)
         if not self.calibrating or values.numel() == 0:
             return self.usable_clips()
-        lower, upper = torch.aminmax(preview)
+        if kept is None or not whole:
+            kept = preview.detach().nan_to_num(0.0, 0.0, 0.0)
+        lower, upper = torch.aminmax(kept)
         upper, lower = repair_clips(upper, lower, upper, lower, self.fixed_min)
         if observe and not (self.recalibrating or in_backward() or several_processes()):
             self._store(upper, lower)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -19,9 +20,14 @@ from amct_lightning.modules.degenerate import warn_degenerate
 from amct_lightning.modules.folding import current_weight, deployed_scale
 from amct_lightning.modules.layers import QATLayer
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, ShiftSearch, WeightQuantizer
-from amct_lightning.quantizers.functional import EPS, half_range
+from amct_lightning.quantizers.functional import EPS, activation_scale_offset, half_range
+from amct_lightning.quantizers.shift_search import best_shifts
 from amct_lightning.record.layer_record import LayerRecord
 from amct_lightning.wording import abbreviated, cut_off
+
+_Array = npt.NDArray[np.float32]
+_Float = np.float32
+_Key = tuple[str, str]
 
 _FP16_MAX = 65504.0
 _FP16_MIN_NORMAL = 2.0**-14
@@ -63,92 +69,134 @@ def derive_layers(model: nn.Module) -> dict[str, LayerRecord]:
         )
     warn_missed(root)
     warn_degenerate(root)
-    _warn_small_ranges(root)
-    _warn_unusable_scales(layers)
-    return {layer.name: _derive(root, taken[layer.name], layer, plan) for layer in plan.layers if layer.name in taken}
+    planned = [layer for layer in plan.layers if layer.name in taken]
+    quantizers = activation_quantizers(root)
+    # Everything is read from the device at once; in the order of the plan, as ranks gather sharded weights together.
+    wanted = {("range", name): _range_of(quantizer) for name, quantizer in quantizers.items()}
+    wanted |= {("unusable", name): {"count": _unusable_scales(layer)} for name, layer in layers.items()}
+    wanted |= {("layer", layer.name): _weight_factors(root, taken[layer.name], layer) for layer in planned}
+    numbers = _read_at_once(wanted)
+    _warn_small_ranges({name: numbers["range", name] for name in quantizers})
+    _warn_unusable_scales({name: int(numbers["unusable", name]["count"].item()) for name in layers})
+    ranges = {quantizer: numbers["range", name] for name, quantizer in quantizers.items()}
+    return {
+        layer.name: _derive(layer.name, taken[layer.name], plan, ranges, numbers["layer", layer.name])
+        for layer in planned
+    }
 
 
 @torch.no_grad()
-def _warn_small_ranges(model: nn.Module) -> None:
+def _read_at_once(wanted: Mapping[_Key, Mapping[str, Tensor]]) -> dict[_Key, dict[str, _Array]]:
+    """Copy tensors to the host, float32 and 1-d; the host waits for each device once."""
+    by_device: dict[torch.device, list[tuple[_Key, str, Tensor]]] = {}
+    for key, tensors in wanted.items():
+        for name, tensor in tensors.items():
+            by_device.setdefault(tensor.device, []).append((key, name, tensor.detach().reshape(-1).float()))
+    found: dict[_Key, dict[str, _Array]] = {key: {} for key in wanted}
+    for entries in by_device.values():
+        flat = torch.cat([tensor for _, _, tensor in entries]).cpu().numpy()
+        ends = np.cumsum([tensor.numel() for _, _, tensor in entries])
+        for (key, name, _), part in zip(entries, np.split(flat, ends[:-1]), strict=True):
+            found[key][name] = part
+    return found
+
+
+@torch.no_grad()
+def _range_of(quantizer: ActivationQuantizer) -> dict[str, Tensor]:
+    upper, lower = quantizer.usable_clips()
+    scale, offset = activation_scale_offset(upper, lower, quantizer.num_bits)
+    return {"upper": upper, "lower": lower, "scale": scale, "offset": offset}
+
+
+def _warn_small_ranges(ranges: Mapping[str, Mapping[str, _Array]]) -> None:
     """Tell of ranges that are given or have become so small that their scale is 1, as in AMCT."""
     found = []
-    for name, quantizer in activation_quantizers(model).items():
-        upper, lower = quantizer.usable_clips()
-        if bool(torch.maximum(upper, -lower) < quantizer.scale):  # a scale of its own is smaller than the range
-            found.append(f"'{name}' ({lower.item():.2g} to {upper.item():.2g})")
+    for name, numbers in ranges.items():
+        upper, lower, scale = (numbers[key].item() for key in ("upper", "lower", "scale"))
+        if max(upper, -lower) < scale:  # a scale of its own is smaller than the range
+            found.append(f"'{name}' ({lower:.2g} to {upper:.2g})")
     if found:
         warnings.warn(
             f"The range of the input is too small for a scale of its own in {cut_off(found)}; the scale is 1 as in "
             "AMCT, with which all below 0.5 is rounded to 0. Give a larger clip_max, train with a smaller learning "
             "rate (quant_lr_scale in QuantRetrainCallback), or scale the input.",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
-def _warn_unusable_scales(layers: Mapping[str, QATLayer]) -> None:
-    """Tell of learned weight scales that no hardware can use; AMCT trains with them and records 1 in their place."""
-    wrong = {}
-    for name, layer in layers.items():
-        quantizers = [getattr(layer, attribute) for attribute in layer.weight_quantizers]
-        learned = [quantizer for quantizer in quantizers if isinstance(quantizer, LearnedWeightQuantizer)]
-        count = sum(int((quantizer.scale < EPS).sum()) for quantizer in learned if not quantizer.starting)
-        if count:
-            wrong[name] = count
+@torch.no_grad()
+def _unusable_scales(layer: QATLayer) -> Tensor:
+    """Count the learned weight scales that no hardware can use; AMCT trains with them and records 1 in their place."""
+    quantizers = [getattr(layer, attribute) for attribute in layer.weight_quantizers]
+    learned = [q for q in quantizers if isinstance(q, LearnedWeightQuantizer) and not q.starting]
+    return sum(((q.scale < EPS).sum() for q in learned), start=torch.zeros(()))
+
+
+def _warn_unusable_scales(counts: Mapping[str, int]) -> None:
+    wrong = {name: count for name, count in counts.items() if count}
     if wrong:
         listed = cut_off(f"'{name}' ({count})" for name, count in wrong.items())
         warnings.warn(
             f"Learned weight scales became negative or zero in {listed}. The deployed network cannot use them and will "
             "differ from the trained one. Train the scales with a smaller learning rate (quant_lr_scale=0.01 in "
             "QuantRetrainCallback), or use arq_retrain.",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
 @torch.no_grad()
-def _derive(root: nn.Module, layer: QATLayer, layer_plan: LayerPlan, plan: QuantPlan) -> LayerRecord:
-    config = plan.config[layer_plan.name]
+def _weight_factors(root: nn.Module, layer: QATLayer, layer_plan: LayerPlan) -> dict[str, Tensor]:
     batch_norm = None if layer_plan.batch_norm is None else root.get_submodule(layer_plan.batch_norm)
-    fp16 = plan.config.fakequant_precision_mode == "FORCE_FP16_QUANT"
-    factors = _activation_factors(layer, "input_quantizer", "d", fp16)
-    factors |= _weight_factors(layer, "weight_quantizer", "w", batch_norm)
-    if "hidden_quantizer" in layer.activation_quantizers:
-        factors |= _activation_factors(layer, "hidden_quantizer", "h", fp16)
-        factors |= _weight_factors(layer, "recurrent_weight_quantizer", "r")
-    _check_finite(layer_plan.name, factors)
-    values: dict[str, Any] = {name: value.tolist() for name, value in factors.items()}
+    factors = {"scale_w": _weight_scale(layer, "weight_quantizer", batch_norm)}
+    if "recurrent_weight_quantizer" in layer.weight_quantizers:
+        factors["scale_r"] = _weight_scale(layer, "recurrent_weight_quantizer")
+    if hasattr(layer, "shift_search"):
+        search = cast(ShiftSearch, layer.shift_search)
+        factors |= {"shift_batches": search.batches, "shift_bit": best_shifts(search.errors)}
+    return factors
+
+
+def _weight_scale(layer: QATLayer, quantizer: str, batch_norm: nn.Module | None = None) -> Tensor:
+    weight = current_weight(layer, layer.weight_quantizers[quantizer])
+    scale = deployed_scale(cast(WeightQuantizer, getattr(layer, quantizer)), weight, batch_norm)
+    return _in_record_order(scale, layer)
+
+
+def _derive(
+    name: str,
+    layer: QATLayer,
+    plan: QuantPlan,
+    ranges: Mapping[ActivationQuantizer, Mapping[str, _Array]],
+    numbers: Mapping[str, _Array],
+) -> LayerRecord:
+    config = plan.config[name]
+    values: dict[str, Any] = {}
+    for attribute, suffix in zip(layer.activation_quantizers, "dh", strict=False):
+        quantizer = layer.get_quantizer(attribute)
+        scale, offset, lower = (ranges[quantizer][key][0] for key in ("scale", "offset", "lower"))
+        if plan.config.fakequant_precision_mode == "FORCE_FP16_QUANT" and np.isfinite(scale):
+            scale, offset = _fp16_factors(scale, offset, lower, quantizer.num_bits)
+        values |= {f"scale_{suffix}": scale, f"offset_{suffix}": offset}
+    values |= {key: scales for key, scales in numbers.items() if key in ("scale_w", "scale_r")}
+    _check_finite(name, values)
+    values |= {f"offset_{key[-1]}": [0] * len(values[key]) for key in ("scale_w", "scale_r") if key in values}
+    values |= {key: int(values[key]) for key in ("offset_d", "offset_h") if key in values}
+    shifts = numbers["shift_bit"].tolist() if "shift_bit" in numbers and numbers["shift_batches"].item() else []
     return LayerRecord(
-        **{name: _integers(value) if name.startswith("offset") else value for name, value in values.items()},
+        **values,
         act_type=config.retrain_data_config.dst_type,
         wts_type=config.retrain_weight_config.dst_type,
-        shift_bit=cast(ShiftSearch, layer.shift_search).shift_bit() if hasattr(layer, "shift_search") else [],
+        shift_bit=[int(shift) for shift in shifts],
     )
 
 
-def _activation_factors(layer: QATLayer, quantizer: str, suffix: str, fp16: bool) -> dict[str, Tensor]:
-    found = layer.get_quantizer(quantizer)
-    scale, offset = found.scale, found.offset
-    if fp16 and bool(torch.isfinite(scale)):
-        scale, offset = _fp16_factors(scale, offset, found)
-    return {f"scale_{suffix}": scale, f"offset_{suffix}": offset}
-
-
-def _fp16_factors(scale: Tensor, offset: Tensor, quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor]:
+def _fp16_factors(scale: _Float, offset: _Float, lower: _Float, num_bits: int) -> tuple[_Float, _Float]:
     """Round a scale to float16, and take the offset that the lower clip has with it: training knows neither."""
-    rounded = torch.full_like(scale, _fp16_scale(scale.item()))
-    if torch.equal(rounded, scale):
+    rounded = np.float32(_fp16_scale(float(scale)))
+    if rounded == scale:
         return scale, offset
-    h = half_range(quantizer.num_bits)
-    lower = quantizer.usable_clips()[1].clamp(max=0)
-    return rounded, torch.round(-h - lower / rounded).clamp_(-h, h - 1)
-
-
-def _weight_factors(
-    layer: QATLayer, quantizer: str, suffix: str, batch_norm: nn.Module | None = None
-) -> dict[str, Tensor]:
-    weight = current_weight(layer, layer.weight_quantizers[quantizer])
-    scale = deployed_scale(cast(WeightQuantizer, getattr(layer, quantizer)), weight, batch_norm)
-    scale = _in_record_order(scale, layer)
-    return {f"scale_{suffix}": scale, f"offset_{suffix}": torch.zeros_like(scale)}
+    h = half_range(num_bits)
+    return rounded, np.clip(np.rint(np.float32(-h) - np.minimum(lower, np.float32(0)) / rounded), -h, h - 1)
 
 
 def _in_record_order(scale: Tensor, layer: QATLayer) -> Tensor:
@@ -157,15 +205,11 @@ def _in_record_order(scale: Tensor, layer: QATLayer) -> Tensor:
     if not gates:
         return scale
     per_gate = scale.expand(len(gates)) if scale.numel() == 1 else scale
-    return per_gate.view(len(gates), -1)[list(gates)].flatten()
+    return torch.stack([per_gate.view(len(gates), -1)[gate] for gate in gates]).flatten()  # no copy of an index
 
 
-def _integers(value: Any) -> Any:
-    return [int(number) for number in value] if isinstance(value, list) else int(value)
-
-
-def _check_finite(name: str, factors: Mapping[str, Tensor]) -> None:
-    wrong = [field for field, value in factors.items() if not bool(torch.isfinite(value).all())]
+def _check_finite(name: str, factors: Mapping[str, Any]) -> None:
+    wrong = [field for field, value in factors.items() if not np.isfinite(value).all()]
     if wrong:
         raise ValueError(
             f"Layer '{name}' has NaN or infinite factors ({', '.join(wrong)}), so no record can be taken. The training "

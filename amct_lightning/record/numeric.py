@@ -8,6 +8,8 @@ from ctypes import c_float
 from operator import index
 from typing import Any, TypeVar
 
+import numpy as np
+
 Number = TypeVar("Number", int, float)
 
 
@@ -80,8 +82,18 @@ def to_list(name: str, values: Iterable[Any], convert: Callable[[str, Any], Numb
         >>> to_list("offset_w", (0, 0), to_integer)
         [0, 0]
     """
+    if isinstance(values, np.ndarray) and values.dtype == np.float32 and convert is to_float32 and values.ndim == 1:
+        numbers: list[Number] = values.tolist()
+        return numbers
     try:
         items = list(values)
     except TypeError as error:
         raise TypeError(f"{name} is {values!r}; it must be a list of numbers.") from error
+    types = set(map(type, items))
+    if convert is to_float32 and types == {float}:  # thousands of them, for each of which a call would take its time
+        with np.errstate(over="ignore"):
+            rounded: list[Number] = np.array(items, np.float32).tolist()
+        return rounded
+    if convert is to_integer and types == {int}:
+        return items
     return [convert(f"{name}[{position}]", item) for position, item in enumerate(items)]

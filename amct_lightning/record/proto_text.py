@@ -5,16 +5,20 @@ Files, comparison and the mapping that users see are in ``quant_record.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from google.protobuf import text_format
 from google.protobuf.message import Message
 
 from amct_lightning.record.layer_record import KVCacheRecord, LayerRecord
+from amct_lightning.record.long_lists import LONG, OFFSETS, SCALES, cut_lists, float_lines
 from amct_lightning.record.schema import RECORD_SCHEMA
 
 _ScaleOffsetRecord = RECORD_SCHEMA.message_class("ScaleOffsetRecord")
+_SingleLayerRecord = RECORD_SCHEMA.message_class("SingleLayerRecord")
+_RECORD = b"\nrecord {\n"
 
 
 def read(text: str | bytes) -> tuple[dict[str, LayerRecord], str]:
@@ -36,14 +40,14 @@ def read(text: str | bytes) -> tuple[dict[str, LayerRecord], str]:
         >>> layers["fc"].scale_w, extras
         ([1.0], '')
     """
-    content = _content(_parse(_decode(text)))
+    content, lists = _content_and_lists(text)
     layers: dict[str, LayerRecord] = {}
     foreign: list[Message] = []
     seen: set[str] = set()
     for number, entry in enumerate(map(_content, content.get("record", ())), start=1):
         name = _layer_name(entry, number, seen)
         if "value" in entry:
-            layers[name] = _layer(name, entry)
+            layers[name] = _layer(name, entry, lists[number - 1])
         else:
             foreign.append(content["record"][number - 1])
     extras = _ScaleOffsetRecord(record=foreign, prune_record=content.get("prune_record", ()))
@@ -68,11 +72,10 @@ def write(layers: Mapping[str, LayerRecord], extras: str = "") -> str:
         >>> write({"fc": layer}).splitlines()[1:4]
         ['  key: "fc"', '  value {', '    scale_d: 0.1']
     """
-    entries = [_entry(name, layer) for name, layer in layers.items()]
-    message = _ScaleOffsetRecord(record=entries)
+    texts = [_layer_text(name, layer) for name, layer in layers.items()]
     if extras:
-        message.MergeFrom(_parse(extras))
-    return text_format.MessageToString(message)
+        texts.append(text_format.MessageToString(_parse(extras)))
+    return "".join(texts)
 
 
 def _decode(text: str | bytes) -> str:
@@ -124,8 +127,8 @@ def _layer_name(entry: dict[str, Any], number: int, seen: set[str]) -> str:
     return name
 
 
-def _layer(name: str, entry: dict[str, Any]) -> LayerRecord:
-    factors: dict[str, Any] = {"scale_w": [], "offset_w": []} | _content(entry["value"])
+def _layer(name: str, entry: dict[str, Any], lists: dict[str, Any]) -> LayerRecord:
+    factors: dict[str, Any] = {"scale_w": [], "offset_w": []} | _content(entry["value"]) | lists
     for needed in ("scale_d", "offset_d"):
         if needed not in factors:
             raise ValueError(f"layer {name!r}: {needed} is missing; a record needs exactly one.")
@@ -133,6 +136,60 @@ def _layer(name: str, entry: dict[str, Any]) -> LayerRecord:
         cache: dict[str, Any] = {"scale": [], "offset": []} | _content(entry["kv_cache_value"])
         factors["kv_cache"] = KVCacheRecord(**cache)
     return LayerRecord(**factors)
+
+
+def _content_and_lists(text: str | bytes) -> tuple[dict[str, Any], Sequence[dict[str, Any]]]:
+    """Parse a text; return what it has, and for each record the long lists that stand there with one number only."""
+    parts = (text.encode(errors="surrogatepass") if isinstance(text, str) else text).split(_RECORD)
+    cut = [cut_lists(part) for part in parts]
+    # Each part after the first one begins a record, so they belong together if there are as many of both.
+    lists: Sequence[dict[str, Any]] = [numbers for _, numbers in cut[(0 if parts[0].startswith(_RECORD[1:]) else 1) :]]
+    if any(lists):
+        try:
+            content = _content(_parse(_decode(_RECORD.join(rest for rest, _ in cut))))
+            if _is_as_cut(content.get("record", ()), lists):
+                return content, lists
+        except ValueError:
+            pass  # the whole text says in which line
+    content = _content(_parse(_decode(text)))
+    return content, [{}] * len(content.get("record", ()))
+
+
+def _is_as_cut(records: Sequence[Any], lists: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether each list that was cut is that of its record, in which one number of it is left."""
+    return len(records) == len(lists) and all(
+        len(getattr(record.value, field)) == 1
+        for record, numbers in zip(records, lists, strict=True)
+        for field in numbers
+    )
+
+
+def _layer_text(name: str, layer: LayerRecord) -> str:
+    """Write one layer; of long lists, protobuf writes the first number, and the others are put behind it."""
+    entry = _entry(name, layer)
+    value = entry["value"]
+    rests = {}
+    for field in (*SCALES, *OFFSETS):
+        numbers = value[field]
+        if len(numbers) >= LONG:
+            value[field], rests[field] = numbers[:1], numbers[1:]
+    text = text_format.MessageToString(_ScaleOffsetRecord(record=[entry]))
+    for field, rest in rests.items():
+        start = f"    {field}: "
+        line = text.index("\n", text.index("\n" + start) + 1) + 1
+        text = text[:line] + _lines(field, start, rest) + text[line:]
+    return text
+
+
+def _lines(field: str, start: str, rest: list[Any]) -> str:
+    if field in OFFSETS:
+        return "".join(f"{start}{number}\n" for number in rest) if any(rest) else f"{start}0\n" * len(rest)
+
+    def by_protobuf(numbers: list[float]) -> str:
+        message = _SingleLayerRecord(**{field: numbers})
+        return text_format.MessageToString(message).replace(f"{field}: ", start)
+
+    return float_lines(start, np.array(rest, np.float32), by_protobuf)
 
 
 def _entry(name: str, layer: LayerRecord) -> dict[str, Any]:

@@ -67,7 +67,7 @@ that it was given. Where this happens, beyond what the same training of a float 
 | first batch of an epoch, change of phase | at most once | Lightning copies `quant_phase` to the device |
 | evaluation, also with `search_n` or `deploy_grid` | never | |
 | evaluation of a model from AMCT's functions | every forward | whether the factors are those in the record |
-| checkpoint | for every layer | the factors for the record; the state, as for any model |
+| checkpoint | once | the factors of all layers for the record; the state, as for any model |
 | beginning and end of a training | once | the model moves |
 
 `tests/ascend/operators/` counts them, in the operators and in torch_npu's own trace of synchronisations.
