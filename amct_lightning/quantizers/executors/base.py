@@ -139,11 +139,9 @@ class Executor:
             quantizer: The quantizer of the weight.
             weight: The weight.
         """
-        learned = isinstance(quantizer, LearnedWeightQuantizer)
         factor = quantizer.gradient_factor if isinstance(quantizer, LearnedWeightQuantizer) else 0.0
         scale = quantizer.present_scale(weight.float())
-        # A learned scale is a parameter, which an optimizer may have changed until backward.
-        return WeightFactors(scale.clone() if learned else scale, quantizer.layout, quantizer.num_bits, factor)
+        return WeightFactors(scale.detach(), quantizer.layout, quantizer.num_bits, factor)
 
     def rebuild_weight(self, weight: Tensor, factors: WeightFactors) -> Tensor:
         """Return the fake-quantized weight in its own dtype.
