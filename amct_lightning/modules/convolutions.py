@@ -24,12 +24,12 @@ class _QATConv(QATLayer):
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return cast(Tensor, self._conv_forward(x, weight, bias))
 
-    def _run_fused(self, input: Tensor) -> Tensor:
+    def _run_fused(self, input: Tensor, weight: Tensor) -> Tensor:
         x, padding = _with_batch(input, len(self.stride)), self.padding
         if isinstance(padding, str):  # what it stands for is private to torch.nn
             x, padding = _pad_to_same(x, self._reversed_padding_repeated_twice)
         product = Convolution(self.stride, padding, self.dilation, False, (0,) * len(self.stride), self.groups)
-        output = run_fused(self, product, x, None if x is input else input)
+        output = run_fused(self, product, x, weight, None if x is input else input)
         return output if input.dim() == x.dim() else output.squeeze(0)
 
 
@@ -61,14 +61,14 @@ class _QATConvTranspose(QATLayer):
         operate = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
         return operate(x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation)
 
-    def _run_fused(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def _run_fused(self, input: Tensor, weight: Tensor, output_size: list[int] | None = None) -> Tensor:
         dims = len(self.kernel_size)
         added = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
         )
         x = _with_batch(input, dims)
         product = Convolution(self.stride, self.padding, self.dilation, True, tuple(added), self.groups)
-        output = run_fused(self, product, x, None if x is input else input)
+        output = run_fused(self, product, x, weight, None if x is input else input)
         return output if input.dim() == x.dim() else output.squeeze(0)
 
 

@@ -159,12 +159,12 @@ class QATLayer(nn.Module):
 
             return forward_on_grid(self, self.folded_norm(), self.kept(input, weight), operate)
         input = self.kept(input, weight)
-        if runs_fused(self, input):
-            return self._run_fused(input, *args, **kwargs)
+        if runs_fused(self, input, weight):
+            return self._run_fused(input, weight, *args, **kwargs)
         x = self.input_quantizer(input, self.calibrates_input)
         return self._operate(x, self.weight_quantizer(weight), cast("Tensor | None", self.bias), *args, **kwargs)
 
-    def _run_fused(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _run_fused(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer on quantized input and weight as one operation for autograd."""
         raise TypeError(f"{type(self).__name__} is not a complete QAT layer: it defines no _run_fused().")
 
@@ -262,8 +262,8 @@ class QATLinear(QATLayer, nn.Linear):
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def _run_fused(self, input: Tensor) -> Tensor:
-        return run_fused(self, MatrixProduct(), input, None)
+    def _run_fused(self, input: Tensor, weight: Tensor) -> Tensor:
+        return run_fused(self, MatrixProduct(), input, weight, None)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

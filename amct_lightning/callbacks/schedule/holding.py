@@ -125,7 +125,13 @@ class Holder:
 
 
 class _PutBack:
-    """A hook for the modules that own held parameters; on a copy of one, or after it was pickled, it does nothing."""
+    """A hook for the modules that own held parameters; on a copy of one, or after it was pickled, it does nothing.
+
+    Attributes:
+        leaves_inputs: Tells a layer that it may use the module without calling it, if it calls the hook.
+    """
+
+    leaves_inputs = True
 
     def __init__(self, holder: Holder | None = None) -> None:
         self._holder = (lambda: None) if holder is None else weakref.ref(holder)

@@ -15,32 +15,35 @@ from amct_lightning.quantizers.executors import executor_for, resolved
 from amct_lightning.quantizers.transforms import differentiating_forward, transforming
 
 
-def runs_fused(layer: Any, input: Tensor) -> bool:
+def runs_fused(layer: Any, input: Tensor, weight: Tensor) -> bool:
     """Tell whether a layer can be run as one operation now: graphs, transforms and subclasses of tensors take it apart.
 
     Args:
         layer: The layer.
         input: Its input.
+        weight: Its weight, which a parametrization may make anew whenever it is asked for.
     """
     if torch.compiler.is_compiling() or transforming() or is_exporting() or differentiating_forward():
         return False
     plain = (Tensor, nn.Parameter)
-    tensors = (input, layer.weight, layer.bias)
-    if any(tensor is not None and type(tensor) not in plain for tensor in tensors):
+    if any(tensor is not None and type(tensor) not in plain for tensor in (input, weight, layer.bias)):
         return False
-    return not any(_has_hooks(quantizer) for quantizer in (layer.input_quantizer, layer.weight_quantizer))
+    return not any(_is_watched(quantizer) for quantizer in (layer.input_quantizer, layer.weight_quantizer))
 
 
-def run_fused(layer: Any, product: Product, x: Tensor, observed: Tensor | None) -> Tensor:
+def run_fused(layer: Any, product: Product, x: Tensor, weight: Tensor, observed: Tensor | None) -> Tensor:
     """Return the output of a quantized layer.
 
     Args:
         layer: The layer.
         product: The operation of the layer.
         x: The input.
+        weight: The weight.
         observed: The input before it was padded, if it was.
     """
-    weight, bias, dtype = layer.weight, layer.bias, _autocast_dtype(x)
+    for hook in layer.weight_quantizer._forward_pre_hooks.values():
+        hook(layer.weight_quantizer, (weight,))
+    bias, dtype = layer.bias, _autocast_dtype(x)
     executor = executor_for(layer.execution, x.device.type)
     in_integers = resolved(layer.execution, x.device.type) == "integer" and reason_against(layer, x.device) is None
     integer = IntegerProduct(layer, dtype) if in_integers else None
@@ -49,8 +52,10 @@ def run_fused(layer: Any, product: Product, x: Tensor, observed: Tensor | None) 
     return quantized_product(call, x, weight, bias) if torch.is_grad_enabled() else call.forward(x, weight, bias)[0]
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _is_watched(module: nn.Module) -> bool:
+    """Tell whether hooks see or change what goes into or comes out of a quantizer, which is not called here."""
+    changing = (hook for hook in module._forward_pre_hooks.values() if not getattr(hook, "leaves_inputs", False))
+    return bool(module._forward_hooks) or any(True for _ in changing)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
