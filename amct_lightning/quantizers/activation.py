@@ -166,10 +166,10 @@ class ActivationQuantizer(CalibratingQuantizer):
         Args:
             upper: The upper clip in use, 0-d float32.
             lower: The lower clip in use.
-            watched: 0, or NaN if a value of the input was NaN or infinite.
+            watched: A number that is NaN or infinite if a value of the input or a clip was.
         """
         self._store(upper, lower)
-        self.poison.add_(watched)
+        self.poison.add_(watched, alpha=0)  # 0 times a number, as in watch()
 
     @torch.no_grad()
     def freeze(self, frozen: bool = True) -> None:

@@ -75,7 +75,8 @@ def _convolve(
 ) -> Tensor:
     of_weight = weight_codes(weight, numbers.weight_scale, numbers.num_bits[1])
     ready = packed.of(of_weight, geometry, lambda: _pack(of_weight, codes, geometry))
-    zero_point = numbers.offset + half_range(numbers.num_bits[0])
+    # A clip that is NaN has no offset; the scale still makes the output NaN, and the quantizer's flag tells of it.
+    zero_point = numbers.offset.nan_to_num(0.0) + half_range(numbers.num_bits[0])
     return _product(codes, ready, bias, (numbers.scale, zero_point, numbers.weight_scale), geometry)
 
 

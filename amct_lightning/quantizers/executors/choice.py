@@ -69,6 +69,7 @@ def executor_for(execution: str, device: str) -> Executor:
     return CompiledExecutor(_kernel) if compiled else COMPOSITE
 
 
+@cache  # executors of several names share it, and what went wrong is said once
 def _kernel(kernel: Kernel) -> build.Compiled:
     try:
         return build.load(kernel)
