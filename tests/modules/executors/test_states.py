@@ -84,6 +84,28 @@ class TestIntegers:
         assert same(found, unsigned_codes(x, expected.scale, expected.offset, 8))
         assert [torch.equal(mine, other) for mine, other in zip(factors[:4], expected[:4], strict=True)] == [True] * 4
 
+    @names
+    def test_autocast_rounds_the_sums_and_nothing_else(self, name: str) -> None:
+        case = case_named(name)
+        composite, integer = alike(calibrated(case, width(name)), ("composite", "integer"))
+        x = case.input()
+        steps = [Step.of(m, x, lambda: torch.autocast("cpu", torch.bfloat16)) for m in (composite, integer)]
+        assert steps[1].output.dtype == torch.bfloat16
+        # Scales, weights and outputs of 8 bits in one, outputs only in the other.
+        torch.testing.assert_close(steps[0].output, steps[1].output, rtol=2**-6, atol=2**-6)
+        for key in ("x", "layer.weight", "layer.bias"):
+            assert same(steps[0].gradients[key], steps[1].gradients[key])
+
+    @pytest.mark.parametrize("name", ["conv", "linear_3d"])
+    @pytest.mark.parametrize("part", [lambda x: x[:0], lambda x: x[0], lambda x: x[:1]], ids=["none", "bare", "one"])
+    def test_any_number_of_samples(self, name: str, part: Any) -> None:
+        case = case_named(name)
+        width = Width() if name == "linear_3d" else PER_CHANNEL
+        steps = [Step.of(m, part(case.input() * 0 + 0.3)) for m in alike(calibrated(case, width))]
+        for step in steps[1:]:
+            torch.testing.assert_close(steps[0].output, step.output, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(steps[0].gradients["x"], step.gradients["x"], rtol=0, atol=0)
+
     def test_evaluation_is_the_same_arithmetic(self) -> None:
         model, x = made("conv", "integer")
         integer_or_skip(model)

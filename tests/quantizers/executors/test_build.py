@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from amct_lightning.modules.fused.choice import set_execution
+from amct_lightning.modules.fused.choice import execution_of, set_execution
 from amct_lightning.quantizers.executors import build, check_execution, choice, executor_for, resolved
 from amct_lightning.quantizers.executors.kernels import Kernel
 from tests.modules.cases import Width
@@ -199,6 +199,20 @@ def test_other_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="AMCT_LIGHTNING_EXECUTION"):
         resolved("auto", "cpu")
     assert resolved("composite", "cpu") == "composite"
+
+
+def test_devices_without_kernels_run_the_reference_and_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    assert resolved("compiled", "npu") == "composite"
+    executor_for.cache_clear()
+    model = calibrated(case_named("linear"), Width())
+    set_execution(model, "compiled")
+    model.to("meta")
+    for _ in range(2):
+        assert model(torch.empty(3, 8, device="meta")).shape == (3, 5)
+    assert execution_of(model) == "composite"
+    assert caplog.messages == [
+        "There are no compiled kernels for devices of type 'meta': quantization runs as 'composite'."
+    ]
 
 
 def test_kernels_of_a_process_are_shared_by_the_executors(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
