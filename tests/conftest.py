@@ -6,12 +6,15 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 # What no test says otherwise runs on the reference, in processes that tests start as well.
 os.environ.setdefault("AMCT_LIGHTNING_EXECUTION", "composite")
+# Kernels are compiled once for all test processes and later runs.
+os.environ.setdefault("AMCT_LIGHTNING_CACHE", str(Path(__file__).parents[1] / ".cache" / "kernels"))
 
 pytest_plugins = ["tests.ascend_sim.plugin"]
 

@@ -15,7 +15,7 @@ from amct_lightning.conversion.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.graph.eligibility import NOT_REACHED
 from amct_lightning.layer_types import supported_class
 from amct_lightning.modules import QATLayer
-from amct_lightning.modules.fused.choice import execution_of
+from amct_lightning.modules.fused.choice import execution_of, without_integers
 from amct_lightning.wording import TEXT_BOX, abbreviated, as_html, as_text, cut_off
 
 MISSED = "no training batch has reached it, so that it has no range: evaluated in float, not in the record"
@@ -25,6 +25,10 @@ _NOTES_WIDTH = 22
 _GAP = 2
 _TITLES = ("Layer", "Type", "Quantized", "Notes")
 _ON_GRID = "They compute with what the device computes with (deploy_grid=True)."
+_EXECUTED = {
+    "compiled": "Their quantizers run as compiled kernels",
+    "integer": "Their products are computed in integers in forward",
+}
 _LEGEND = "A8W8: bits of activations and weights; ARQ, ULQ: weight scales, /ch: per channel"
 
 
@@ -104,8 +108,8 @@ class ConversionReport:
         aim = "" if self.target is None else f" for target {self.target}"
         head = f"{sum(row.quantized for row in self.rows)} of {len(self.rows)} layers are quantized{aim} ({_LEGEND})."
         grid = [_ON_GRID] if self.deploy_grid else []
-        if self.execution != "composite":
-            grid.append(f"Their quantizers run as {self.execution} kernels (execution='{self.execution}').")
+        if self.execution in _EXECUTED:
+            grid.append(f"{_EXECUTED[self.execution]} (execution='{self.execution}').")
         return "\n".join([head, *grid, *([f"{beside(self.float_parts)}."] if self.float_parts else [])])
 
     @property
@@ -152,7 +156,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
             else ReportRow(name, kind, reason=MISSED if name in missed else "disabled in the config")
         )
     ordered = tuple(rows[name] for name in modules if name in rows)
-    notes = tuple(_warnings(ordered, plan, modules))
+    notes = *_warnings(ordered, plan, modules), *_in_float(root)
     return ConversionReport(ordered, notes, plan.float_parts, plan.target, plan.deploy_grid, execution_of(root))
 
 
@@ -275,6 +279,11 @@ def _warnings(rows: tuple[ReportRow, ...], plan: QuantPlan, modules: dict[str, n
         yield f"never reached by input_data, so in float: give one that reaches all branches: {abbreviated(names)}"
     if names := [row.name for row in rows if row.reason == MISSED]:
         yield f"never reached in training, so in float: train them, or add them to skip_layers: {abbreviated(names)}"
+
+
+def _in_float(root: nn.Module) -> Iterator[str]:
+    for why, names in without_integers(root).items():
+        yield f"products in float in spite of execution='integer': {why}: {abbreviated(names)}"
 
 
 def _input_channels(layer: nn.Module) -> int:

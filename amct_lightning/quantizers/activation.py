@@ -177,11 +177,11 @@ class ActivationQuantizer(CalibratingQuantizer):
         Args:
             upper: The upper clip in use, 0-d float32.
             lower: The lower clip in use.
-            watched: 0, or NaN if a value of the input was NaN or infinite; ``None`` if nobody has looked.
+            watched: A number that is NaN or infinite if a value of the input or a clip was; ``None`` if nobody has looked.
         """
         self._store(upper, lower)
         if watched is not None:
-            self.poison.add_(watched)
+            self.poison.add_(watched, alpha=0)  # 0 times a number, as in watch()
 
     @torch.no_grad()
     def freeze(self, frozen: bool = True) -> None:

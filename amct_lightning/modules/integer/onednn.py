@@ -107,7 +107,8 @@ def _padded(codes: Tensor, padding: list[int], zero_point: Tensor) -> Tensor:
 
 def _zero_point(numbers: Numbers) -> Tensor:
     """Return the code that stands for 0, 0-d float32."""
-    return numbers.offset + half_range(numbers.num_bits[0])
+    # A clip that is NaN has no offset; the scale still makes the output NaN, and the quantizer's flag tells of it.
+    return numbers.offset.nan_to_num(0.0) + half_range(numbers.num_bits[0])
 
 
 def _convolve(

@@ -21,6 +21,8 @@ Execution = Literal["auto", "composite", "compiled", "integer"]
 ENVIRONMENT = "AMCT_LIGHTNING_EXECUTION"
 """The variable that says what ``"auto"`` is."""
 
+_COMPILED_FOR = ("cpu", "cuda")
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -51,7 +53,7 @@ def resolved(execution: str, device: str) -> str:
         check_execution(execution, ENVIRONMENT)
     if execution == "auto":
         return "compiled" if build.has_compiler(device) else "composite"
-    return execution
+    return "composite" if execution == "compiled" and device not in _COMPILED_FOR else execution
 
 
 @cache
@@ -63,12 +65,15 @@ def executor_for(execution: str, device: str) -> Executor:
         device: Type of the device.
     """
     name = resolved(execution, device)
+    if execution == "compiled" != name:
+        _LOG.warning("There are no compiled kernels for devices of type '%s': quantization runs as '%s'.", device, name)
     if name == "integer":
         name = resolved("auto", device)
     compiled = name == "compiled" or (name == "integer" and build.has_compiler(device))
     return CompiledExecutor(_kernel) if compiled else COMPOSITE
 
 
+@cache  # executors of several names share it, and what went wrong is said once
 def _kernel(kernel: Kernel) -> build.Compiled:
     try:
         return build.load(kernel)

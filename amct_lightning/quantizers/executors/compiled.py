@@ -146,10 +146,10 @@ class CompiledExecutor(Executor):
 
 
 def flattened(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Return the values of a tensor as they lie in memory, and what gives such values the shape of the tensor.
+    """Return the values of a tensor as they lie in memory, and what gives such values the layout of the tensor.
 
     Args:
-        x: A tensor; one with gaps or overlaps is copied.
+        x: A tensor; one with gaps or overlaps is copied, its axes in the same order.
 
     Example:
         >>> x = torch.arange(4.0).view(1, 2, 1, 2).to(memory_format=torch.channels_last)
@@ -157,13 +157,10 @@ def flattened(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         >>> flat, torch.equal(restore(flat), x)
         (tensor([0., 2., 1., 3.]), True)
     """
-    if x.is_contiguous() or not is_dense(x):
-        shape = x.shape
-        return x.reshape(-1), lambda values: values.view(shape)
-    order = sorted(range(x.dim()), key=lambda axis: (x.stride(axis), x.shape[axis]), reverse=True)
-    ordered = x.permute(order)
-    back = [order.index(axis) for axis in range(x.dim())]
-    return ordered.view(-1), lambda values: values.view(ordered.shape).permute(back)
+    if not (x.is_contiguous() or is_dense(x)):
+        x = x.clone()
+    shape, strides = x.shape, x.stride()
+    return x.as_strided((x.numel(),), (1,)), lambda values: values.as_strided(shape, strides)
 
 
 def is_dense(x: Tensor) -> bool:

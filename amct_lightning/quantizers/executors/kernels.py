@@ -84,7 +84,7 @@ class KernelModule(torch.nn.Module):
 def _train(
     kernel: Kernel, x: Tensor, clip_max: Tensor, clip_min: Tensor, previous_max: Tensor, previous_min: Tensor
 ) -> tuple[Tensor, ...]:
-    """From the clips and those of the step before to the values, what they were made with, and 0, or NaN with a NaN."""
+    """From the clips and those of the step before to the values, what they were made with, and a number to watch."""
     factors, watched = _factors(kernel, x, clip_max, clip_min, previous_max, previous_min)
     return _values(kernel, x, *factors[2:]), *factors, watched
 
@@ -107,8 +107,8 @@ def _factors(
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     upper, lower = repair_clips(clip_max, clip_min, previous_max, previous_min, fixed_min=False)
     scale, offset = activation_scale_offset(upper, lower, kernel.num_bits)
-    width = x.abs().amax().float() + upper.abs() + lower.abs()
-    return (upper, lower, scale, offset), width * 0
+    # Inductor takes 0 times anything for 0, which it is not for NaN and infinity; so it is left to the quantizer.
+    return (upper, lower, scale, offset), x.abs().amax().float() + upper.abs() + lower.abs()
 
 
 def _rebuild(kernel: Kernel, x: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
