@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_lightning.modules.fused.function import Call, quantized_product
+from amct_lightning.modules.fused.grid import GridProduct
 from amct_lightning.modules.fused.integer import IntegerProduct, reason_against
 from amct_lightning.modules.fused.products import Product
 from amct_lightning.quantizers import is_exporting
@@ -42,10 +43,11 @@ def run_fused(layer: Any, product: Product, x: Tensor, observed: Tensor | None) 
     """
     weight, bias, dtype = layer.weight, layer.bias, _autocast_dtype(x)
     executor = executor_for(layer.execution, x.device.type)
-    in_integers = resolved(layer.execution, x.device.type) == "integer" and reason_against(layer, x.device) is None
-    integer = IntegerProduct(layer, dtype) if in_integers else None
+    integer, grid = None, GridProduct(product, executor, layer.bias_follows(x)) if layer.deploy_grid else None
+    if grid is None and resolved(layer.execution, x.device.type) == "integer" and not reason_against(layer, x.device):
+        integer = IntegerProduct(layer, dtype)
     quantizers = layer.input_quantizer, layer.weight_quantizer
-    call = Call(product, executor, *quantizers, layer.calibrates_input, observed, dtype, integer)
+    call = Call(product, executor, *quantizers, layer.calibrates_input, observed, dtype, integer, grid)
     return quantized_product(call, x, weight, bias) if torch.is_grad_enabled() else call.forward(x, weight, bias)[0]
 
 
