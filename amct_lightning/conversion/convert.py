@@ -22,6 +22,7 @@ from amct_lightning.modules.grid.norm import FoldedNorm, fold_norm
 from amct_lightning.modules.registry import QAT_CLASSES, channel_layout
 from amct_lightning.modules.shift_hook import install_shift_search, remove_shift_search
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, Quantizer, WeightQuantizer
+from amct_lightning.quantizers.executors.table import FactorTable
 
 STAYS_FLOAT = "_amct_stays_float"
 """Marks a layer that was reverted on its own, in a model that is converted."""
@@ -46,6 +47,9 @@ def convert_layers(model: nn.Module, plan: QuantPlan, weights_follow: bool = Fal
     for layer_plan in plan.layers:
         _convert_layer(layers[layer_plan.name], layer_plan, plan, quantizers)
         _install_search(model, layers[layer_plan.name], layer_plan, plan)
+    table = FactorTable()
+    for quantizer in quantizers.values():
+        quantizer.table = table
     fold_norms(model, plan)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):

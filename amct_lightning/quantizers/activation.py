@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +37,8 @@ class ActivationQuantizer(CalibratingQuantizer):
         clip_max: Learned upper clip, 0-d float32 parameter.
         clip_min: Learned lower clip, 0-d float32 parameter.
         frozen: Whether training leaves the stored clips alone.
+        table: A ``FactorTable``, where the clips of all quantizers of a model are made usable together; ``None`` if
+            each does it for itself.
 
     Example:
         >>> quantizer = ActivationQuantizer(num_bits=8, clip=(2.55, -1e-9), fixed_min=True)
@@ -60,6 +64,7 @@ class ActivationQuantizer(CalibratingQuantizer):
         self.calls = calls
         self.clip = clip
         self.waits = False
+        self.table: Any = None
         self.clip_max = nn.Parameter(torch.zeros((), dtype=torch.float32))
         self.clip_min = nn.Parameter(torch.zeros((), dtype=torch.float32))
         self.register_buffer("clip_max_previous", torch.zeros((), dtype=torch.float32))
@@ -78,6 +83,11 @@ class ActivationQuantizer(CalibratingQuantizer):
         self.missed = self._is_reached = False
         self._batch_of_gate, self._begun, self._calls_now = -1, 0, 0
         self.reset_flags(self.clip_max.device)
+
+    @property
+    def moves(self) -> bool:
+        """Whether a forward now repairs the clips and keeps them."""
+        return self.learns and not (self.frozen or self.calibrating)
 
     @property
     def scale(self) -> Tensor:
@@ -122,7 +132,8 @@ class ActivationQuantizer(CalibratingQuantizer):
             upper, lower = self.usable_clips()
             if not self.frozen:
                 self._store(upper, lower)
-        self.watch(x, upper, lower)
+        with torch.no_grad():
+            self.watch(x, (upper - lower).mul_(0))
         return upper, lower
 
     def quantize(self, x: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
@@ -160,16 +171,17 @@ class ActivationQuantizer(CalibratingQuantizer):
         self._store(*self.usable_clips())
 
     @torch.no_grad()
-    def keep(self, upper: Tensor, lower: Tensor, watched: Tensor) -> None:
-        """Take over what a kernel has made of the clips, as every training forward does.
+    def keep(self, upper: Tensor, lower: Tensor, watched: Tensor | None = None) -> None:
+        """Take over what was made of the clips, as every training forward does.
 
         Args:
             upper: The upper clip in use, 0-d float32.
             lower: The lower clip in use.
-            watched: 0, or NaN if a value of the input was NaN or infinite.
+            watched: 0, or NaN if a value of the input was NaN or infinite; ``None`` if nobody has looked.
         """
         self._store(upper, lower)
-        self.poison.add_(watched)
+        if watched is not None:
+            self.poison.add_(watched)
 
     @torch.no_grad()
     def freeze(self, frozen: bool = True) -> None:

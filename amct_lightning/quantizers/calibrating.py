@@ -46,21 +46,18 @@ class FlaggedQuantizer(Quantizer):
         self.poison.zero_()
 
     @torch.no_grad()
-    def watch(self, values: Tensor, upper: Tensor | None = None, lower: Tensor | None = None) -> None:
+    def watch(self, values: Tensor, nothing: Tensor | float = 0.0) -> None:
         """Poison the quantizer's flag, without reading it, if a value is NaN or infinite.
 
         Args:
             values: Floating tensor on the quantizer's device.
-            upper: Upper clip that belongs to it.
-            lower: Lower clip.
+            nothing: 0, or NaN if a clip that belongs to it is NaN or infinite.
         """
         if values.numel() == 0 or transforming():
             return
         smallest, largest = torch.aminmax(values)
         width = largest.float() - smallest.float()
-        if upper is not None and lower is not None:
-            width = width.add_(upper).sub_(lower)
-        self.poison.add_(width.mul_(0))  # 0 times anything is 0, but for infinity and NaN, of which it is NaN
+        self.poison.add_(width.mul_(nothing))  # 0 times anything is 0, but for infinity and NaN, of which it is NaN
 
     def _move_extra(self, move: Callable[[Tensor], Tensor]) -> None:
         self.poison = move(self.poison)

@@ -92,6 +92,8 @@ def direct_form(function: Any) -> Any:
 def differentiable_once(backward: _Function) -> _Function:
     """Like ``torch.autograd.function.once_differentiable``, with an error that says what to do.
 
+    The gradients depend on what the function keeps as well; ``ctx.anchors`` are parameters that stand for it.
+
     Args:
         backward: The backward of an autograd function.
     """
@@ -100,8 +102,9 @@ def differentiable_once(backward: _Function) -> _Function:
     def once(ctx: Any, *grads: Tensor) -> Any:
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        if torch.is_grad_enabled() and any(grad.requires_grad for grad in grads):
-            return tuple(output if output is None else call(_Refuse, _REFUSE, output, *grads) for output in outputs)
+        parts = (*grads, *getattr(ctx, "anchors", ()))
+        if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+            return tuple(output if output is None else call(_Refuse, _REFUSE, output, *parts) for output in outputs)
         return outputs
 
     return once  # type: ignore[return-value]

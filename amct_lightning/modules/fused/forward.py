@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,11 +45,17 @@ def run_fused(layer: Any, product: Product, x: Tensor, observed: Tensor | None) 
     weight, bias, dtype = layer.weight, layer.bias, _autocast_dtype(x)
     executor = executor_for(layer.execution, x.device.type)
     integer, grid = None, GridProduct(product, executor, layer.bias_follows(x)) if layer.deploy_grid else None
-    if grid is None and resolved(layer.execution, x.device.type) == "integer" and not reason_against(layer, x.device):
+    if grid is None and _in_integers(layer.execution, x.device.type) and not reason_against(layer, x.device):
         integer = IntegerProduct(layer, dtype)
     quantizers = layer.input_quantizer, layer.weight_quantizer
     call = Call(product, executor, *quantizers, layer.calibrates_input, observed, dtype, integer, grid)
     return quantized_product(call, x, weight, bias) if torch.is_grad_enabled() else call.forward(x, weight, bias)[0]
+
+
+@cache
+def _in_integers(execution: str, device: str) -> bool:
+    """Tell whether products are to be in integers; asked once, as :func:`executor_for`, for it looks for a compiler."""
+    return resolved(execution, device) == "integer"
 
 
 def _has_hooks(module: nn.Module) -> bool:

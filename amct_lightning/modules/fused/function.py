@@ -81,27 +81,23 @@ class _QuantizedProduct(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        _max: Tensor,
+        clip_max: Tensor,
         _min: Tensor,
-        _scale: Tensor | None,
+        scale: Tensor | None,
         call: Call,
     ) -> Tensor:
         output, ctx.factors, ctx.weight_factors = call.forward(x, weight, bias)
         ctx.product, ctx.executor, ctx.dtype, ctx.grid = call.product, call.executor, call.dtype, call.grid
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if x.requires_grad or call.product.keeps_both:
-            ctx.save_for_backward(x, weight)
-        else:  # the float layer keeps no weight here; it is a parameter, whose owner keeps it
-            ctx.save_for_backward(x)
-            ctx.weight, ctx.version = weight, weight._version
+        _keep(ctx, call, x, weight, scale)
+        ctx.anchors = (clip_max,)
         return output
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_x, of_weight, of_bias, of_max, of_min, of_scale = ctx.needs_input_grad[:6]
-        x, *saved = ctx.saved_tensors  # read once, as activation checkpointing demands
-        weight = saved[0] if saved else _unchanged_weight(ctx)
+        x, weight = _kept(ctx, grad)
         needs = (of_x or of_max or of_min, of_weight or of_scale, of_bias)
         grad_x, grad_weight, grad_bias = _product_gradients(ctx, grad, x, weight, needs)
         grad_max, grad_min, grad_scale = None, None, None
@@ -114,14 +110,30 @@ class _QuantizedProduct(torch.autograd.Function):
         return grad_x, grad_weight, cast(grad_bias, ctx.bias_dtype), grad_max, grad_min, grad_scale, None
 
 
-def _unchanged_weight(ctx: Any) -> Tensor:
-    if ctx.weight._version != ctx.version:
-        raise RuntimeError(
-            "The weight of a quantized layer was changed in place between its forward and its backward, which needs it "
-            "as it was for the gradients of the clips. Call backward before the optimizer steps."
-        )
-    weight: Tensor = ctx.weight
-    return weight
+def _keep(ctx: Any, call: Call, x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
+    """Keep what backward needs: nothing if it is for a bias only, and no parameter that the float layer does not keep.
+
+    Such a parameter is there anyway; its version tells whether it is as it was.
+    """
+    needed = any(ctx.needs_input_grad[index] for index in (0, 1, 3, 4, 5))
+    keeps_weight = needed and (x.requires_grad or call.product.keeps_both)
+    parameters = [scale] if keeps_weight or not needed else [weight, scale]
+    ctx.parameters = [(part, part._version) for part in parameters if needed and part is not None]
+    ctx.save_for_backward(*((x,) if needed else ()), *((weight,) if keeps_weight else ()))
+
+
+def _kept(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return input and weight; without either, tensors that nobody looks at."""
+    for parameter, version in ctx.parameters:
+        if parameter._version != version:
+            raise RuntimeError(
+                "The weight or the learned scale of a quantized layer was changed in place between its forward and its "
+                "backward, which needs it as it was. Call backward before the optimizer steps."
+            )
+    tensors = ctx.saved_tensors  # read once, as activation checkpointing demands
+    if not tensors:
+        return grad, grad
+    return tensors[0], tensors[1] if len(tensors) > 1 else ctx.parameters[0][0]
 
 
 def _product_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, needs: Needs) -> Gradients:

@@ -58,9 +58,8 @@ class IntegerProduct:
         x, weight, bias = tensors
         codes, factors = executor.input_codes(quantizers[0], x, observe)
         weight_factors = executor.weight_factors(quantizers[1], weight)
-        numbers = Numbers(
-            factors.scale, factors.offset, weight_factors.scale.flatten(), (factors.num_bits, weight_factors.num_bits)
-        )
+        bits, scales = (factors.num_bits, weight_factors.num_bits), weight_factors.scale.flatten()
+        numbers = Numbers(factors.scale, factors.offset, scales, bits, quantizers[0].fixed_min)
 
         def to_codes(values: Tensor, scale: Tensor, offset: Tensor, num_bits: int) -> Tensor:
             """Return the codes that are there, unless a convolution reads only some of the points."""

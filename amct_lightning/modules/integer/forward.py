@@ -60,7 +60,7 @@ def integer_forward(
     assert geometry is not None
     batched = x if x.dim() == weight.dim() else x.unsqueeze(0)
     output = onednn.convolution(batched, weight, bias, numbers, packed, geometry, to_codes).to(dtype)
-    if not (is_channels_last(x) or is_channels_last(weight)):
+    if not (is_channels_last(batched) or is_channels_last(weight)):
         output = output.reshape(-1).view(output.shape)  # contiguous() leaves the strides of axes of length 1
     return output if batched is x else output.squeeze(0)
 
@@ -85,9 +85,11 @@ def is_channels_last(tensor: Tensor) -> bool:
         (False, True)
     """
     layout = CHANNELS_LAST.get(tensor.dim())
-    # Where there is one channel or one point both formats are the same memory; the strides tell which one is meant.
-    meant = layout is not None and tensor.stride(1) == 1 and tensor.stride(-1) >= tensor.shape[1]
-    return meant and tensor.is_contiguous(memory_format=cast(torch.memory_format, layout))
+    if layout is None or not tensor.is_contiguous(memory_format=layout):
+        return False
+    # Where an axis has one element both formats may be the same memory; the strides tell which one is meant.
+    size, channels = tensor[0].numel(), tensor.shape[1]
+    return size > 1 and tensor.stride(0) >= size and tensor.stride(1) == 1 and tensor.stride(-1) >= channels
 
 
 def _fits(layer: Convolution, x: Tensor) -> bool:

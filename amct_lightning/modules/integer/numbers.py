@@ -18,12 +18,15 @@ class Numbers(NamedTuple):
         offset: Offset of the input, an integer in a 0-d float32 tensor.
         weight_scale: Scales of the weight, 1-d float32: one per output channel, or a single one.
         num_bits: Numbers of bits of input and weight, 8 at most.
+        begins_at_zero: Whether the lowest code is known to stand for 0 at any time, as it does where the lower clip is
+            fixed to 0. Convolutions that pad are then computed with fewer steps.
     """
 
     scale: Tensor
     offset: Tensor
     weight_scale: Tensor
     num_bits: tuple[int, int] = (8, 8)
+    begins_at_zero: bool = False
 
 
 class Geometry(NamedTuple):

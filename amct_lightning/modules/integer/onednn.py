@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amct_lightning.modules.integer.codes import ToCodes, weight_codes
+from amct_lightning.modules.integer.codes import CHANNELS_LAST, ToCodes, weight_codes
 from amct_lightning.modules.integer.numbers import POINT, Geometry, Numbers
 from amct_lightning.modules.integer.packed import PackedWeight
 from amct_lightning.quantizers.functional import half_range
@@ -59,6 +59,7 @@ def convolution(
     """
     x, geometry = _only_read(x, weight, geometry)
     codes = to_codes(x, numbers.scale, numbers.offset, numbers.num_bits[0])
+    codes, geometry = _without_traps(codes, weight, numbers, geometry)
     return _convolve(codes, weight, bias, numbers, packed, geometry)
 
 
@@ -70,13 +71,51 @@ def _only_read(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, G
     return x[read], geometry._replace(stride=(1,) * len(geometry.stride))
 
 
+def _without_traps(codes: Tensor, weight: Tensor, numbers: Numbers, geometry: Geometry) -> tuple[Tensor, Geometry]:
+    """Return codes and geometry of the same convolution without what oneDNN computes wrong, or outside of its memory.
+
+    These are padding with another code than 0 or of three dimensions, outputs that read padding only, and strides along
+    an axis with one output. Such axes are padded here, cut to what is read, and have no stride if there is one output.
+    """
+    by_onednn = numbers.begins_at_zero and codes.dim() < 5
+    stride, padding = list(geometry.stride), list(geometry.padding)
+    padded, lengths = [0] * len(stride), list(codes.shape[2:])
+    for axis, (pad, step) in enumerate(zip(geometry.padding, geometry.stride, strict=True)):
+        span = geometry.dilation[axis] * (weight.shape[axis + 2] - 1) + 1
+        outputs = (codes.shape[axis + 2] + 2 * pad - span) // step + 1
+        if (pad and not by_onednn) or pad >= span or (outputs == 1 and step > 1):
+            padded[axis], padding[axis], lengths[axis] = pad, 0, (outputs - 1) * step + span
+            stride[axis] = 1 if outputs == 1 else step
+    if any(padded):
+        codes = _padded(codes, padded, _zero_point(numbers))
+    for axis, length in enumerate(lengths, 2):
+        codes = codes.narrow(axis, 0, min(length, codes.shape[axis]))
+    return codes, geometry._replace(stride=tuple(stride), padding=tuple(padding))
+
+
+def _padded(codes: Tensor, padding: list[int], zero_point: Tensor) -> Tensor:
+    """Return the codes between as many zeros at either end of each axis; the channels last."""
+    lengths = (length + 2 * pad for length, pad in zip(codes.shape[2:], padding, strict=True))
+    layout = CHANNELS_LAST.get(codes.dim(), torch.contiguous_format)
+    around = torch.empty((*codes.shape[:2], *lengths), dtype=codes.dtype, memory_format=layout).fill_(zero_point)
+    within = around
+    for axis, pad in enumerate(padding, 2):
+        within = within.narrow(axis, pad, codes.shape[axis])
+    within.copy_(codes)
+    return around
+
+
+def _zero_point(numbers: Numbers) -> Tensor:
+    """Return the code that stands for 0, 0-d float32."""
+    return numbers.offset + half_range(numbers.num_bits[0])
+
+
 def _convolve(
     codes: Tensor, weight: Tensor, bias: Tensor | None, numbers: Numbers, packed: PackedWeight, geometry: Geometry
 ) -> Tensor:
     of_weight = weight_codes(weight, numbers.weight_scale, numbers.num_bits[1])
     ready = packed.of(of_weight, geometry, lambda: _pack(of_weight, codes, geometry))
-    zero_point = numbers.offset + half_range(numbers.num_bits[0])
-    return _product(codes, ready, bias, (numbers.scale, zero_point, numbers.weight_scale), geometry)
+    return _product(codes, ready, bias, (numbers.scale, _zero_point(numbers), numbers.weight_scale), geometry)
 
 
 def _pack(codes: Tensor, x: Tensor, geometry: Geometry) -> Tensor:

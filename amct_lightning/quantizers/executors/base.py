@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from amct_lightning.quantizers.activation import ActivationQuantizer
+from amct_lightning.quantizers.executors.table import FactorTable, has_row
 from amct_lightning.quantizers.functional import (
     activation_scale_offset,
     dequantize_,
@@ -17,7 +18,7 @@ from amct_lightning.quantizers.functional import (
     quantize,
     usable_scale,
 )
-from amct_lightning.quantizers.functions.activation import activation_gradients
+from amct_lightning.quantizers.functions.activation import Ends, activation_gradients
 from amct_lightning.quantizers.functions.weight import ChannelLayout, gradient_of_scale
 from amct_lightning.quantizers.weight import LearnedWeightQuantizer, WeightQuantizer
 
@@ -31,6 +32,8 @@ class Factors(NamedTuple):
         scale: Scale, 0-d float32.
         offset: Offset, an integer, 0-d float32.
         num_bits: Number of bits.
+        ends: What the gradients need beside them, if it is known.
+        table: Where they come from, if that is a table.
     """
 
     upper: Tensor
@@ -38,6 +41,8 @@ class Factors(NamedTuple):
     scale: Tensor
     offset: Tensor
     num_bits: int
+    ends: Ends | None = None
+    table: FactorTable | None = None
 
 
 class WeightFactors(NamedTuple):
@@ -142,8 +147,10 @@ class Executor:
             factors: What :meth:`quantize_input` gave for it.
             needs: Which of the three are wanted; the others are ``None``.
         """
-        *numbers, num_bits = factors
-        return activation_gradients((x, *numbers), (num_bits, torch.float32), needs, grad)
+        if factors.table is not None:
+            factors.table.clear()  # an optimizer may write the clips from now on
+        settings = factors.num_bits, torch.float32
+        return activation_gradients((x, *factors[:4]), settings, needs, grad, factors.ends)
 
     def quantize_weight(self, quantizer: WeightQuantizer, weight: Tensor) -> tuple[Tensor, WeightFactors]:
         """Return the fake-quantized weight in its own dtype, and its factors; keep the quantizer's books.
@@ -162,11 +169,9 @@ class Executor:
             quantizer: The quantizer of the weight.
             weight: The weight.
         """
-        learned = isinstance(quantizer, LearnedWeightQuantizer)
         factor = quantizer.gradient_factor if isinstance(quantizer, LearnedWeightQuantizer) else 0.0
         scale = quantizer.present_scale(weight.float())
-        # A learned scale is a parameter, which an optimizer may have changed until backward.
-        return WeightFactors(scale.clone() if learned else scale, quantizer.layout, quantizer.num_bits, factor)
+        return WeightFactors(scale.detach(), quantizer.layout, quantizer.num_bits, factor)
 
     def rebuild_weight(self, weight: Tensor, factors: WeightFactors) -> Tensor:
         """Return the fake-quantized weight in its own dtype.
@@ -240,6 +245,12 @@ def on_device(factors: WeightFactors) -> WeightFactors:
 
 
 def _input_factors(quantizer: ActivationQuantizer, x: Tensor, observe: bool) -> Factors:
+    table = quantizer.table
+    if table is not None and quantizer.moves and has_row(quantizer):
+        row = table.take(quantizer)
+        quantizer.keep(row.upper, row.lower)
+        quantizer.watch(x, row.nothing)
+        return Factors(row.upper, row.lower, row.scale, row.offset, quantizer.num_bits, row.ends, table)
     upper, lower = quantizer.update_range(x, observe)
     return Factors(upper, lower, *activation_scale_offset(upper, lower, quantizer.num_bits), quantizer.num_bits)
 

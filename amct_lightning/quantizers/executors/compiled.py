@@ -39,7 +39,7 @@ class CompiledExecutor(Executor):
     ) -> tuple[Tensor, Factors]:
         """See :meth:`Executor.quantize_input`."""
         self._prepare("train", quantizer, x)
-        if x.numel() < 2 or not _moves(quantizer):
+        if x.numel() < 2 or not quantizer.moves:
             return super().quantize_input(quantizer, x, observe, observed)
         return self._train("train", quantizer, x)
 
@@ -50,7 +50,7 @@ class CompiledExecutor(Executor):
         self._prepare("train_codes", quantizer, x)
         if x.numel() < 2:
             return super().input_codes(quantizer, x, observe)
-        if _moves(quantizer):
+        if quantizer.moves:
             return self._train("train_codes", quantizer, x)
         _, factors = super().input_codes(quantizer, x, observe)
         flat, restore = flattened(x)
@@ -62,7 +62,7 @@ class CompiledExecutor(Executor):
     ) -> tuple[Tensor, Factors]:
         """See :meth:`Executor.grid_input`."""
         self._prepare("grid_train", quantizer, x, rebuild="grid_rebuild")
-        if x.numel() < 2 or not _moves(quantizer):
+        if x.numel() < 2 or not quantizer.moves:
             return super().grid_input(quantizer, x, observe, observed)
         return self._train("grid_train", quantizer, x)
 
@@ -106,8 +106,8 @@ class CompiledExecutor(Executor):
         flat, restore = flattened(x)
         if grad.stride() != x.stride() or grad.dtype != x.dtype or not is_dense(x):
             grad = torch.empty_like(x).copy_(grad)
-        *numbers, num_bits = factors
-        found = self._get("gradients", num_bits, False, x)([flat, flattened(grad)[0], *numbers])
+        kernel = self._get("gradients", factors.num_bits, False, x)
+        found = kernel([flat, flattened(grad)[0], *factors[:4]])
         of_x, of_max, of_min = (part if need else None for part, need in zip(found, needs, strict=True))
         return None if of_x is None else restore(of_x), of_max, of_min
 
@@ -177,11 +177,6 @@ class CompiledExecutor(Executor):
         if device not in self._zeros:
             self._zeros[device] = torch.zeros((), device=device)
         return self._zeros[device]
-
-
-def _moves(quantizer: ActivationQuantizer) -> bool:
-    """Tell whether a forward now repairs and keeps the clips."""
-    return quantizer.learns and not (quantizer.frozen or quantizer.calibrating)
 
 
 def flattened(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,8 +100,42 @@ class _FakeQuantizeActivation(torch.autograd.Function):
 _DIRECT = direct_form(_FakeQuantizeActivation)
 
 
+class Ends(NamedTuple):
+    """What the gradients need of the ends of a range; float32 tensors of one shape.
+
+    Attributes:
+        largest: The largest value that the integers express.
+        smallest: The smallest one.
+        upper_error: By how much rounding changes the code of the upper clip.
+        lower_error: The same of the lower clip.
+    """
+
+    largest: Tensor
+    smallest: Tensor
+    upper_error: Tensor
+    lower_error: Tensor
+
+    @classmethod
+    def of(cls, upper: Tensor, lower: Tensor, scale: Tensor, offset: Tensor, num_bits: int) -> Ends:
+        """Return those of a range, or of several.
+
+        Args:
+            upper: Upper clip, float32 of any shape.
+            lower: Lower clip.
+            scale: Scale.
+            offset: Offset.
+            num_bits: Number of bits.
+        """
+        errors = (rounding_error(end / scale, num_bits) for end in (upper, lower))
+        return cls(*range_ends(scale, num_bits, offset), *errors)
+
+
 def activation_gradients(
-    saved: tuple[Tensor, ...], settings: tuple[int, torch.dtype], needs: Sequence[bool], grad: Tensor
+    saved: tuple[Tensor, ...],
+    settings: tuple[int, torch.dtype],
+    needs: Sequence[bool],
+    grad: Tensor,
+    ends: Ends | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of the input and of both clips from that of the fake-quantized activations.
 
@@ -110,13 +144,14 @@ def activation_gradients(
         settings: Number of bits, and dtype of the arithmetic.
         needs: Which of the three are wanted; the others are ``None``.
         grad: The gradient.
+        ends: What is known of the range already.
     """
     (x, upper, lower, scale, offset), (num_bits, dtype) = saved, settings
     x, grad = x.to(dtype), grad.to(dtype)
-    largest, smallest = range_ends(scale, num_bits, offset)
+    ends = ends or Ends.of(upper, lower, scale, offset, num_bits)
     # The gradient where x is above and below the range, 0 elsewhere, without a mask: those are slow on CPUs.
-    above = torch.ops.aten.threshold_backward(grad, x - largest, 0)
-    below = torch.ops.aten.threshold_backward(grad, smallest - x, 0)
+    above = torch.ops.aten.threshold_backward(grad, x - ends.largest, 0)
+    below = torch.ops.aten.threshold_backward(grad, ends.smallest - x, 0)
     inside = torch.sub(grad, above).sub_(below)
     grad_x = inside.to(saved[0].dtype) if needs[0] else None
     if not (needs[1] or needs[2]):
@@ -129,8 +164,8 @@ def activation_gradients(
     error = rounding_error(x / scale, num_bits)
     error = times_(error, inside)
     shared, upper_sum, lower_sum = (terms.sum() for terms in (error, above, below))
-    for end, part in ((upper, upper_sum), (lower, lower_sum)):
-        shared = torch.addcmul(shared, rounding_error(end / scale, num_bits), part)
+    for end, part in ((ends.upper_error, upper_sum), (ends.lower_error, lower_sum)):
+        shared = torch.addcmul(shared, end, part)
     shared = shared / (2**num_bits - 1)
     grad_max = (shared + upper_sum).to(upper.dtype) if needs[1] else None
     grad_min = (lower_sum - shared).to(lower.dtype) if needs[2] else None

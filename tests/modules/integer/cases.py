@@ -35,7 +35,8 @@ class Case:
         weight = layer.weight.detach().float()
         scale = weight.abs().flatten(1).amax(1) / (half_range(bits[1]) - 1)
         scale[0] *= 0.7
-        numbers = Numbers(torch.tensor(3 / 2 ** bits[0]), torch.tensor(float(offset)), scale, bits)
+        begins_at_zero = offset == -half_range(bits[0])
+        numbers = Numbers(torch.tensor(3 / 2 ** bits[0]), torch.tensor(float(offset)), scale, bits, begins_at_zero)
         return cls(layer, x, numbers)
 
     def integers(self, packed: PackedWeight | None = None, dtype: torch.dtype | None = None) -> Tensor:

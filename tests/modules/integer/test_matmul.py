@@ -70,8 +70,7 @@ def test_cuda_is_given_shapes_that_it_takes(
 
 def on_npu(case: Case) -> Tensor:
     weight, bias = case.layer.weight.detach().npu(), case.layer.bias.detach().npu()
-    *tensors, num_bits = case.numbers
-    numbers = Numbers(*(tensor.npu() for tensor in tensors), num_bits)
+    numbers = Numbers(*(tensor.npu() for tensor in case.numbers[:3]), case.numbers.num_bits)
     return integer_forward(case.layer, case.x.npu(), weight, bias, numbers, PackedWeight())
 
 

@@ -27,8 +27,8 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     dims = draw(st.integers(1, 3))
     groups = draw(st.sampled_from([1, 2, 4]))
     kernel = tuple(draw(st.integers(1, 3)) for _ in range(dims))
-    padding = tuple(draw(st.integers(0, 2)) for _ in range(dims))
-    stride = tuple(draw(st.integers(1, 2)) for _ in range(dims))
+    padding = tuple(draw(st.integers(0, 3)) for _ in range(dims))
+    stride = tuple(draw(st.integers(1, 3)) for _ in range(dims))
     dilation = tuple(draw(st.integers(1, 2)) for _ in range(dims))
     channels = groups * draw(st.integers(1, 5)), groups * draw(st.integers(1, 5))
     kinds = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -76,6 +76,40 @@ def test_sums_of_the_largest_codes_do_not_saturate(
     case = Case(layer, torch.full(shape, 1000.0 if offset == 0 else -1000.0), numbers)
     expected, _ = case.exact()
     assert torch.equal(case.integers(), expected.float())
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(3, 4, 3, stride=(1, 2), padding=1), (2, 3, 8, 2)),
+        (nn.Conv2d(16, 16, 1, stride=(1, 3), padding=(1, 0), groups=16), (2, 16, 8, 1)),
+        (nn.Conv2d(8, 8, (1, 3), padding=(1, 0)), (2, 8, 14, 20)),
+        (nn.Conv2d(24, 48, (3, 7), stride=(1, 2), padding=(2, 13), dilation=2, groups=4), (2, 24, 14, 1)),
+        (nn.Conv2d(8, 16, 2, padding=1, dilation=(1, 2)), (1, 8, 2, 1)),
+        (nn.Conv1d(8, 6, 3, padding=5), (2, 8, 4)),
+        (nn.Conv1d(128, 256, 1, stride=2, dilation=2), (2, 128, 1)),
+        (nn.Conv3d(1, 2, (2, 1, 7), padding=(1, 1, 7)), (2, 1, 1, 3, 4)),
+    ],
+    ids=lambda value: "" if isinstance(value, tuple) else str(value),
+)
+@pytest.mark.parametrize("offset", [-128, 127, 3])
+def test_shapes_that_onednn_computes_wrong_are_right(layer: nn.Module, shape: tuple[int, ...], offset: float) -> None:
+    case = Case.make(layer, torch.randn(shape), offset)
+    assert case.integers().stride() == case.float_layer().stride()
+    assert_exact(case)
+
+
+@pytest.mark.parametrize("begins_at_zero", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
+def test_padding_is_the_same_whether_zero_is_known_to_be_the_lowest_code(
+    begins_at_zero: bool, layout: torch.memory_format
+) -> None:
+    x = torch.rand(2, 5, 7, 8).to(memory_format=layout)
+    case = Case.make(nn.Conv2d(5, 6, 3, stride=2, padding=1), x, -128)
+    expected = case.integers()
+    case.numbers = case.numbers._replace(begins_at_zero=begins_at_zero)
+    assert torch.equal(case.integers(), expected)
+    assert_exact(case)
 
 
 @pytest.mark.parametrize("offset", [-128, 127, 3])
@@ -139,6 +173,9 @@ SHAPES = {
     "signal": (nn.Conv1d(4, 6, 3, padding="valid"), torch.randn(2, 4, 7)),
     "one signal": (nn.Conv1d(4, 6, 3), torch.randn(4, 7)),
     "volume": (nn.Conv3d(4, 6, 3), torch.randn(2, 4, 4, 5, 6)),
+    "one volume": (nn.Conv3d(4, 6, 2), torch.randn(3, 5, 6, 4).permute(3, 0, 1, 2)),
+    "one image, channels last": (nn.Conv2d(4, 6, 3), torch.randn(7, 5, 4).permute(2, 0, 1)),
+    "one line": (nn.Conv2d(16, 16, 1, groups=16), torch.randn(2, 16, 8, 1)),
     "volume, channels last": (
         nn.Conv3d(4, 6, 3),
         torch.randn(2, 4, 4, 5, 6).to(memory_format=torch.channels_last_3d),
