@@ -13,10 +13,7 @@ from torch import Tensor, nn
 
 from amct_lightning.modules.folding import current_weight, fold_factor
 from amct_lightning.quantizers import ChannelLayout
-from amct_lightning.quantizers.functional import quantize
-
-KEPT_BITS = -0x2000
-"""0xFFFFE000 as an int32: sign, exponent and the 10 highest bits of the mantissa, the 19 that the hardware keeps."""
+from amct_lightning.quantizers.functional import kept_bits, quantize
 
 DEVICE_BITS = 19
 """Bits of a float32 dequantization scale that the hardware keeps."""
@@ -123,17 +120,3 @@ def dequant_scale(scale_d: Tensor, scale_w: Tensor, bits: int = 32) -> Tensor:
     """
     scale = scale_w * scale_d
     return scale if bits >= 32 else kept_bits(scale)
-
-
-@torch.no_grad()
-def kept_bits(scale: Tensor) -> Tensor:
-    """Return what the hardware keeps of a dequantization scale: the top 19 bits of the float32 number.
-
-    Args:
-        scale: The scale, float32.
-
-    Example:
-        >>> kept_bits(torch.tensor(0.03)).item()
-        0.029998779296875
-    """
-    return (scale.view(torch.int32) & KEPT_BITS).view(torch.float32)

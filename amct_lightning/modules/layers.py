@@ -152,15 +152,15 @@ class QATLayer(nn.Module):
                 self._observe(input)
             return self.keep_in_graph(cast(Tensor, self.float_forward(input, *args, **kwargs)))
         weight = cast(Tensor, self.weight)
+        input = self.kept(input, weight)
+        if (self.training or not self.on_grid) and runs_fused(self, input, weight):
+            return self._run_fused(input, weight, *args, **kwargs)
         if self.on_grid:
 
             def operate(x: Tensor, weight: Tensor) -> Tensor:
                 return self._operate(x, weight, None, *args, **kwargs)
 
-            return forward_on_grid(self, self.folded_norm(), self.kept(input, weight), operate)
-        input = self.kept(input, weight)
-        if runs_fused(self, input, weight):
-            return self._run_fused(input, weight, *args, **kwargs)
+            return forward_on_grid(self, self.folded_norm(), input, operate)
         x = self.input_quantizer(input, self.calibrates_input)
         return self._operate(x, self.weight_quantizer(weight), cast("Tensor | None", self.bias), *args, **kwargs)
 

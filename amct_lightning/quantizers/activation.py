@@ -177,7 +177,8 @@ class ActivationQuantizer(CalibratingQuantizer):
         Args:
             upper: The upper clip in use, 0-d float32.
             lower: The lower clip in use.
-            watched: A number that is NaN or infinite if a value of the input or a clip was; ``None`` if nobody has looked.
+            watched: A number that is NaN or infinite if a value of the input or a clip was; ``None`` if nobody has
+                looked.
         """
         self._store(upper, lower)
         if watched is not None:

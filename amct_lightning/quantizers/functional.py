@@ -14,6 +14,10 @@ EPS = 1.192092896e-7
 """Smallest usable scale or range: the float32 machine epsilon."""
 
 
+KEPT_BITS = -0x2000
+"""0xFFFFE000 as an int32: sign, exponent and the 10 highest bits of the mantissa, the 19 that the hardware keeps."""
+
+
 def half_range(num_bits: int) -> int:
     """Return ``h = 2^(b-1)``, so that the integers of ``b`` bits are ``-h .. h-1``.
 
@@ -42,6 +46,23 @@ def quantize(values: Tensor, scale: Tensor, num_bits: int, offset: Tensor | None
     if offset is not None:
         codes.add_(offset)
     return codes.round_().clamp_(-h, h - 1)
+
+
+def device_codes(values: Tensor, scale: Tensor, num_bits: int, offset: Tensor) -> Tensor:
+    """Return ``clamp(round(x * (1/s)) + o, -h, h-1) - o``: the device multiplies by the float32 reciprocal.
+
+    Args:
+        values: Values ``x``, float32.
+        scale: Scale ``s``, 0-d.
+        num_bits: Number of bits ``b``.
+        offset: Offset ``o``, 0-d.
+
+    Example:
+        >>> device_codes(torch.tensor([0.014, 9.0]), torch.tensor(0.01), 8, torch.tensor(-128.0))
+        tensor([  1., 255.])
+    """
+    h = half_range(num_bits)
+    return torch.mul(values, torch.reciprocal(scale)).round_().add_(offset).clamp_(-h, h - 1).sub_(offset)
 
 
 def dequantize_(codes: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
@@ -153,3 +174,17 @@ def rounding_error(codes: Tensor, num_bits: int) -> Tensor:
     bound = min(float(1 << (num_bits + 1)), torch.finfo(codes.dtype).max)
     codes = codes.clamp_(-bound, bound)
     return torch.round(codes).sub_(codes)
+
+
+@torch.no_grad()
+def kept_bits(scale: Tensor) -> Tensor:
+    """Return what the hardware keeps of a dequantization scale: the top 19 bits of the float32 number.
+
+    Args:
+        scale: The scale, float32.
+
+    Example:
+        >>> kept_bits(torch.tensor(0.03)).item()
+        0.029998779296875
+    """
+    return (scale.view(torch.int32) & KEPT_BITS).view(torch.float32)

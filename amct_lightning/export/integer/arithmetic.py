@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amct_lightning.modules.deployed import KEPT_BITS
+from amct_lightning.quantizers.functional import KEPT_BITS
 
 EXACT_IN_FLOAT32 = 2**24
 """Sums of integers stay exact in float32, in any order, while the sum of their magnitudes is below this."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from amct_lightning.modules.fused.function import Call, quantized_product
+from amct_lightning.modules.fused.grid import GridProduct
 from amct_lightning.modules.fused.integer import IntegerProduct, reason_against
 from amct_lightning.modules.fused.products import Product
 from amct_lightning.quantizers import is_exporting
@@ -45,11 +47,18 @@ def run_fused(layer: Any, product: Product, x: Tensor, weight: Tensor, observed:
         hook(layer.weight_quantizer, (weight,))
     bias, dtype = layer.bias, _autocast_dtype(x)
     executor = executor_for(layer.execution, x.device.type)
-    in_integers = resolved(layer.execution, x.device.type) == "integer" and reason_against(layer, x.device) is None
-    integer = IntegerProduct(layer, dtype) if in_integers else None
+    integer, grid = None, GridProduct(product, executor, layer.bias_follows(x)) if layer.deploy_grid else None
+    if grid is None and _in_integers(layer.execution, x.device.type) and not reason_against(layer, x.device):
+        integer = IntegerProduct(layer, dtype)
     quantizers = layer.input_quantizer, layer.weight_quantizer
-    call = Call(product, executor, *quantizers, layer.calibrates_input, observed, dtype, integer)
+    call = Call(product, executor, *quantizers, layer.calibrates_input, observed, dtype, integer, grid)
     return quantized_product(call, x, weight, bias) if torch.is_grad_enabled() else call.forward(x, weight, bias)[0]
+
+
+@cache
+def _in_integers(execution: str, device: str) -> bool:
+    """Tell whether products are to be in integers; asked once, as :func:`executor_for`, for it looks for a compiler."""
+    return resolved(execution, device) == "integer"
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amct_lightning.modules.fused.grid import GridProduct
 from amct_lightning.modules.fused.integer import IntegerProduct
 from amct_lightning.modules.fused.products import Gradients, Needs, Product
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, WeightQuantizer
@@ -28,6 +29,7 @@ class Call:
         observed: The input before it was padded, to calibrate on.
         dtype: Dtype of the product, that of autocast; ``None`` for those of input and weight.
         integer: What computes the product in integers, if it is to be so.
+        grid: What computes it on the device's grid, if it is to be so.
     """
 
     product: Product
@@ -38,10 +40,14 @@ class Call:
     observed: Tensor | None
     dtype: torch.dtype | None
     integer: IntegerProduct | None
+    grid: GridProduct | None
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Factors, WeightFactors]:
         """Return the output and what input and weight were quantized with; without a graph."""
         executor, quantizers = self.executor, (self.input_quantizer, self.weight_quantizer)
+        if self.grid is not None:
+            on_grid = self.grid.forward(quantizers, (x, weight, bias), self.observe, self.observed)
+            return on_grid[0].to(self.dtype or x.dtype), *on_grid[1:]
         if self.integer is not None:
             return self.integer.forward(executor, quantizers, (x, weight, bias), self.observe)
         values, factors = executor.quantize_input(quantizers[0], x, self.observe, self.observed)
@@ -81,7 +87,7 @@ class _QuantizedProduct(torch.autograd.Function):
         call: Call,
     ) -> Tensor:
         output, ctx.factors, ctx.weight_factors = call.forward(x, weight, bias)
-        ctx.product, ctx.executor, ctx.dtype = call.product, call.executor, call.dtype
+        ctx.product, ctx.executor, ctx.dtype, ctx.grid = call.product, call.executor, call.dtype, call.grid
         ctx.bias_dtype = None if bias is None else bias.dtype
         _keep(ctx, call, x, weight, scale)
         ctx.anchors = (clip_max,)
@@ -132,6 +138,9 @@ def _kept(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 def _product_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, needs: Needs) -> Gradients:
     """Return the gradients of the product; what was rebuilt for them is gone when it returns."""
+    if ctx.grid is not None:
+        of_grid: Gradients = ctx.grid.backward(grad, (x, weight), (ctx.factors, ctx.weight_factors), needs)
+        return of_grid
     values = ctx.executor.rebuild_input(x, ctx.factors) if needs[1] else x
     weights = ctx.executor.rebuild_weight(weight, ctx.weight_factors) if needs[0] else weight
     found: Gradients = ctx.product.backward(grad, cast(values, ctx.dtype), cast(weights, ctx.dtype), needs)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from amct_lightning.quantizers import ActivationQuantizer, ChannelLayout, LearnedWeightQuantizer, WeightQuantizer
-from amct_lightning.quantizers.functional import activation_scale_offset, half_range, quantize, usable_scale
+from amct_lightning.quantizers.functional import activation_scale_offset, device_codes, quantize, usable_scale
 from amct_lightning.quantizers.functions.activation import activation_gradients, activation_tangent
 from amct_lightning.quantizers.functions.weight import gradient_of_scale, slope_of_scale
 from amct_lightning.quantizers.transforms import call, differentiable_once, direct_form, transforming
@@ -93,9 +93,7 @@ class _ActivationCodes(torch.autograd.Function):
         settings: tuple[int, torch.dtype],
     ) -> Tensor:
         num_bits, dtype = settings
-        h = half_range(num_bits)
-        codes = torch.mul(x.to(dtype), torch.reciprocal(scale))
-        return codes.round_().add_(offset).clamp_(-h, h - 1).sub_(offset)
+        return device_codes(x.to(dtype), scale, num_bits, offset)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amct_lightning.modules.deployed import bias_codes, kept_bits
+from amct_lightning.modules.deployed import bias_codes
 from amct_lightning.modules.grid.codes import Codes
-from amct_lightning.quantizers.functional import half_range
+from amct_lightning.quantizers.functional import half_range, kept_bits
 from amct_lightning.quantizers.transforms import call, differentiable_once, direct_form, transforming
 
 EXACT_IN_FLOAT32 = 2**24
@@ -61,7 +61,7 @@ def integer_product(operate: Operate, x: Codes, weight: Codes, bias: Tensor | No
         scale = scale.view(-1, *[1] * (weight.values.dim() - 2))
         kept = kept_bits(scale)
     bias = None if bias is None else bias.float().view(-1, *[1] * (weight.values.dim() - 2))
-    with _float32(x.values.device.type):
+    with in_float32(x.values.device.type):
         if not exact:
             return _dequantize(operate(x.values, weight.values), bias, scale, kept, None)
         whole = _exact_sums(operate, x, weight, None if bias is None else bias_codes(bias, scale), terms)
@@ -115,8 +115,12 @@ def _is_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def _float32(kind: str) -> AbstractContextManager[Any]:
-    """Keep autocast off, which would round codes and sums."""
+def in_float32(kind: str) -> AbstractContextManager[Any]:
+    """Keep autocast off, which would round codes and sums.
+
+    Args:
+        kind: Type of the device.
+    """
     return torch.autocast(kind, enabled=False) if _is_autocast(kind) else nullcontext()
 
 

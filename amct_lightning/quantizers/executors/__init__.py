@@ -1,6 +1,6 @@
 """What runs the formulas of a quantized layer: the operators of torch one by one, or kernels that were compiled."""
 
-from amct_lightning.quantizers.executors.base import COMPOSITE, Executor, Factors, WeightFactors
+from amct_lightning.quantizers.executors.base import COMPOSITE, Executor, Factors, WeightFactors, on_device
 from amct_lightning.quantizers.executors.choice import Execution, check_execution, executor_for, resolved
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "WeightFactors",
     "check_execution",
     "executor_for",
+    "on_device",
     "resolved",
 ]

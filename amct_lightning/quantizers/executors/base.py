@@ -10,7 +10,14 @@ from torch import Tensor
 
 from amct_lightning.quantizers.activation import ActivationQuantizer
 from amct_lightning.quantizers.executors.table import FactorTable, has_row
-from amct_lightning.quantizers.functional import activation_scale_offset, dequantize_, quantize
+from amct_lightning.quantizers.functional import (
+    activation_scale_offset,
+    dequantize_,
+    device_codes,
+    kept_bits,
+    quantize,
+    usable_scale,
+)
 from amct_lightning.quantizers.functions.activation import Ends, activation_gradients
 from amct_lightning.quantizers.functions.weight import ChannelLayout, gradient_of_scale
 from amct_lightning.quantizers.weight import LearnedWeightQuantizer, WeightQuantizer
@@ -52,6 +59,22 @@ class WeightFactors(NamedTuple):
     layout: ChannelLayout
     num_bits: int
     gradient_factor: float
+
+
+class GridWeight(NamedTuple):
+    """A weight on the device's grid, and what the sums of its products are multiplied by.
+
+    Attributes:
+        codes: The integers, float32.
+        factors: What the weight was quantized with.
+        scale: The product of the scales of input and weight, 1-d float32.
+        kept: What the hardware keeps of it.
+    """
+
+    codes: Tensor
+    factors: WeightFactors
+    scale: Tensor
+    kept: Tensor
 
 
 class Executor:
@@ -161,6 +184,45 @@ class Executor:
         codes = quantize(factors.layout.view(values), factors.scale, factors.num_bits)
         return dequantize_(codes, factors.scale).view_as(values).to(weight.dtype)
 
+    def grid_input(
+        self, quantizer: ActivationQuantizer, x: Tensor, observe: bool = True, observed: Tensor | None = None
+    ) -> tuple[Tensor, Factors]:
+        """Return the codes on the device's grid, less their offset, float32, and the factors; otherwise as the input.
+
+        Args:
+            quantizer: The quantizer of the input.
+            x: The input, of any floating dtype.
+            observe: Whether a calibrating quantizer counts it as a batch.
+            observed: The tensor to calibrate on in its place, which has the same values.
+        """
+        factors = _input_factors(quantizer, x if observed is None else observed, observe)
+        return device_codes(x.float(), factors.scale, factors.num_bits, factors.offset), factors
+
+    def rebuild_grid_input(self, x: Tensor, factors: Factors) -> Tensor:
+        """Return what the codes of the input on the device's grid stand for, float32.
+
+        Args:
+            x: The input.
+            factors: What :meth:`grid_input` gave for it.
+        """
+        return device_codes(x.float(), factors.scale, factors.num_bits, factors.offset).mul_(factors.scale)
+
+    def grid_weight(self, quantizer: WeightQuantizer, weight: Tensor, input_scale: Tensor) -> GridWeight:
+        """Return the weight on the device's grid; keep the quantizer's books.
+
+        Args:
+            quantizer: The quantizer of the weight.
+            weight: The weight.
+            input_scale: The scale of the input, 0-d float32.
+        """
+        factors = self.weight_factors(quantizer, weight)
+        if quantizer.frozen:  # what was read from a file may be too small
+            factors = factors._replace(scale=usable_scale(factors.scale))
+        values, scale = weight.float(), on_device(factors).scale
+        codes = quantize(factors.layout.view(values), scale, factors.num_bits).view_as(values)
+        product = scale.flatten() * input_scale
+        return GridWeight(codes, factors, product, kept_bits(product))
+
     def scale_gradient(self, weight: Tensor, grad: Tensor, factors: WeightFactors) -> Tensor:
         """Return the gradient of learned scales, 1-d, from that of the fake-quantized weight.
 
@@ -171,6 +233,15 @@ class Executor:
         """
         scale, layout, num_bits, factor = factors
         return gradient_of_scale((weight.float(), scale), (layout, num_bits, factor), grad.float()).flatten()
+
+
+def on_device(factors: WeightFactors) -> WeightFactors:
+    """Return the factors of a weight as the device has them: a learned scale that it cannot use is 1 in the record.
+
+    Args:
+        factors: What :meth:`Executor.grid_weight` gave.
+    """
+    return factors if not factors.gradient_factor else factors._replace(scale=usable_scale(factors.scale))
 
 
 def _input_factors(quantizer: ActivationQuantizer, x: Tensor, observe: bool) -> Factors:

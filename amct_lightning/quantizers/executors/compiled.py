@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amct_lightning.quantizers.activation import ActivationQuantizer
-from amct_lightning.quantizers.executors.base import Executor, Factors, WeightFactors
+from amct_lightning.quantizers.executors.base import Executor, Factors, GridWeight, WeightFactors
 from amct_lightning.quantizers.executors.kernels import Kernel
 from amct_lightning.quantizers.weight import LearnedWeightQuantizer, WeightQuantizer
 
@@ -57,10 +57,23 @@ class CompiledExecutor(Executor):
         kernel = self._get("codes", quantizer.num_bits, False, x)
         return restore(kernel([flat, factors.scale, factors.offset])[0]), factors
 
-    def _prepare(self, name: str, quantizer: ActivationQuantizer, x: Tensor) -> None:
+    def grid_input(
+        self, quantizer: ActivationQuantizer, x: Tensor, observe: bool = True, observed: Tensor | None = None
+    ) -> tuple[Tensor, Factors]:
+        """See :meth:`Executor.grid_input`."""
+        self._prepare("grid_train", quantizer, x, rebuild="grid_rebuild")
+        if x.numel() < 2 or not quantizer.moves:
+            return super().grid_input(quantizer, x, observe, observed)
+        return self._train("grid_train", quantizer, x)
+
+    def rebuild_grid_input(self, x: Tensor, factors: Factors) -> Tensor:
+        """See :meth:`Executor.rebuild_grid_input`."""
+        return super().rebuild_grid_input(x, factors) if x.numel() < 2 else self._rebuild("grid_rebuild", x, factors)
+
+    def _prepare(self, name: str, quantizer: ActivationQuantizer, x: Tensor, rebuild: str = "rebuild") -> None:
         """Get the kernels for the input while it is calibrated, so that training then goes on without a halt."""
         if x.numel() >= 2 and quantizer.calibrating:
-            for kernel in (name, "rebuild", "gradients"):
+            for kernel in (name, rebuild, "gradients"):
                 self._get(kernel, quantizer.num_bits, False, x)
 
     def _train(self, name: str, quantizer: ActivationQuantizer, x: Tensor) -> tuple[Tensor, Factors]:
@@ -74,10 +87,11 @@ class CompiledExecutor(Executor):
 
     def rebuild_input(self, x: Tensor, factors: Factors) -> Tensor:
         """See :meth:`Executor.rebuild_input`."""
-        if x.numel() < 2:
-            return super().rebuild_input(x, factors)
+        return super().rebuild_input(x, factors) if x.numel() < 2 else self._rebuild("rebuild", x, factors)
+
+    def _rebuild(self, name: str, x: Tensor, factors: Factors) -> Tensor:
         flat, restore = flattened(x)
-        kernel = self._get("rebuild", factors.num_bits, False, x)
+        kernel = self._get(name, factors.num_bits, False, x)
         return restore(kernel([flat, factors.scale, factors.offset])[0])
 
     def input_gradients(
@@ -86,6 +100,9 @@ class CompiledExecutor(Executor):
         """See :meth:`Executor.input_gradients`."""
         if x.numel() < 2:
             return super().input_gradients(x, grad, factors, needs)
+        if grad.dtype.itemsize > x.dtype.itemsize:  # the kernel would round it to the dtype of the input
+            of_x, of_max, of_min = self.input_gradients(x.to(grad.dtype), grad, factors, needs)
+            return None if of_x is None else of_x.to(x.dtype), of_max, of_min
         flat, restore = flattened(x)
         if grad.stride() != x.stride() or grad.dtype != x.dtype or not is_dense(x):
             grad = torch.empty_like(x).copy_(grad)
@@ -96,14 +113,29 @@ class CompiledExecutor(Executor):
 
     def quantize_weight(self, quantizer: WeightQuantizer, weight: Tensor) -> tuple[Tensor, WeightFactors]:
         """See :meth:`Executor.quantize_weight`."""
+        found = self._weight("weight", quantizer, weight, [])
+        return super().quantize_weight(quantizer, weight) if found is None else found[:2]
+
+    def grid_weight(self, quantizer: WeightQuantizer, weight: Tensor, input_scale: Tensor) -> GridWeight:
+        """See :meth:`Executor.grid_weight`."""
+        found = self._weight("grid_weight", quantizer, weight, [input_scale])
+        if found is None:
+            return super().grid_weight(quantizer, weight, input_scale)
+        codes, factors, (scale, kept) = found
+        return GridWeight(codes, factors, scale, kept)
+
+    def _weight(
+        self, name: str, quantizer: WeightQuantizer, weight: Tensor, numbers: list[Tensor]
+    ) -> tuple[Tensor, WeightFactors, Sequence[Tensor]] | None:
+        """Return what a kernel makes of a weight, from its own scale, or ``None`` if there is no kernel for it."""
         learned = isinstance(quantizer, LearnedWeightQuantizer)
         if learned or quantizer.frozen or not _is_simple(weight, quantizer.layout.transposed):
-            return super().quantize_weight(quantizer, weight)
+            return None
         rows, restore = _as_rows(weight)
-        values, scale = self._get("weight", quantizer.num_bits, quantizer.channel_wise, weight)([rows])
+        values, scale, *rest = self._get(name, quantizer.num_bits, quantizer.channel_wise, weight)([rows, *numbers])
         quantizer.scale.copy_(scale.view(-1))
         shaped = scale.view(-1, *[1] * (weight.dim() - 1))
-        return restore(values), WeightFactors(shaped, quantizer.layout, quantizer.num_bits, 0.0)
+        return restore(values), WeightFactors(shaped, quantizer.layout, quantizer.num_bits, 0.0), rest
 
     def rebuild_weight(self, weight: Tensor, factors: WeightFactors) -> Tensor:
         """See :meth:`Executor.rebuild_weight`."""
@@ -120,6 +152,8 @@ class CompiledExecutor(Executor):
     def scale_gradient(self, weight: Tensor, grad: Tensor, factors: WeightFactors) -> Tensor:
         """See :meth:`Executor.scale_gradient`."""
         scale, layout, num_bits, factor = factors
+        if grad.dtype.itemsize > weight.dtype.itemsize:  # the kernel would round it to the dtype of the weight
+            weight = weight.to(grad.dtype)
         if not _is_simple(weight, layout.transposed):
             return super().scale_gradient(weight, grad, factors)
         if grad.stride() != weight.stride() or grad.dtype != weight.dtype or not is_dense(weight):

@@ -12,7 +12,9 @@ from torch import Tensor
 from amct_lightning.quantizers.functional import (
     activation_scale_offset,
     dequantize_,
+    device_codes,
     half_range,
+    kept_bits,
     quantize,
     repair_clips,
 )
@@ -74,6 +76,9 @@ class KernelModule(torch.nn.Module):
             "train_codes": (values, *numbers),
             "codes": (values, *numbers[:2]),
             "rebuild": (values, *numbers[:2]),
+            "grid_train": (values, *numbers),
+            "grid_rebuild": (values, *numbers[:2]),
+            "grid_weight": (values, numbers[0]),
             "gradients": (values, values.clone(), *numbers),
             "weight": (values,),
             "rebuild_weight": (values, scale),
@@ -115,6 +120,29 @@ def _rebuild(kernel: Kernel, x: Tensor, scale: Tensor, offset: Tensor) -> tuple[
     return (_values(kernel, x, scale, offset),)
 
 
+def _grid_train(
+    kernel: Kernel, x: Tensor, clip_max: Tensor, clip_min: Tensor, previous_max: Tensor, previous_min: Tensor
+) -> tuple[Tensor, ...]:
+    """As :func:`_train`, with the codes on the device's grid."""
+    factors, watched = _factors(kernel, x, clip_max, clip_min, previous_max, previous_min)
+    return *_grid_codes(kernel, x, *factors[2:]), *factors, watched
+
+
+def _grid_codes(kernel: Kernel, x: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+    return (device_codes(x.float(), scale, kernel.num_bits, offset),)
+
+
+def _grid_rebuild(kernel: Kernel, x: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+    return (device_codes(x.float(), scale, kernel.num_bits, offset) * scale,)
+
+
+def _grid_weight(kernel: Kernel, weight: Tensor, input_scale: Tensor) -> tuple[Tensor, ...]:
+    """From a weight and the scale of the input to codes, scale, the product of both scales and what is kept of it."""
+    scale = arq_scale(weight.float(), _LAYOUT, kernel.num_bits, kernel.channel_wise)
+    product = scale.view(-1) * input_scale
+    return quantize(weight.float(), scale, kernel.num_bits), scale, product, kept_bits(product)
+
+
 def _gradients(kernel: Kernel, x: Tensor, grad: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
     found = activation_gradients((x, *numbers), (kernel.num_bits, torch.float32), (True, True, True), grad)
     return tuple(part for part in found if part is not None)
@@ -146,6 +174,9 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "train_codes": _train_codes,
     "codes": _codes,
     "rebuild": _rebuild,
+    "grid_train": _grid_train,
+    "grid_rebuild": _grid_rebuild,
+    "grid_weight": _grid_weight,
     "gradients": _gradients,
     "weight": _weight,
     "rebuild_weight": _rebuild_weight,
