@@ -59,6 +59,20 @@ def fold_factor(batch_norm: nn.Module) -> Tensor:
     return factor if batch_norm.weight is None else current_weight(batch_norm).float() * factor
 
 
+def fold_sources(batch_norm: nn.Module) -> tuple[Tensor | None, ...]:
+    """Return all tensors that folding a BatchNorm reads.
+
+    Args:
+        batch_norm: A BatchNorm with running statistics.
+
+    Example:
+        >>> len(fold_sources(nn.BatchNorm1d(2)))
+        4
+    """
+    learned = (None if getattr(batch_norm, n) is None else current_weight(batch_norm, n) for n in ("weight", "bias"))
+    return cast(Tensor, batch_norm.running_mean), cast(Tensor, batch_norm.running_var), *learned
+
+
 def only_normalizes(module: nn.Module) -> bool:
     """Tell whether a BatchNorm multiplies and adds what its parameters and statistics say, and nothing else.
 

@@ -211,19 +211,22 @@ class ActivationQuantizer(CalibratingQuantizer):
         """
         return self._stored() if self.frozen else self._repaired()
 
+    @property
+    def clips(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All that the usable clips are made of: upper and lower clip, and their previous values."""
+        return self.clip_max, self.clip_min, self.clip_max_previous, self.clip_min_previous
+
     def _stored(self) -> tuple[Tensor, Tensor]:
         return (self.clip_max_previous, self.clip_min_previous) if self.frozen else (self.clip_max, self.clip_min)
 
     def _repaired(self) -> tuple[Tensor, Tensor]:
-        return repair_clips(
-            self.clip_max, self.clip_min, self.clip_max_previous, self.clip_min_previous, self.fixed_min
-        )
+        return repair_clips(*self.clips, self.fixed_min)
 
     @torch.no_grad()
     def _store(self, upper: Tensor, lower: Tensor) -> None:
         # One launch for the four; a foreach operator is native on every device that the package is for.
         torch._foreach_copy_(
-            [self.clip_max, self.clip_min, self.clip_max_previous, self.clip_min_previous],
+            list(self.clips),
             [upper, lower, upper, lower],
         )
 

@@ -25,14 +25,19 @@ class Quantizer(nn.Module):
         keeps_whole: Tells strategies that shard parameters to leave those of a quantizer whole on every rank.
         gate: Tells which forwards belong to a training step; ``None`` where the mode of the quantizer does.
         is_copy: Whether it is a copy of a quantizer that a conversion has made, and not of the model that is trained.
+        kept: What evaluations share, see ``kept.py``; ``None`` if there is nothing.
     """
 
     keeps_whole: ClassVar[bool] = True
+    kept: Any = None
 
     def __init__(self) -> None:
         super().__init__()
         self.gate: TrainingGate | None = None
         self.is_copy = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "kept"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -49,6 +54,21 @@ class Quantizer(nn.Module):
     def reset_parameters(self) -> None:
         """Set the state to what it is before training."""
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode as any module; training frees what evaluations keep."""
+        if mode:
+            self.forget()
+        return super().train(mode)
+
+    def forget(self, unless_evaluated: bool = False) -> None:
+        """Free what evaluations keep.
+
+        Args:
+            unless_evaluated: Whether to do so in a forward of a training step only.
+        """
+        if not torch.compiler.is_compiling() and "kept" in self.__dict__ and not (unless_evaluated and not self.learns):
+            del self.__dict__["kept"]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move like any module, but keep the dtype of the factors."""
 
@@ -56,6 +76,7 @@ class Quantizer(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self.forget()
         was_meta = self._is_meta()
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         self._move_extra(keep_dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor, nn
 
@@ -107,12 +109,17 @@ class WeightQuantizer(Quantizer):
             The fake-quantized weight.
         """
         if takes_operators():
-            return weight_operator(weight, self._kept_scale(), self.layout, self.num_bits, self.channel_wise)
+            return weight_operator(weight, self.given_scale(), self.layout, self.num_bits, self.channel_wise)
         return self._quantize(weight.float()).to(weight.dtype)
 
-    def _kept_scale(self) -> Tensor | None:
+    def given_scale(self) -> Tensor | None:
         """Return the scales if they are not to be computed from the weight."""
         return self.scale if self.frozen else None
+
+    @property
+    def settings(self) -> Hashable:
+        """What else than tensors the quantized weight depends on."""
+        return type(self), self.num_bits, self.channel_wise, self.layout
 
     def _quantize(self, weight: Tensor) -> Tensor:
         return fake_quantize_weight(weight, self.present_scale(weight), self.layout, self.num_bits)
@@ -211,7 +218,8 @@ class LearnedWeightQuantizer(WeightQuantizer):
     def unfreeze(self) -> None:
         """Do nothing: what is learned again is the optimizer's business."""
 
-    def _kept_scale(self) -> Tensor | None:
+    def given_scale(self) -> Tensor | None:
+        """Return the scales if they are not to be computed from the weight."""
         return None if self.starting else self.scale
 
     def _quantize(self, weight: Tensor) -> Tensor:

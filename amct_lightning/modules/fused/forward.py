@@ -14,6 +14,7 @@ from amct_lightning.modules.fused.integer import IntegerProduct, reason_against
 from amct_lightning.modules.fused.products import Product
 from amct_lightning.quantizers import is_exporting
 from amct_lightning.quantizers.executors import executor_for, resolved
+from amct_lightning.quantizers.kept import evaluates
 from amct_lightning.quantizers.transforms import differentiating_forward, transforming
 
 
@@ -51,8 +52,13 @@ def run_fused(layer: Any, product: Product, x: Tensor, weight: Tensor, observed:
     if grid is None and _in_integers(layer.execution, x.device.type) and not reason_against(layer, x.device):
         integer = IntegerProduct(layer, dtype)
     quantizers = layer.input_quantizer, layer.weight_quantizer
-    call = Call(product, executor, *quantizers, layer.calibrates_input, observed, dtype, integer, grid)
-    return quantized_product(call, x, weight, bias) if torch.is_grad_enabled() else call.forward(x, weight, bias)[0]
+    with_graph = torch.is_grad_enabled()
+    shares = not with_graph and evaluates(layer.weight_quantizer)
+    call = Call(product, executor, *quantizers, layer.calibrates_input, observed, dtype, integer, grid, shares)
+    if not with_graph:
+        return call.forward(x, weight, bias)[0]
+    layer.weight_quantizer.forget(unless_evaluated=True)
+    return quantized_product(call, x, weight, bias)
 
 
 @cache

@@ -13,6 +13,7 @@ from amct_lightning.modules.fused.integer import IntegerProduct
 from amct_lightning.modules.fused.products import Gradients, Needs, Product
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, WeightQuantizer
 from amct_lightning.quantizers.executors import Executor, Factors, WeightFactors
+from amct_lightning.quantizers.kept import kept_weight
 from amct_lightning.quantizers.transforms import differentiable_once
 
 
@@ -30,6 +31,7 @@ class Call:
         dtype: Dtype of the product, that of autocast; ``None`` for those of input and weight.
         integer: What computes the product in integers, if it is to be so.
         grid: What computes it on the device's grid, if it is to be so.
+        evaluates: Whether it is an evaluation, whose next batch may have the same weight.
     """
 
     product: Product
@@ -41,6 +43,7 @@ class Call:
     dtype: torch.dtype | None
     integer: IntegerProduct | None
     grid: GridProduct | None
+    evaluates: bool
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Factors, WeightFactors]:
         """Return the output and what input and weight were quantized with; without a graph."""
@@ -51,9 +54,20 @@ class Call:
         if self.integer is not None:
             return self.integer.forward(executor, quantizers, (x, weight, bias), self.observe)
         values, factors = executor.quantize_input(quantizers[0], x, self.observe, self.observed)
-        weights, weight_factors = executor.quantize_weight(quantizers[1], weight)
-        output = self.product.forward(cast(values, self.dtype), cast(weights, self.dtype), cast(bias, self.dtype))
+        weights, weight_factors = self._quantized(weight)
+        output = self.product.forward(cast(values, self.dtype), weights, cast(bias, self.dtype))
         return output, factors, weight_factors
+
+    def _quantized(self, weight: Tensor) -> tuple[Tensor, WeightFactors]:
+        """Return the quantized weight in the dtype of the product, and what it was quantized with."""
+        quantizer = self.weight_quantizer
+
+        def quantize() -> tuple[Tensor, WeightFactors]:
+            weights, factors = self.executor.quantize_weight(quantizer, weight)
+            return cast(weights, self.dtype), factors
+
+        key = self.dtype, self.executor.name
+        return kept_weight(quantizer, weight, key, quantize) if self.evaluates else quantize()
 
 
 def quantized_product(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from amct_lightning.quantizers import ActivationQuantizer, ChannelLayout, LearnedWeightQuantizer, WeightQuantizer
+from amct_lightning.quantizers.executors import Factors
 from amct_lightning.quantizers.functional import activation_scale_offset, device_codes, quantize, usable_scale
 from amct_lightning.quantizers.functions.activation import activation_gradients, activation_tangent
 from amct_lightning.quantizers.functions.weight import gradient_of_scale, slope_of_scale
@@ -46,11 +47,21 @@ def activation_codes(quantizer: ActivationQuantizer, x: Tensor, upper: Tensor, l
         >>> activation_codes(quantizer, torch.tensor([0.014, 9.0]), *quantizer.usable_clips()).values.detach()
         tensor([  1., 255.])
     """
-    num_bits = quantizer.num_bits
     with torch.no_grad():
-        scale, offset = activation_scale_offset(upper, lower, num_bits)
-    clips = quantizer.clip_max, quantizer.clip_min, upper, lower
-    settings = num_bits, torch.float32
+        scale, offset = activation_scale_offset(upper, lower, quantizer.num_bits)
+    return input_codes(quantizer, x, Factors(upper, lower, scale, offset, quantizer.num_bits))
+
+
+def input_codes(quantizer: ActivationQuantizer, x: Tensor, factors: Factors) -> Codes:
+    """Return the same as :func:`activation_codes`, from the factors.
+
+    Args:
+        quantizer: The quantizer.
+        x: Activations of any shape and floating dtype.
+        factors: What they are quantized with.
+    """
+    upper, lower, scale, offset, num_bits = factors[:5]
+    clips, settings = (quantizer.clip_max, quantizer.clip_min, upper, lower), (num_bits, torch.float32)
     return Codes(call(_ActivationCodes, _DIRECT, x, *clips, scale, offset, settings), scale, num_bits)
 
 

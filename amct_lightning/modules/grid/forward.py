@@ -10,11 +10,13 @@ from torch import Tensor
 
 from amct_lightning.modules.deployed import folded_bias, folded_weight
 from amct_lightning.modules.deployed import weight_codes as folded_codes
-from amct_lightning.modules.folding import current_weight, deployed_scale
-from amct_lightning.modules.grid.codes import Codes, activation_codes, weight_codes
+from amct_lightning.modules.folding import current_weight, deployed_scale, fold_sources
+from amct_lightning.modules.grid.codes import Codes, input_codes, weight_codes
 from amct_lightning.modules.grid.norm import FoldedNorm, has_lost_norm
 from amct_lightning.modules.grid.sums import Operate, integer_product, output_dtype, replaced
 from amct_lightning.quantizers import ChannelLayout
+from amct_lightning.quantizers.executors.base import input_factors
+from amct_lightning.quantizers.kept import evaluates, kept, kept_weight
 from amct_lightning.quantizers.transforms import transforming
 
 
@@ -31,15 +33,15 @@ def forward_on_grid(layer: Any, norm: FoldedNorm | None, input: Tensor, operate:
         The output, in the dtype that the float layer would give it.
     """
     dtype, terms = output_dtype(input), _terms(layer.weight, layer.weight_quantizer.layout)
-    clips = layer.input_quantizer.update_range(input, layer.calibrates_input)
-    x = activation_codes(layer.input_quantizer, input, *clips)
+    x = input_codes(layer.input_quantizer, input, input_factors(layer.input_quantizer, input, layer.calibrates_input))
+    layer.weight_quantizer.forget(unless_evaluated=True)
     folded = None if norm is None else _folded_output(layer, norm, operate, x, terms).to(dtype)
     if folded is not None and not (torch.is_grad_enabled() or transforming()):
         return folded
     exact = not layer.training and folded is None
     if exact and has_lost_norm(layer):
         _warn_unfolded()
-    weight = weight_codes(layer.weight_quantizer, layer.weight)
+    weight = _weight_codes(layer)
     follows = layer.bias is not None and layer.bias_follows(input)
     output = integer_product(operate, x, weight, None if follows else layer.bias, terms, exact)
     output = (output + layer.bias.float() if follows else output).to(dtype)
@@ -50,10 +52,26 @@ def forward_on_grid(layer: Any, norm: FoldedNorm | None, input: Tensor, operate:
 def _folded_output(layer: Any, norm: FoldedNorm, operate: Operate, x: Codes, terms: int) -> Tensor:
     """Return the output with the integers that an export writes; it has no gradient."""
     weight, quantizer = current_weight(layer), layer.weight_quantizer
-    scale = deployed_scale(quantizer, weight, norm)
-    codes = folded_codes(folded_weight(weight, norm), scale, quantizer.layout, quantizer.num_bits)
-    bias = folded_bias(layer.bias, norm)
-    return integer_product(operate, x, Codes(codes, scale, quantizer.num_bits), bias, terms, exact=True)
+
+    def fold() -> tuple[Codes, Tensor | None]:
+        scale = deployed_scale(quantizer, weight, norm)
+        codes = folded_codes(folded_weight(weight, norm), scale, quantizer.layout, quantizer.num_bits)
+        return Codes(codes, scale, quantizer.num_bits), folded_bias(layer.bias, norm)
+
+    if evaluates(quantizer):
+        sources = weight, quantizer.given_scale(), layer.bias, *fold_sources(norm)
+        codes, bias = kept(quantizer, sources, ("folded", norm.eps, quantizer.settings), fold)
+    else:
+        codes, bias = fold()
+    return integer_product(operate, x, codes, bias, terms, exact=True)
+
+
+def _weight_codes(layer: Any) -> Codes:
+    """Return the codes of the weight alone."""
+    quantizer, weight = layer.weight_quantizer, layer.weight
+    if torch.is_grad_enabled() or not evaluates(quantizer):
+        return weight_codes(quantizer, weight)
+    return kept_weight(quantizer, weight, "codes", lambda: weight_codes(quantizer, weight))
 
 
 def _terms(weight: Tensor, layout: ChannelLayout) -> int:

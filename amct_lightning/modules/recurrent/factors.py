@@ -14,6 +14,7 @@ from torch import Tensor
 from amct_lightning.quantizers import ActivationQuantizer, ChannelLayout, LearnedWeightQuantizer, WeightQuantizer
 from amct_lightning.quantizers.functional import activation_scale_offset, dequantize_, quantize, range_ends
 from amct_lightning.quantizers.functions.weight import fake_quantize_weight, gradient_of_scale
+from amct_lightning.quantizers.kept import evaluates, kept_weight
 
 
 class ActivationFactors(NamedTuple):
@@ -108,8 +109,10 @@ class WeightFactors(NamedTuple):
             quantizer: The quantizer of the weight.
             weight: The weight.
         """
+        hooked = quantizer._forward_hooks or quantizer._forward_pre_hooks
+        shares = not (hooked or torch.is_grad_enabled()) and evaluates(quantizer)
         with torch.no_grad():
-            quantized = quantizer(weight)
+            quantized = kept_weight(quantizer, weight, (), lambda: quantizer(weight)) if shares else quantizer(weight)
         learned = isinstance(quantizer, LearnedWeightQuantizer)
         # The next forward writes into the scales that are not learned; backward needs those of this one.
         scale = quantizer.scale if learned else quantizer.scale.clone()

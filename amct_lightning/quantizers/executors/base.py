@@ -20,6 +20,7 @@ from amct_lightning.quantizers.functional import (
 )
 from amct_lightning.quantizers.functions.activation import Ends, activation_gradients
 from amct_lightning.quantizers.functions.weight import ChannelLayout, gradient_of_scale
+from amct_lightning.quantizers.kept import evaluates, kept
 from amct_lightning.quantizers.weight import LearnedWeightQuantizer, WeightQuantizer
 
 
@@ -108,7 +109,7 @@ class Executor:
             observe: Whether a calibrating quantizer counts it as a batch.
             observed: The tensor to calibrate on in its place, which has the same values.
         """
-        factors = _input_factors(quantizer, x if observed is None else observed, observe)
+        factors = input_factors(quantizer, x if observed is None else observed, observe)
         return self.rebuild_input(x, factors), factors
 
     def input_codes(
@@ -124,7 +125,7 @@ class Executor:
         Returns:
             The codes, ``None`` if they are left to whoever needs them; and the factors.
         """
-        return None, _input_factors(quantizer, x, observe)
+        return None, input_factors(quantizer, x, observe)
 
     def rebuild_input(self, x: Tensor, factors: Factors) -> Tensor:
         """Return the fake-quantized input in its own dtype.
@@ -195,7 +196,7 @@ class Executor:
             observe: Whether a calibrating quantizer counts it as a batch.
             observed: The tensor to calibrate on in its place, which has the same values.
         """
-        factors = _input_factors(quantizer, x if observed is None else observed, observe)
+        factors = input_factors(quantizer, x if observed is None else observed, observe)
         return device_codes(x.float(), factors.scale, factors.num_bits, factors.offset), factors
 
     def rebuild_grid_input(self, x: Tensor, factors: Factors) -> Tensor:
@@ -244,14 +245,28 @@ def on_device(factors: WeightFactors) -> WeightFactors:
     return factors if not factors.gradient_factor else factors._replace(scale=usable_scale(factors.scale))
 
 
-def _input_factors(quantizer: ActivationQuantizer, x: Tensor, observe: bool) -> Factors:
+def input_factors(quantizer: ActivationQuantizer, x: Tensor, observe: bool) -> Factors:
+    """Return what an input is quantized with; in training keep the quantizer's books.
+
+    Args:
+        quantizer: The quantizer of the input.
+        x: The input, of any floating dtype.
+        observe: Whether a calibrating quantizer counts it as a batch.
+    """
     table = quantizer.table
     if table is not None and quantizer.moves and has_row(quantizer):
         row = table.take(quantizer)
         quantizer.keep(row.upper, row.lower)
         quantizer.watch(x, row.nothing)
         return Factors(row.upper, row.lower, row.scale, row.offset, quantizer.num_bits, row.ends, table)
-    upper, lower = quantizer.update_range(x, observe)
+    if not evaluates(quantizer):
+        return _computed_factors(quantizer, *quantizer.update_range(x, observe))
+    key = quantizer.num_bits, quantizer.fixed_min, quantizer.frozen
+    return kept(quantizer, quantizer.clips, key, lambda: _computed_factors(quantizer, *quantizer.usable_clips()))
+
+
+@torch.no_grad()
+def _computed_factors(quantizer: ActivationQuantizer, upper: Tensor, lower: Tensor) -> Factors:
     return Factors(upper, lower, *activation_scale_offset(upper, lower, quantizer.num_bits), quantizer.num_bits)
 
 
