@@ -1,10 +1,13 @@
-"""Counting the operators that a piece of code dispatches."""
+"""Counting the operators that a piece of code dispatches, and the bytes that autograd keeps of it."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,3 +43,20 @@ class Reads(TorchFunctionMode):
         if func.__name__ in self._NAMES:
             self.counts[func.__name__] += 1
         return func(*args, **(kwargs or {}))
+
+
+def saved_bytes(forward: Callable[[], object]) -> int:
+    """Return how many bytes of distinct storages autograd keeps for backward.
+
+    Args:
+        forward: What is run.
+    """
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(storages.values())

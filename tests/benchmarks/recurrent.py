@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_lightning import calibrate, prepare_qat
-from tests.benchmarks.step_time import saved_bytes
-from tests.operators import Operators
+from tests.operators import Operators, saved_bytes
 
 STEPS = 64
 ROUNDS = 21

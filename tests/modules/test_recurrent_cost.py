@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.benchmarks.recurrent import FloatLoop
-from tests.benchmarks.step_time import saved_bytes
 from tests.modules.cases import WIDTHS, Width
 from tests.modules.recurrent_net import BATCH, HIDDEN, INPUTS, KINDS, STEPS, trained
-from tests.operators import Operators
+from tests.operators import Operators, saved_bytes
 
 FACTORS = 2 * 4 * 4 + 2 * 4 * HIDDEN * 4
 """Bytes of scale, offset and clips of two activations, and of the scales of two weights."""

@@ -62,7 +62,7 @@ class FactorTable:
         self._members: list[weakref.ref[ActivationQuantizer]] = []
         self._rows: dict[int, Row] = {}
         self._taken: set[int] = set()
-        self._free: dict[tuple[torch.device, tuple[bool, ...]], Tensor] = {}
+        self._zeros: dict[torch.device, Tensor] = {}
 
     @torch.no_grad()
     def take(self, quantizer: ActivationQuantizer) -> Row:
@@ -93,9 +93,14 @@ class FactorTable:
         waiting = [member for member in members if id(member) not in self._taken]
         alike = [m for m in waiting if m.clip_max.device == device and m.num_bits == num_bits]
         clips = [_clips(member) for member in alike]
-        numbers = torch.stack([clip for four in clips for clip in four]).view(-1, 4)
-        clip_max, clip_min, previous_max, previous_min = numbers.unbind(1)
-        clip_min = torch.where(self._is_free(device, tuple(not m.fixed_min for m in alike)), clip_min, 0.0)
+        if device not in self._zeros:
+            self._zeros[device] = torch.zeros((), device=device)
+        numbers = [
+            self._zeros[device] if index == 1 and member.fixed_min else clip
+            for member, four in zip(alike, clips, strict=True)
+            for index, clip in enumerate(four)
+        ]
+        clip_max, clip_min, previous_max, previous_min = torch.stack(numbers).view(-1, 4).unbind(1)
         upper, lower = repair_clips(clip_max, clip_min, previous_max, previous_min, fixed_min=False)
         scale, offset = activation_scale_offset(upper, lower, num_bits)
         columns = upper, lower, scale, offset, *Ends.of(upper, lower, scale, offset, num_bits), (upper - lower) * 0
@@ -103,12 +108,6 @@ class FactorTable:
         for index, (member, four) in enumerate(zip(alike, clips, strict=True)):
             high, low, s, o, *ends, nothing = cells[index * len(columns) : (index + 1) * len(columns)]
             self._rows[id(member)] = Row(high, low, s, o, Ends(*ends), nothing, four, _versions(four))
-
-    def _is_free(self, device: torch.device, free: tuple[bool, ...]) -> Tensor:
-        """Return which lower clips are not fixed to 0, as a tensor that is sent to the device once."""
-        if (device, free) not in self._free:
-            self._free = {(device, free): torch.tensor(free, device=device)}
-        return self._free[device, free]
 
     def __deepcopy__(self, memo: dict[int, object]) -> FactorTable:
         copied = memo[id(self)] = FactorTable()
@@ -119,11 +118,13 @@ class FactorTable:
 
 
 def has_row(quantizer: ActivationQuantizer) -> bool:
-    """Tell whether a quantizer may have a row: a replica of ``DataParallel`` has no parameters of its own.
+    """Tell whether a quantizer may have a row: not in a graph, nor in ``DataParallel``'s replicas without parameters.
 
     Args:
         quantizer: The quantizer.
     """
+    if torch.compiler.is_compiling():
+        return False
     return isinstance(quantizer.clip_max, nn.Parameter) and not quantizer.clip_max.is_inference()
 
 
