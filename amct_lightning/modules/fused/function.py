@@ -105,7 +105,8 @@ class _QuantizedProduct(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         _keep(ctx, call, x, weight, scale)
         ctx.anchors = (clip_max,)
-        return output
+        # What follows may change the output in place, which autograd refuses for a view that was made in here.
+        return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
     @staticmethod
     @differentiable_once

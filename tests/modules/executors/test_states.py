@@ -333,3 +333,14 @@ def test_a_layer_that_is_reverted_forgets_what_ran_it(execution: str) -> None:
     assert not {"execution", PACKED} & model.layer.__dict__.keys()
     host = Host(copy.deepcopy(model.layer), {})
     assert same(host(x).detach(), model(x).detach())
+
+
+@executions
+@names
+def test_the_output_may_be_changed_in_place(name: str, execution: str) -> None:
+    model, x = made(name, execution)
+    output = model(x.clone().requires_grad_())
+    output += 1
+    output[0] = 0
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
