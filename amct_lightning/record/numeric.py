@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterable
 from ctypes import c_float
 from operator import index
 from typing import Any, TypeVar
-
-import numpy as np
 
 Number = TypeVar("Number", int, float)
 
@@ -82,8 +81,9 @@ def to_list(name: str, values: Iterable[Any], convert: Callable[[str, Any], Numb
         >>> to_list("offset_w", (0, 0), to_integer)
         [0, 0]
     """
-    if isinstance(values, np.ndarray) and values.dtype == np.float32 and convert is to_float32 and values.ndim == 1:
-        numbers: list[Number] = values.tolist()
+    kind = str(getattr(values, "dtype", "")), getattr(values, "ndim", 0)
+    if convert is to_float32 and kind == ("float32", 1):  # an array of NumPy, which is not loaded for this
+        numbers: list[Number] = values.tolist()  # type: ignore[attr-defined]
         return numbers
     try:
         items = list(values)
@@ -91,8 +91,7 @@ def to_list(name: str, values: Iterable[Any], convert: Callable[[str, Any], Numb
         raise TypeError(f"{name} is {values!r}; it must be a list of numbers.") from error
     types = set(map(type, items))
     if convert is to_float32 and types == {float}:  # thousands of them, for each of which a call would take its time
-        with np.errstate(over="ignore"):
-            rounded: list[Number] = np.array(items, np.float32).tolist()
+        rounded: list[Number] = array("f", items).tolist()
         return rounded
     if convert is to_integer and types == {int}:
         return items
