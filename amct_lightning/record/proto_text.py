@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from google.protobuf import text_format
 from google.protobuf.message import Message
 
 from amct_lightning.record.layer_record import KVCacheRecord, LayerRecord
-from amct_lightning.record.long_lists import LONG, OFFSETS, SCALES, cut_lists, float_lines
+from amct_lightning.record.long_lists import LONG, OFFSETS, SCALES, cut_lists
 from amct_lightning.record.schema import RECORD_SCHEMA
 
 _ScaleOffsetRecord = RECORD_SCHEMA.message_class("ScaleOffsetRecord")
@@ -188,6 +187,11 @@ def _lines(field: str, start: str, rest: list[Any]) -> str:
     def by_protobuf(numbers: list[float]) -> str:
         message = _SingleLayerRecord(**{field: numbers})
         return text_format.MessageToString(message).replace(f"{field}: ", start)
+
+    # NumPy takes a while to load, and a record with short lists does without it.
+    import numpy as np  # noqa: PLC0415
+
+    from amct_lightning.record.float_lines import float_lines  # noqa: PLC0415
 
     return float_lines(start, np.array(rest, np.float32), by_protobuf)
 
