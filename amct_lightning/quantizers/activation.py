@@ -133,7 +133,7 @@ class ActivationQuantizer(CalibratingQuantizer):
             if not self.frozen:
                 self._store(upper, lower)
         with torch.no_grad():
-            self.watch(x, (upper - lower).mul_(0))
+            self.watch(x, upper - lower)
         return upper, lower
 
     def quantize(self, x: Tensor, upper: Tensor, lower: Tensor) -> Tensor:

@@ -46,18 +46,21 @@ class FlaggedQuantizer(Quantizer):
         self.poison.zero_()
 
     @torch.no_grad()
-    def watch(self, values: Tensor, nothing: Tensor | float = 0.0) -> None:
+    def watch(self, values: Tensor, width: Tensor | None = None) -> None:
         """Poison the quantizer's flag, without reading it, if a value is NaN or infinite.
 
         Args:
             values: Floating tensor on the quantizer's device.
-            nothing: 0, or NaN if a clip that belongs to it is NaN or infinite.
+            width: The width of the range that belongs to it, whose clips may be NaN or infinite as well.
         """
         if values.numel() == 0 or transforming():
             return
         smallest, largest = torch.aminmax(values)
-        width = largest.float() - smallest.float()
-        self.poison.add_(width.mul_(nothing))  # 0 times anything is 0, but for infinity and NaN, of which it is NaN
+        spread = largest.float() - smallest.float()
+        if width is not None:
+            spread = spread.add_(width)
+        # Of infinity and NaN that is NaN, else 0. (0 times it would be as well; torch.compile takes that for 0 always.)
+        self.poison.add_(spread - spread)
 
     def _move_extra(self, move: Callable[[Tensor], Tensor]) -> None:
         self.poison = move(self.poison)

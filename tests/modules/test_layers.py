@@ -272,6 +272,17 @@ def test_a_compiled_training_step_writes_the_repaired_clips(qat8: Converted) -> 
 
 
 @compiles
+def test_a_compiled_training_step_tells_of_nan(qat8: Converted) -> None:
+    x = qat8.x.clone()
+    x.view(-1)[0] = float("nan")
+    step = compiled(qat8)
+    step(qat8.x)
+    assert not bool(qat8.layer.input_quantizer.nonfinite)
+    step(x)
+    assert bool(qat8.layer.input_quantizer.nonfinite)
+
+
+@compiles
 def test_a_compiled_evaluation_is_one_graph_with_the_same_results(qat8: Converted) -> None:
     qat8.model.eval()
     eager = Eager(qat8)

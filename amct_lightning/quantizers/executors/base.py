@@ -257,7 +257,7 @@ def input_factors(quantizer: ActivationQuantizer, x: Tensor, observe: bool) -> F
     if table is not None and quantizer.moves and has_row(quantizer):
         row = table.take(quantizer)
         quantizer.keep(row.upper, row.lower)
-        quantizer.watch(x, row.nothing)
+        quantizer.watch(x, row.width)
         return Factors(row.upper, row.lower, row.scale, row.offset, quantizer.num_bits, row.ends, table)
     if not evaluates(quantizer):
         return _computed_factors(quantizer, *quantizer.update_range(x, observe))

@@ -22,7 +22,7 @@ class Row(NamedTuple):
         scale: Scale.
         offset: Offset.
         ends: What the gradients need beside them.
-        nothing: 0, or NaN if a clip is NaN or infinite.
+        width: The difference of the clips.
         clips: The clips and those of the step before, as they were.
         versions: Their versions.
     """
@@ -32,7 +32,7 @@ class Row(NamedTuple):
     scale: Tensor
     offset: Tensor
     ends: Ends
-    nothing: Tensor
+    width: Tensor
     clips: tuple[Tensor, ...]
     versions: tuple[int, ...]
 
@@ -103,11 +103,11 @@ class FactorTable:
         clip_max, clip_min, previous_max, previous_min = torch.stack(numbers).view(-1, 4).unbind(1)
         upper, lower = repair_clips(clip_max, clip_min, previous_max, previous_min, fixed_min=False)
         scale, offset = activation_scale_offset(upper, lower, num_bits)
-        columns = upper, lower, scale, offset, *Ends.of(upper, lower, scale, offset, num_bits), (upper - lower) * 0
+        columns = upper, lower, scale, offset, *Ends.of(upper, lower, scale, offset, num_bits), upper - lower
         cells = torch.stack(columns, 1).view(-1).unbind()
         for index, (member, four) in enumerate(zip(alike, clips, strict=True)):
-            high, low, s, o, *ends, nothing = cells[index * len(columns) : (index + 1) * len(columns)]
-            self._rows[id(member)] = Row(high, low, s, o, Ends(*ends), nothing, four, _versions(four))
+            high, low, s, o, *ends, width = cells[index * len(columns) : (index + 1) * len(columns)]
+            self._rows[id(member)] = Row(high, low, s, o, Ends(*ends), width, four, _versions(four))
 
     def __deepcopy__(self, memo: dict[int, object]) -> FactorTable:
         copied = memo[id(self)] = FactorTable()
