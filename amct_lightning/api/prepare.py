@@ -60,8 +60,9 @@ def prepare_qat(
         execution: What runs the formulas of the quantizers. ``"composite"``, the reference, runs operators of torch one
             by one, on any device. ``"compiled"`` runs kernels that Inductor compiles once for a machine: the same
             integers, and gradients of clips and learned scales whose sums are in another order. ``"auto"`` takes the
-            compiled ones where a compiler is found, and else the others. Layers on ``deploy_grid``, under
-            ``torch.compile``, in transforms and exports, and LSTM and GRU do without it.
+            compiled ones on CPUs where a compiler is found, and else the others.
+            ``"integer"`` computes the products of a forward in integers where the device can, the rest as ``"auto"``.
+            LSTM, GRU, the evaluation of ``deploy_grid``, ``torch.compile``, transforms and exports do without it.
         on_degenerate: What a calibration does with a batch in which nothing but 0, or nearly so, reaches a layer: with
             ``"amct"`` it counts, the scale becomes 1 as in AMCT and a warning says so; with ``"wait"`` it does not
             count, and the layer calibrates on until a batch has values. It is no part of the state.

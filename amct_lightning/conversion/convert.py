@@ -48,8 +48,9 @@ def convert_layers(model: nn.Module, plan: QuantPlan, weights_follow: bool = Fal
         _convert_layer(layers[layer_plan.name], layer_plan, plan, quantizers)
         _install_search(model, layers[layer_plan.name], layer_plan, plan)
     table = FactorTable()
-    for quantizer in quantizers.values():
+    for owner, quantizer in quantizers.items():
         quantizer.table = table
+        quantizer.uses = sum(layer.calls for layer in plan.layers if layer.shares_input_of == owner)
     fold_norms(model, plan)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):

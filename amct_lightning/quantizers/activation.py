@@ -39,6 +39,7 @@ class ActivationQuantizer(CalibratingQuantizer):
         frozen: Whether training leaves the stored clips alone.
         table: A ``FactorTable``, where the clips of all quantizers of a model are made usable together; ``None`` if
             each does it for itself.
+        uses: Number of times that a forward of the model uses it: layers may share it, or be called several times.
 
     Example:
         >>> quantizer = ActivationQuantizer(num_bits=8, clip=(2.55, -1e-9), fixed_min=True)
@@ -65,6 +66,7 @@ class ActivationQuantizer(CalibratingQuantizer):
         self.clip = clip
         self.waits = False
         self.table: Any = None
+        self.uses = 1
         self.clip_max = nn.Parameter(torch.zeros((), dtype=torch.float32))
         self.clip_min = nn.Parameter(torch.zeros((), dtype=torch.float32))
         self.register_buffer("clip_max_previous", torch.zeros((), dtype=torch.float32))

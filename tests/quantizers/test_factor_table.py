@@ -171,3 +171,35 @@ def test_the_operators_of_a_step_do_not_grow_with_single_numbers() -> None:
         return counts[1] - counts[0]
 
     assert operators(24) - operators(4) <= 20 * 66
+
+
+class Attention(nn.Module):
+    """Three layers that read one tensor, and one that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.relu()
+        return self.out(self.out(self.q(x) * self.k(x) + self.v(x)))
+
+
+def test_layers_that_share_a_quantizer_share_its_row() -> None:
+    x = torch.randn(8, 4)
+    model = prepare_qat(Attention(), None, x, execution="composite", allow_reuse=True)
+    calibrate(model, [x])
+    alone = copy.deepcopy(model.train())
+    for quantizer in activation_quantizers(alone).values():
+        quantizer.table = None
+    for _ in range(5):
+        for each in (model, alone):
+            each.zero_grad()
+            each(x).square().sum().backward()
+            with torch.no_grad():
+                for parameter in each.parameters():
+                    parameter.data.sub_(0.3 * parameter.grad.sign())
+        assert same(model, alone)
+    with Operators() as operators:
+        model(x)
+    assert operators.counts["aten::stack"] == 2  # the clips of all, and the columns: one table for the forward

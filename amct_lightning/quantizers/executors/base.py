@@ -188,14 +188,7 @@ class Executor:
     def grid_input(
         self, quantizer: ActivationQuantizer, x: Tensor, observe: bool = True, observed: Tensor | None = None
     ) -> tuple[Tensor, Factors]:
-        """Return the codes on the device's grid, less their offset, float32, and the factors; otherwise as the input.
-
-        Args:
-            quantizer: The quantizer of the input.
-            x: The input, of any floating dtype.
-            observe: Whether a calibrating quantizer counts it as a batch.
-            observed: The tensor to calibrate on in its place, which has the same values.
-        """
+        """Return the codes on the device's grid, less their offset, float32, and factors; as :meth:`quantize_input`."""
         factors = input_factors(quantizer, x if observed is None else observed, observe)
         return device_codes(x.float(), factors.scale, factors.num_bits, factors.offset), factors
 
@@ -256,7 +249,6 @@ def input_factors(quantizer: ActivationQuantizer, x: Tensor, observe: bool) -> F
     table = quantizer.table
     if table is not None and quantizer.moves and has_row(quantizer):
         row = table.take(quantizer)
-        quantizer.keep(row.upper, row.lower)
         quantizer.watch(x, row.width)
         return Factors(row.upper, row.lower, row.scale, row.offset, quantizer.num_bits, row.ends, table)
     if not evaluates(quantizer):

@@ -51,11 +51,11 @@ def _key() -> str:
 def has_compiler(device: str) -> bool:
     """Tell whether kernels for a type of device can be compiled here, as far as can be told without trying.
 
+    Those for CUDA devices have never been run, so they have to be asked for.
+
     Args:
         device: Type of the device.
     """
-    if device == "cuda":
-        return torch.version.cuda is not None and torch.utils._triton.has_triton()
     return device == "cpu" and any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
 
 
@@ -96,13 +96,14 @@ def _digest(path: Path) -> str:
 
 def _compile(kernel: Kernel, path: Path) -> None:
     module = KernelModule(kernel)
+    # However many threads there are when it runs.
+    configs: dict[str, Any] = {"cpp.dynamic_threads": True, "aot_inductor.compile_wrapper_opt_level": "O1"}
+    if kernel.device == "cuda":  # a quotient in the last bit is another code near a tie
+        configs["eager_numerics.division_rounding"] = True
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, _Quiet(), torch.no_grad():
         exported = torch.export.export(module, module.examples(), dynamic_shapes=(_axes(module.examples()),))
         made = torch._inductor.aoti_compile_and_package(
-            exported,
-            package_path=str(Path(folder) / path.name),
-            # However many threads there are when it runs.
-            inductor_configs={"cpp.dynamic_threads": True, "aot_inductor.compile_wrapper_opt_level": "O1"},
+            exported, package_path=str(Path(folder) / path.name), inductor_configs=configs
         )
         digest = Path(folder) / "digest"
         digest.write_text(_digest(Path(made)), encoding="ascii")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -47,8 +48,9 @@ class FactorTable:
     """Computes the factors of all quantizers when the first of them asks, and hands out each row once.
 
     Writes that no version counter sees, such as those of optimizers that work on one flat memory, come after a backward
-    or before a forward. So a row holds for one call; asking again, a backward pass, and parameters that were written or
-    replaced make the table anew. Quantizers that are called in another order, or not at all, have rows of their own.
+    or before a forward. So a row holds for as many calls as a forward makes; asking once more, a backward pass, and
+    parameters that were written or replaced make the table anew. Quantizers that are called in another order, or not at
+    all, have rows of their own.
 
     Copies of a model share a new table; what was in it is left out of copies and pickles.
 
@@ -61,28 +63,31 @@ class FactorTable:
     def __init__(self) -> None:
         self._members: list[weakref.ref[ActivationQuantizer]] = []
         self._rows: dict[int, Row] = {}
-        self._taken: set[int] = set()
+        self._taken: Counter[int] = Counter()
         self._zeros: dict[torch.device, Tensor] = {}
 
     @torch.no_grad()
     def take(self, quantizer: ActivationQuantizer) -> Row:
-        """Return the row of a quantizer, for one forward.
+        """Return the row of a quantizer, which then keeps its clips.
 
         Args:
             quantizer: A quantizer that is calibrated and not frozen; it enters the table with its first call.
         """
-        if id(quantizer) in self._taken:
+        key = id(quantizer)
+        if self._taken[key] >= quantizer.uses:
             self.clear()
-        row = self._rows.pop(id(quantizer), None)
+        row = self._rows.get(key)
         if row is None or not row.holds(quantizer):
             self._make(quantizer)
-            row = self._rows.pop(id(quantizer))
-        self._taken.add(id(quantizer))
+            row = self._rows[key]
+        self._taken[key] += 1
+        quantizer.keep(row.upper, row.lower)
+        self._rows[key] = row._replace(versions=_versions(row.clips))  # what was kept is usable, and gives the same row
         return row
 
     def clear(self) -> None:
         """Let nobody have a row that is there now."""
-        self._rows, self._taken = {}, set()
+        self._rows, self._taken = {}, Counter()
 
     def _make(self, quantizer: ActivationQuantizer) -> None:
         members = [member for member in (reference() for reference in self._members) if member is not None]
@@ -90,7 +95,7 @@ class FactorTable:
             members.append(quantizer)
             self._members = [weakref.ref(member) for member in members]
         device, num_bits = quantizer.clip_max.device, quantizer.num_bits
-        waiting = [member for member in members if id(member) not in self._taken]
+        waiting = [m for m in members if m is quantizer or self._taken[id(m)] < m.uses]
         alike = [m for m in waiting if m.clip_max.device == device and m.num_bits == num_bits]
         clips = [_clips(member) for member in alike]
         if device not in self._zeros:

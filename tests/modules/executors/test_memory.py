@@ -19,7 +19,6 @@ from tests.modules.executors.cases import (
     Step,
     calibrated,
     case_named,
-    integer_or_skip,
     same,
 )
 
@@ -146,8 +145,3 @@ def test_checkpointed_layers_keep_what_checkpointed_float_layers_keep(name: str,
         return kept_bytes(lambda: checkpoint(host, x, use_reentrant=False), own)
 
     assert of(model) == of(case.model())
-
-
-def test_the_integer_executor_runs_here() -> None:
-    """What is compared above is its own arithmetic, where this machine has any."""
-    integer_or_skip(calibrated(case_named("conv")))
