@@ -14,7 +14,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Train, quantize, retrain, export and verify a small CNN on real digits (FP32, INT8, INT4)
-	@echo "A CNN learns 1,797 digits in float, then on in float, as INT8 and as INT4, and is verified: 1 to 2 minutes, 4 on a slow machine."
+	@echo "A CNN learns 1,797 digits in float, then on in float, as INT8 and as INT4, and is verified: 2 to 3 minutes, 6 on a slow machine."
 	$(BIN)/python examples/digits.py
 
 test: $(READY) ## Run the whole test suite, a file at a time on every core (JOBS=1 for one after another)
