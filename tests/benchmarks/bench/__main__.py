@@ -101,7 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for tables, JSON and chart")
     parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing, show the results in a bench.json")
     args = parser.parse_args(arguments)
-    quiet()
     if args.show is not None:
         results = load(Results, args.show)
         for network in results.networks:
@@ -116,4 +115,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    quiet()  # here, as it is for all of the process
     sys.exit(main())
