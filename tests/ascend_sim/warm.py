@@ -25,6 +25,17 @@ def import_libraries() -> None:
     import amct_lightning.public  # noqa: F401
 
 
+def settle_threads_after_forks() -> None:
+    """Let the first thread of a forked process replace the thread pool of torch, which a fork leaves unusable.
+
+    torch does so when the pool is asked for next. In a backward pass several threads ask at once, and whoever comes in
+    between finds none: "Invalid thread pool!".
+    """
+    import torch
+
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
+
+
 def tell(answers: int, **message: int) -> None:
     os.write(answers, json.dumps(message).encode() + b"\n")
 
@@ -89,6 +100,7 @@ def become(job: dict[str, Any]) -> None:
 if __name__ == "__main__":
     answers = int(sys.argv.pop())
     import_libraries()
+    settle_threads_after_forks()
     gc.collect()
     gc.freeze()  # or every process would soon copy what it has in common with the others
     job = next_job(answers)
