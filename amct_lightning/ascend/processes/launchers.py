@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
@@ -110,6 +111,9 @@ class ProcessLauncher(BaseProcessLauncher):
             raise
 
     def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
+        # A fork leaves torch's pool of threads unusable, and whoever asks for it next makes a new one. In a backward
+        # pass the threads of all devices ask at once, and one that comes in between ends with "Invalid thread pool!".
+        torch.set_num_threads(torch.get_num_threads())
         # Lightning tells strategies about exceptions in the process that called trainer.fit() only
         try:
             super()._wrapping_function(*args, **kwargs)
