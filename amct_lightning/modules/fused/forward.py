@@ -31,6 +31,8 @@ def runs_fused(layer: Any, input: Tensor, weight: Tensor) -> bool:
     plain = (Tensor, nn.Parameter)
     if any(tensor is not None and type(tensor) not in plain for tensor in (input, weight, layer.bias)):
         return False
+    if input.is_neg() or weight.is_neg():  # their memory does not say so
+        return False
     return not any(_is_watched(quantizer) for quantizer in (layer.input_quantizer, layer.weight_quantizer))
 
 
@@ -48,17 +50,21 @@ def run_fused(layer: Any, product: Product, x: Tensor, weight: Tensor, observed:
         hook(layer.weight_quantizer, (weight,))
     bias, dtype = layer.bias, _autocast_dtype(x)
     executor = executor_for(layer.execution, x.device.type)
-    integer, grid = None, GridProduct(product, executor, layer.bias_follows(x)) if layer.deploy_grid else None
-    if grid is None and _in_integers(layer.execution, x.device.type) and not reason_against(layer, x.device):
+    quantizers, with_graph = (layer.input_quantizer, layer.weight_quantizer), torch.is_grad_enabled()
+    follows, integer = layer.deploy_grid and layer.bias_follows(x), None
+    if _in_integers(layer.execution, x.device.type) and not reason_against(layer, x.device):
         integer = IntegerProduct(layer, dtype)
-    quantizers = layer.input_quantizer, layer.weight_quantizer
-    with_graph = torch.is_grad_enabled()
-    shares = not with_graph and evaluates(layer.weight_quantizer)
+    if with_graph:
+        quantizers[1].forget(unless_evaluated=True)
+        if integer is None and dtype is None:
+            grid_or_not = layer.deploy_grid, follows
+            output = executor.product(quantizers, (x, weight, bias), product.geometry, grid_or_not)
+            if output is not None:
+                return output
+    grid = GridProduct(product, executor, follows) if layer.deploy_grid else None
+    shares = not with_graph and evaluates(quantizers[1])
     call = Call(product, executor, *quantizers, layer.calibrates_input, observed, dtype, integer, grid, shares)
-    if not with_graph:
-        return call.forward(x, weight, bias)[0]
-    layer.weight_quantizer.forget(unless_evaluated=True)
-    return quantized_product(call, x, weight, bias)
+    return quantized_product(call, x, weight, bias) if with_graph else call.forward(x, weight, bias)[0]
 
 
 @cache

@@ -25,6 +25,11 @@ class Product(Protocol):
 
     keeps_both: ClassVar[bool]
 
+    @property
+    def geometry(self) -> tuple[int, ...]:
+        """All settings one after another, as an operator in C++ takes them; empty for a product of matrices."""
+        ...
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the output."""
         ...
@@ -50,6 +55,7 @@ class MatrixProduct:
     """
 
     keeps_both: ClassVar[bool] = False
+    geometry: ClassVar[tuple[int, ...]] = ()
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the output."""
@@ -100,6 +106,12 @@ class Convolution:
         found = torch.ops.aten.convolution_backward(grad, x, weight, channels, *self._settings, needs)
         of_x, of_weight, of_bias = (part if need else None for part, need in zip(found, needs, strict=True))
         return of_x, of_weight, of_bias
+
+    @property
+    def geometry(self) -> tuple[int, ...]:
+        """Stride, padding, dilation, output padding, whether it is transposed, and groups."""
+        *per_dimension, transposed, output_padding, groups = self._settings
+        return (*(number for part in (*per_dimension, output_padding) for number in part), transposed, groups)
 
     @property
     def _settings(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool, tuple[int, ...], int]:

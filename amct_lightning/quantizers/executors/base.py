@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from amct_lightning.quantizers.activation import ActivationQuantizer
-from amct_lightning.quantizers.executors.table import FactorTable, has_row
+from amct_lightning.quantizers.executors.factors import (
+    Factors,
+    GridWeight,
+    WeightFactors,
+    gradient_factor_of,
+    on_device,
+)
+from amct_lightning.quantizers.executors.table import has_row
 from amct_lightning.quantizers.functional import (
     activation_scale_offset,
     dequantize_,
@@ -18,64 +25,13 @@ from amct_lightning.quantizers.functional import (
     quantize,
     usable_scale,
 )
-from amct_lightning.quantizers.functions.activation import Ends, activation_gradients
-from amct_lightning.quantizers.functions.weight import ChannelLayout, gradient_of_scale
+from amct_lightning.quantizers.functions.activation import activation_gradients
+from amct_lightning.quantizers.functions.weight import gradient_of_scale
 from amct_lightning.quantizers.kept import evaluates, kept
-from amct_lightning.quantizers.weight import LearnedWeightQuantizer, WeightQuantizer
+from amct_lightning.quantizers.weight import WeightQuantizer
 
-
-class Factors(NamedTuple):
-    """What a tensor was quantized with, single numbers on its device.
-
-    Attributes:
-        upper: Upper clip, 0-d float32.
-        lower: Lower clip, 0-d float32.
-        scale: Scale, 0-d float32.
-        offset: Offset, an integer, 0-d float32.
-        num_bits: Number of bits.
-        ends: What the gradients need beside them, if it is known.
-        table: Where they come from, if that is a table.
-    """
-
-    upper: Tensor
-    lower: Tensor
-    scale: Tensor
-    offset: Tensor
-    num_bits: int
-    ends: Ends | None = None
-    table: FactorTable | None = None
-
-
-class WeightFactors(NamedTuple):
-    """What a weight was quantized with.
-
-    Attributes:
-        scale: Scale, float32, shaped to broadcast over ``layout.view(weight)``.
-        layout: Where the output channels are.
-        num_bits: Number of bits.
-        gradient_factor: By what the gradient of a learned scale is normalized; 0 for a scale that is not learned.
-    """
-
-    scale: Tensor
-    layout: ChannelLayout
-    num_bits: int
-    gradient_factor: float
-
-
-class GridWeight(NamedTuple):
-    """A weight on the device's grid, and what the sums of its products are multiplied by.
-
-    Attributes:
-        codes: The integers, float32.
-        factors: What the weight was quantized with.
-        scale: The product of the scales of input and weight, 1-d float32.
-        kept: What the hardware keeps of it.
-    """
-
-    codes: Tensor
-    factors: WeightFactors
-    scale: Tensor
-    kept: Tensor
+Quantizers = tuple[ActivationQuantizer, WeightQuantizer]
+"""Those of input and weight."""
 
 
 class Executor:
@@ -97,6 +53,24 @@ class Executor:
     """
 
     name: ClassVar[str] = "composite"
+
+    def product(
+        self,
+        quantizers: Quantizers,
+        tensors: tuple[Tensor, Tensor, Tensor | None],
+        geometry: tuple[int, ...],
+        grid: tuple[bool, bool],
+    ) -> Tensor | None:
+        """Return the output of a layer in a training step with its graph, or ``None`` if that is not one operator.
+
+        Args:
+            quantizers: Those of input and weight.
+            tensors: Input, weight and bias.
+            geometry: Settings of a convolution one after another: stride, padding, dilation and output padding, one
+                number per dimension each, whether it is transposed, and groups; empty for a linear layer.
+            grid: Whether it computes on the device's grid, and whether the bias is added after that.
+        """
+        return None
 
     def quantize_input(
         self, quantizer: ActivationQuantizer, x: Tensor, observe: bool = True, observed: Tensor | None = None
@@ -144,7 +118,7 @@ class Executor:
 
         Args:
             x: The input.
-            grad: The gradient, in the memory format of any tensor.
+            grad: The gradient, in any memory format; its memory may be used for that of the input.
             factors: What :meth:`quantize_input` gave for it.
             needs: Which of the three are wanted; the others are ``None``.
         """
@@ -170,9 +144,8 @@ class Executor:
             quantizer: The quantizer of the weight.
             weight: The weight.
         """
-        factor = quantizer.gradient_factor if isinstance(quantizer, LearnedWeightQuantizer) else 0.0
         scale = quantizer.present_scale(weight.float())
-        return WeightFactors(scale.detach(), quantizer.layout, quantizer.num_bits, factor)
+        return WeightFactors(scale.detach(), quantizer.layout, quantizer.num_bits, gradient_factor_of(quantizer))
 
     def rebuild_weight(self, weight: Tensor, factors: WeightFactors) -> Tensor:
         """Return the fake-quantized weight in its own dtype.
@@ -227,15 +200,6 @@ class Executor:
         """
         scale, layout, num_bits, factor = factors
         return gradient_of_scale((weight.float(), scale), (layout, num_bits, factor), grad.float()).flatten()
-
-
-def on_device(factors: WeightFactors) -> WeightFactors:
-    """Return the factors of a weight as the device has them: a learned scale that it cannot use is 1 in the record.
-
-    Args:
-        factors: What :meth:`Executor.grid_weight` gave.
-    """
-    return factors if not factors.gradient_factor else factors._replace(scale=usable_scale(factors.scale))
 
 
 def input_factors(quantizer: ActivationQuantizer, x: Tensor, observe: bool) -> Factors:

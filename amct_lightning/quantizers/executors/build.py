@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import platform
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -16,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from amct_lightning.quantizers import functional
 from amct_lightning.quantizers.executors import kernels
+from amct_lightning.quantizers.executors.cache import cache_folder, cached, digest_of
 from amct_lightning.quantizers.executors.kernels import Kernel, KernelModule
 from amct_lightning.quantizers.functions import activation, weight
 
@@ -28,24 +25,6 @@ Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 """A kernel: from its inputs to its outputs; no graph is made of it."""
 
 _SOURCES = (functional, activation, weight, kernels, sys.modules[__name__])
-
-
-def cache_folder() -> Path:
-    """Return where compiled kernels are kept: ``AMCT_LIGHTNING_CACHE``, or a folder in the user's cache.
-
-    It is another one for another version of torch or of the formulas, and another kind of CPU: kernels use every
-    instruction of the one that they are compiled on, and a home folder may be shared by several.
-    """
-    root = os.environ.get("AMCT_LIGHTNING_CACHE")
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amct_lightning"
-    return base / "kernels" / _key()
-
-
-@cache  # the package may be replaced on the disk while a training runs
-def _key() -> str:
-    sources = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in _SOURCES)
-    facts = (torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.machine(), _cpu(), _gpu(), sources)
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def has_compiler(device: str) -> bool:
@@ -56,7 +35,13 @@ def has_compiler(device: str) -> bool:
     Args:
         device: Type of the device.
     """
-    return device == "cpu" and any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
+    return device == "cpu" and compiler() is not None
+
+
+def compiler() -> str | None:
+    """Return the C++ compiler: that of the variable ``CXX``, or the one that is found."""
+    names = os.environ.get("CXX"), "g++", "clang++"
+    return next((found for found in (shutil.which(name) for name in names if name) if found), None)
 
 
 def load(kernel: Kernel) -> Compiled:
@@ -68,30 +53,21 @@ def load(kernel: Kernel) -> Compiled:
     Raises:
         Exception: Whatever Inductor, the compiler or the file system raises if it cannot be had.
     """
-    path = cache_folder() / f"{kernel}.pt2"
-    if not _is_whole(path):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with FileLock(path.with_suffix(".lock")):  # other processes of the same training wait for it
-            if not _is_whole(path):
-                sys.stderr.write(f"Compiling a quantization kernel, once for this machine: {path}\n")
-                _compile(kernel, path)
-    return _loaded(path)
+    return _loaded(cached(kernel_file(kernel), lambda path: _compile(kernel, path)))
 
 
-def _is_whole(path: Path) -> bool:
-    """Tell whether a kernel is there and is what was written: a damaged one could end the process that runs it."""
-    try:
-        return _digest_file(path).read_text(encoding="ascii") == _digest(path)
-    except (FileNotFoundError, ValueError):
-        return False
+def kernel_file(kernel: Kernel) -> Path:
+    """Return where a kernel is kept.
+
+    Args:
+        kernel: Which one.
+    """
+    return cache_folder() / f"{kernel}-{_formulas()}.pt2"
 
 
-def _digest_file(path: Path) -> Path:
-    return path.with_suffix(".sha256")
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+@cache  # the package may be replaced on the disk while a training runs
+def _formulas() -> str:
+    return digest_of(*(Path(str(module.__file__)).read_text(encoding="utf-8") for module in _SOURCES))
 
 
 def _compile(kernel: Kernel, path: Path) -> None:
@@ -100,15 +76,9 @@ def _compile(kernel: Kernel, path: Path) -> None:
     configs: dict[str, Any] = {"cpp.dynamic_threads": True, "aot_inductor.compile_wrapper_opt_level": "O1"}
     if kernel.device == "cuda":  # a quotient in the last bit is another code near a tie
         configs["eager_numerics.division_rounding"] = True
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, _Quiet(), torch.no_grad():
+    with _Quiet(), torch.no_grad():
         exported = torch.export.export(module, module.examples(), dynamic_shapes=(_axes(module.examples()),))
-        made = torch._inductor.aoti_compile_and_package(
-            exported, package_path=str(Path(folder) / path.name), inductor_configs=configs
-        )
-        digest = Path(folder) / "digest"
-        digest.write_text(_digest(Path(made)), encoding="ascii")
-        Path(made).replace(path)
-        digest.replace(_digest_file(path))  # the last, so that what is half done is done again
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=configs)
 
 
 def _axes(examples: tuple[Tensor, ...]) -> tuple[dict[int, Any], ...]:
@@ -125,19 +95,6 @@ def _loaded(path: Path) -> Compiled:
     loader = torch._inductor.aoti_load_package(str(path)).loader
     run: Compiled = loader.run
     return run
-
-
-def _cpu() -> str:
-    """Return what instructions the CPU has, as far as the system says so."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _gpu() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 class _Quiet:

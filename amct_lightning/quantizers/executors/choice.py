@@ -11,6 +11,7 @@ from amct_lightning.quantizers.executors import build
 from amct_lightning.quantizers.executors.base import COMPOSITE, Executor
 from amct_lightning.quantizers.executors.compiled import CompiledExecutor
 from amct_lightning.quantizers.executors.kernels import Kernel, KernelModule
+from amct_lightning.quantizers.executors.native import NativeExecutor, native_kernel
 
 Execution = Literal["auto", "composite", "compiled", "integer"]
 """What runs quantized layers; ``"auto"`` is ``"compiled"`` where a compiler is found.
@@ -70,11 +71,16 @@ def executor_for(execution: str, device: str) -> Executor:
     if name == "integer":
         name = resolved("auto", device)
     compiled = name == "compiled" or (name == "integer" and build.has_compiler(device))
-    return CompiledExecutor(_kernel) if compiled else COMPOSITE
+    if not compiled:
+        return COMPOSITE
+    return (NativeExecutor if device == "cpu" else CompiledExecutor)(_kernel)
 
 
 @cache  # executors of several names share it, and what went wrong is said once
 def _kernel(kernel: Kernel) -> build.Compiled:
+    native = native_kernel(kernel)
+    if native is not None:
+        return native
     try:
         return build.load(kernel)
     except Exception as error:  # whatever is wrong with a compiler must not end a training

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from amct_lightning.quantizers.activation import ActivationQuantizer
-from amct_lightning.quantizers.executors.base import Executor, Factors, GridWeight, WeightFactors
+from amct_lightning.quantizers.executors.base import Executor
+from amct_lightning.quantizers.executors.factors import Factors, GridWeight, WeightFactors
 from amct_lightning.quantizers.executors.kernels import Kernel
 from amct_lightning.quantizers.weight import LearnedWeightQuantizer, WeightQuantizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from amct_lightning.modules.fused.choice import execution_of, set_execution
-from amct_lightning.quantizers.executors import build, check_execution, choice, executor_for, resolved
+from amct_lightning.quantizers.executors import build, cache, check_execution, choice, executor_for, resolved
 from amct_lightning.quantizers.executors.kernels import Kernel
 from tests.modules.cases import Width
 from tests.modules.executors.cases import calibrated, case_named, same
@@ -55,32 +56,45 @@ def run(*executions: str, **environment: str) -> tuple[dict[str, Any], str]:
 
 
 def kernels_of(lines: list[str]) -> list[str]:
-    return [line.split("without the kernel ")[1].split("-8-")[0] for line in lines]
+    return [line.split("without the kernel ")[1].split("-8-")[0] for line in lines if "without the kernel " in line]
+
+
+def without_native(lines: list[str]) -> list[str]:
+    """What is told of the kernels and the operator in C++, less the reasons."""
+    return [said for line in lines if (said := line.partition(" (")[0]).endswith("C++")]
+
+
+NOTHING_NATIVE = [
+    "Quantization runs without the kernels in C++",
+    "Quantized layers run without their operator in C++",
+]
 
 
 @pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache folder of this test, which has the kernel ``rebuild`` in it, and executors that know of no other."""
     build.load(REBUILD)
-    source = build.cache_folder()
+    source = build.kernel_file(REBUILD)
     monkeypatch.setenv("AMCT_LIGHTNING_CACHE", str(tmp_path))
-    build.cache_folder().mkdir(parents=True)
-    for file in source.glob(f"{REBUILD}.*"):
-        shutil.copy(file, build.cache_folder())
+    cache.cache_folder().mkdir(parents=True)
+    for file in source.parent.glob(f"{source.name}*"):
+        shutil.copy(file, cache.cache_folder())
     executor_for.cache_clear()
     choice._kernel.cache_clear()
-    yield build.cache_folder()
+    yield cache.cache_folder()
     executor_for.cache_clear()
     choice._kernel.cache_clear()
 
 
 def test_a_broken_compiler_is_told_once_for_each_kernel(tmp_path: Path) -> None:
-    cache, inductor = tmp_path / "kernels", tmp_path / "inductor"
-    environment = {"AMCT_LIGHTNING_CACHE": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(inductor), "CXX": "/bin/false"}
+    folder, inductor = tmp_path / "kernels", tmp_path / "inductor"
+    environment = {"AMCT_LIGHTNING_CACHE": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(inductor), "CXX": "/bin/false"}
     told, _ = run("compiled", "compiled", "auto", **environment, AMCT_LIGHTNING_EXECUTION="compiled")
     assert told["same"]
     assert sorted(kernels_of(told["lines"])) == sorted(NEEDED)
-    assert not list(cache.rglob("*.pt2"))
+    assert sorted(without_native(told["lines"])) == NOTHING_NATIVE
+    assert sum("/bin/false ends with status 1" in line for line in told["lines"]) == len(NOTHING_NATIVE)
+    assert not [*folder.rglob("*.pt2"), *folder.rglob("*.so")]
 
 
 def test_without_a_compiler_auto_is_the_reference(tmp_path: Path) -> None:
@@ -100,6 +114,7 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:
     told, _ = run("compiled", AMCT_LIGHTNING_CACHE=str(tmp_path / "file" / "folder"))
     assert told["same"]
     assert sorted(kernels_of(told["lines"])) == sorted(NEEDED)
+    assert sorted(without_native(told["lines"])) == NOTHING_NATIVE
 
 
 def damaged(file: Path, how: str) -> None:
@@ -117,34 +132,37 @@ def damaged(file: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["empty", "truncated", "other bytes", "without digest"])
 def test_a_damaged_kernel_is_never_loaded(own_folder: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is compiled again; here in a word, as what is compiled is not the matter."""
-    file, loaded, compiled = own_folder / f"{REBUILD}.pt2", [], []
-    good = file.read_bytes(), (own_folder / f"{REBUILD}.sha256").read_text()
+    file, loaded, compiled = build.kernel_file(REBUILD), [], []
+    digest = file.with_name(f"{file.name}.sha256")
+    good = file.read_bytes()
     if how == "without digest":
-        (own_folder / f"{REBUILD}.sha256").unlink()
+        digest.unlink()
     else:
         damaged(file, how)
 
     def compile_(_kernel: Kernel, path: Path) -> None:
-        compiled.append(path)
-        path.write_bytes(good[0])
-        (own_folder / f"{REBUILD}.sha256").write_text(good[1])
+        compiled.append(path.name)
+        path.write_bytes(good)
 
     load = build._loaded
     monkeypatch.setattr(build, "_compile", compile_)
-    monkeypatch.setattr(build, "_loaded", lambda path: (loaded.append(path.read_bytes() == good[0]), load(path))[1])
+    monkeypatch.setattr(build, "_loaded", lambda path: (loaded.append(path.read_bytes() == good), load(path))[1])
     for _ in range(2):
         values = build.load(REBUILD)([torch.tensor([0.26, 9.0]), torch.tensor(0.5), torch.tensor(0.0)])[0]
         assert values.tolist() == [0.5, 9.0]
-    assert compiled == [file]
+    assert compiled == [file.name]
     assert loaded == [True, True]
+    assert digest.read_text() == hashlib.sha256(good).hexdigest()
 
 
 def test_what_is_whole_but_cannot_be_loaded_falls_back(
     own_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where temporary files may not be executed: not compiled anew each time, which would not help."""
-    (own_folder / f"{REBUILD}.pt2").write_bytes(b"not a package")
-    (own_folder / f"{REBUILD}.sha256").write_text(build._digest(own_folder / f"{REBUILD}.pt2"))
+    file, bad = build.kernel_file(REBUILD), b"not a package"
+    file.write_bytes(bad)
+    file.with_name(f"{file.name}.sha256").write_text(hashlib.sha256(bad).hexdigest())
+    monkeypatch.setattr(choice, "native_kernel", lambda kernel: None)
     executor = executor_for("compiled", "cpu")
     model = calibrated(case_named("linear"), Width())
     x, quantizer = torch.randn(4, 8), model.eval().layer.input_quantizer
@@ -186,9 +204,9 @@ def test_two_processes_compile_a_kernel_once(tmp_path: Path) -> None:
 
 def test_another_cpu_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels use every instruction there is, and a home folder may be shared by machines."""
-    key: Any = build._key
+    key: Any = cache._machine
     before = key.__wrapped__()
-    monkeypatch.setattr(build, "_cpu", lambda: "flags: fpu")
+    monkeypatch.setattr(cache, "_cpu", lambda: "flags: fpu")
     assert key.__wrapped__() != before
 
 
@@ -219,6 +237,7 @@ def test_kernels_of_a_process_are_shared_by_the_executors(own_folder: Path, monk
     loaded: list[Kernel] = []
     load = build.load
     monkeypatch.setattr(build, "load", lambda kernel: (loaded.append(kernel), load(kernel))[1])
+    monkeypatch.setattr(choice, "native_kernel", lambda kernel: None)
     monkeypatch.setenv("AMCT_LIGHTNING_EXECUTION", "compiled")
     case = case_named("linear")
     model = calibrated(case, Width()).eval()

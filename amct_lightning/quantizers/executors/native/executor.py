@@ -1,0 +1,63 @@
+"""The compiled executor on CPUs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amct_lightning.quantizers.executors.base import Quantizers
+from amct_lightning.quantizers.executors.compiled import CompiledExecutor
+from amct_lightning.quantizers.executors.factors import gradient_factor_of
+from amct_lightning.quantizers.executors.native.extension import product_operator
+from amct_lightning.quantizers.functions.weight import ChannelLayout
+from amct_lightning.quantizers.transforms import SECOND_GRADIENT
+from amct_lightning.quantizers.weight import LearnedWeightQuantizer
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+class NativeExecutor(CompiledExecutor):
+    """Runs the kernels in C++, and a layer in a training step as one operator; the rest as on any device."""
+
+    def product(
+        self,
+        quantizers: Quantizers,
+        tensors: tuple[Tensor, Tensor, Tensor | None],
+        geometry: tuple[int, ...],
+        grid: tuple[bool, bool],
+    ) -> Tensor | None:
+        """See :meth:`Executor.product`."""
+        (inputs, weights), (x, weight, bias) = quantizers, tensors
+        rows, given = weights.scale.numel(), weights.given_scale()
+        if not inputs.moves or (given is None and isinstance(weights, LearnedWeightQuantizer)):
+            return None
+        if not (_is_plain(x) and _has_rows(weight, weights.layout, rows) and _is_float(bias)):
+            return None
+        operator = product_operator() if inputs.clip_max.is_cpu and weights.scale.is_cpu else None
+        if operator is None:
+            return None
+        learned = weights.scale if isinstance(weights, LearnedWeightQuantizer) else None
+        output: Tensor = operator(
+            *(x, weight, bias, *inputs.clips, inputs.poison),
+            *(learned, None if given is None else given.detach(), weights.scale.detach(), gradient_factor_of(weights)),
+            [inputs.num_bits, weights.num_bits, inputs.fixed_min, *grid, rows],
+            *(geometry, SECOND_GRADIENT),
+        )
+        return output
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Tell whether the values of a tensor are there and lie one after another, in whichever order of its axes."""
+    if not (x.is_cpu and x.dtype == torch.float32 and x.numel()):
+        return False
+    layout = _FORMATS.get(x.dim())
+    return x.is_contiguous() or (layout is not None and x.is_contiguous(memory_format=layout))
+
+
+def _is_float(bias: Tensor | None) -> bool:
+    return bias is None or (bias.is_cpu and bias.dtype == torch.float32)
+
+
+def _has_rows(weight: Tensor, layout: ChannelLayout, rows: int) -> bool:
+    """Tell whether the numbers of a weight that share a scale lie one after another, and so for every scale."""
+    return _is_plain(weight) and (rows == 1 or (rows == weight.shape[0] and not layout.transposed))
