@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amct_lightning.modules.fused.forward import run_fused
-from amct_lightning.modules.fused.products import Convolution
+from amct_lightning.modules.fused.products import convolution
 from amct_lightning.modules.layers import QATLayer
 
 
@@ -28,7 +28,7 @@ class _QATConv(QATLayer):
         x, padding = _with_batch(input, len(self.stride)), self.padding
         if isinstance(padding, str):  # what it stands for is private to torch.nn
             x, padding = _pad_to_same(x, self._reversed_padding_repeated_twice)
-        product = Convolution(self.stride, padding, self.dilation, False, (0,) * len(self.stride), self.groups)
+        product = convolution(self.stride, padding, self.dilation, False, (0,) * len(self.stride), self.groups)
         output = run_fused(self, product, x, weight, None if x is input else input)
         return output if input.dim() == x.dim() else output.squeeze(0)
 
@@ -67,7 +67,7 @@ class _QATConvTranspose(QATLayer):
             input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
         )
         x = _with_batch(input, dims)
-        product = Convolution(self.stride, self.padding, self.dilation, True, tuple(added), self.groups)
+        product = convolution(self.stride, self.padding, self.dilation, True, tuple(added), self.groups)
         output = run_fused(self, product, x, weight, None if x is input else input)
         return output if input.dim() == x.dim() else output.squeeze(0)
 

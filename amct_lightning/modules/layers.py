@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from amct_lightning.modules.fused.forward import run_fused, runs_fused
 from amct_lightning.modules.fused.integer import PACKED
-from amct_lightning.modules.fused.products import MatrixProduct
+from amct_lightning.modules.fused.products import MATRIX_PRODUCT
 from amct_lightning.modules.grid.forward import forward_on_grid
 from amct_lightning.modules.grid.norm import FoldedNorm, norm_of, release_norm
 from amct_lightning.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer, is_exporting
@@ -263,7 +263,7 @@ class QATLinear(QATLayer, nn.Linear):
         return F.linear(x, weight, bias)
 
     def _run_fused(self, input: Tensor, weight: Tensor) -> Tensor:
-        return run_fused(self, MatrixProduct(), input, weight, None)
+        return run_fused(self, MATRIX_PRODUCT, input, weight, None)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

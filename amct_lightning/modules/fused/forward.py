@@ -75,11 +75,14 @@ def _in_integers(execution: str, device: str) -> bool:
 
 def _is_watched(module: nn.Module) -> bool:
     """Tell whether hooks see or change what goes into or comes out of a quantizer, which is not called here."""
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return False
     changing = (hook for hook in module._forward_pre_hooks.values() if not getattr(hook, "leaves_inputs", False))
     return bool(module._forward_hooks) or any(True for _ in changing)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     kind = x.device.type
-    active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if active else None
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)

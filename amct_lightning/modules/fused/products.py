@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import ClassVar, Protocol
 
 import torch
@@ -107,7 +108,7 @@ class Convolution:
         of_x, of_weight, of_bias = (part if need else None for part, need in zip(found, needs, strict=True))
         return of_x, of_weight, of_bias
 
-    @property
+    @cached_property
     def geometry(self) -> tuple[int, ...]:
         """Stride, padding, dilation, output padding, whether it is transposed, and groups."""
         *per_dimension, transposed, output_padding, groups = self._settings
@@ -116,3 +117,34 @@ class Convolution:
     @property
     def _settings(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool, tuple[int, ...], int]:
         return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
+
+
+@cache
+def convolution(
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    transposed: bool,
+    output_padding: tuple[int, ...],
+    groups: int,
+) -> Convolution:
+    """Return a convolution; the same object for the same settings, as it takes longer to make than to run.
+
+    Args:
+        stride: See :class:`Convolution`, as the rest.
+        padding: Padding with zeros.
+        dilation: Dilation.
+        transposed: Whether it is a transposed one.
+        output_padding: Its additional size.
+        groups: Number of groups.
+
+    Example:
+        >>> settings = (1,), (0,), (1,), False, (0,), 1
+        >>> convolution(*settings) is convolution(*settings)
+        True
+    """
+    return Convolution(stride, padding, dilation, transposed, output_padding, groups)
+
+
+MATRIX_PRODUCT = MatrixProduct()
+"""It has no settings."""

@@ -28,18 +28,18 @@ class NativeExecutor(CompiledExecutor):
     ) -> Tensor | None:
         """See :meth:`Executor.product`."""
         (inputs, weights), (x, weight, bias) = quantizers, tensors
-        rows, given = weights.scale.numel(), weights.given_scale()
-        if not inputs.moves or (given is None and isinstance(weights, LearnedWeightQuantizer)):
+        scale, given, learns = weights.scale, weights.given_scale(), isinstance(weights, LearnedWeightQuantizer)
+        if not inputs.moves or (given is None and learns):  # of which the first call is another one
             return None
+        rows, clips = scale.numel(), inputs.clips
         if not (_is_plain(x) and _has_rows(weight, weights.layout, rows) and _is_float(bias)):
             return None
-        operator = product_operator() if inputs.clip_max.is_cpu and weights.scale.is_cpu else None
+        operator = product_operator() if clips[0].is_cpu and scale.is_cpu else None
         if operator is None:
             return None
-        learned = weights.scale if isinstance(weights, LearnedWeightQuantizer) else None
         output: Tensor = operator(
-            *(x, weight, bias, *inputs.clips, inputs.poison),
-            *(learned, None if given is None else given.detach(), weights.scale.detach(), gradient_factor_of(weights)),
+            *(x, weight, bias, *clips, inputs.poison),
+            *(scale if learns else None, None if given is None else given.detach(), scale, gradient_factor_of(weights)),
             [inputs.num_bits, weights.num_bits, inputs.fixed_min, *grid, rows],
             *(geometry, SECOND_GRADIENT),
         )

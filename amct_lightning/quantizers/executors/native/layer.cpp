@@ -103,8 +103,20 @@ Tensor as_lies(const Tensor& tensor, const Tensor& like) {
 
 Tensor numbers(at::IntArrayRef shape) { return at::empty(shape, at::TensorOptions().dtype(at::kFloat)); }
 
+// Memory in the layout of a tensor for what is gone when the product is computed: the same for all layers. Memory that
+// is allocated and freed for each of them is given back to the system and zeroed by it again every time.
+Tensor passing(const Tensor& like, int which) {
+  thread_local Tensor memory[2];
+  Tensor& kept = memory[which];
+  if (!kept.defined() || kept.numel() < like.numel()) {
+    kept = Tensor();  // before there is another one
+    kept = numbers({like.numel()});
+  }
+  return kept.as_strided(like.sizes(), like.strides());
+}
+
 Tensor quantized_weight(const Tensor& weight, const Tensor& scales, const Settings& s) {
-  Tensor out = at::empty_like(weight);
+  Tensor out = passing(weight, 1);
   weight_values<false>(floats(weight), s.rows, weight.numel() / s.rows, s.weight_bits, floats(scales), floats(out),
                        at::get_num_threads());
   return out;
@@ -113,7 +125,7 @@ Tensor quantized_weight(const Tensor& weight, const Tensor& scales, const Settin
 // The output on the device's grid, of codes.
 Tensor grid_output(const Product& product, const Tensor& codes, const Tensor& weight, const Optional& bias,
                    const Tensor& scales, float input_scale, const Settings& s) {
-  Tensor weight_codes = at::empty_like(weight), products = numbers({s.rows}), kept = numbers({s.rows});
+  Tensor weight_codes = passing(weight, 1), products = numbers({s.rows}), kept = numbers({s.rows});
   weight_values<true>(floats(weight), s.rows, weight.numel() / s.rows, s.weight_bits, floats(scales),
                       floats(weight_codes), at::get_num_threads());
   product_scales(floats(scales), s.rows, input_scale, floats(products), floats(kept));
@@ -161,7 +173,7 @@ struct QuantizedProduct : torch::autograd::Function<QuantizedProduct> {
     const Settings s(settings);
     const Product product(geometry);
     const int threads = at::get_num_threads();
-    Tensor factors = numbers({4}), values = at::empty_like(x), scales = numbers({s.rows});
+    Tensor factors = numbers({4}), values = passing(x, 0), scales = numbers({s.rows});
     float* const clips[] = {floats(books.clip_max), floats(books.clip_min), floats(books.previous_max),
                             floats(books.previous_min)};
     if (train_and_keep(s.on_grid ? kGrid : kValues, floats(x), values.data_ptr(), x.numel(), clips, s.fixed_min,
@@ -257,13 +269,12 @@ struct QuantizedProduct : torch::autograd::Function<QuantizedProduct> {
     const int threads = at::get_num_threads();
     Tensor values = x, weights = weight;
     if (needs[1]) {
-      values = at::empty_like(x);
+      values = passing(x, 0);
       converted(s.on_grid ? kGridValues : kValues, floats(x), values.data_ptr(), x.numel(), floats(factors)[2],
                 floats(factors)[3], s.bits, threads);
     }
     if (needs[0]) weights = quantized_weight(weight, scales, s);
     auto [of_x, of_weight, of_bias] = product.backward(grad, values, weights, needs);
-    values = Tensor();
     if (needs[0]) {
       of_x = as_lies(of_x, x);
       const Tensor of_clips = numbers({2});
