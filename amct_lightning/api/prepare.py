@@ -45,7 +45,8 @@ def prepare_qat(
         model: The float model.
         config: What to quantize and how: a preset such as ``"INT8"`` or ``"A4W4"``, the path of a JSON, ``.cfg`` or
             YAML file, the content of a JSON or YAML one as a mapping, or a :class:`RetrainConfig` or
-            :class:`QuantChoices`. ``None`` quantizes every layer that can be, with AMCT's defaults.
+            :class:`QuantChoices`. ``None`` quantizes every layer that can be, with AMCT's defaults,
+            but for ``fixed_min``, which is propagated through the data flow.
         input_data: Input for which the model works: a tensor, a tuple of positional arguments or a mapping of
             keyword arguments. It only shows the data flow; layers that it does not reach stay in float.
         inplace: Convert ``model`` itself instead of a copy.

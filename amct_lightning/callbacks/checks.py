@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from amct_lightning.config import QuantChoices, RetrainConfig
-from amct_lightning.conversion.plan import QuantPlan, find_plan
+from amct_lightning.conversion.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.files import Location, is_file
 from amct_lightning.modules import activation_quantizers, quantized_layers
 from amct_lightning.modules.calibration import missed_layers
@@ -137,9 +137,9 @@ def _settings(plan: QuantPlan) -> dict[str, dict[str, Any]]:
 
 def _data_flow(plan: QuantPlan) -> dict[str, dict[str, Any]]:
     """Return what a plan says of the data flow, by layer."""
+    compared = [item.name for item in fields(LayerPlan) if item.compare and item.name != "name"]
     return {
-        f"data flow of layer '{layer.name}': ": {k: v for k, v in asdict(layer).items() if k not in ("name", "type")}
-        for layer in plan.layers
+        f"data flow of layer '{layer.name}': ": {key: getattr(layer, key) for key in compared} for layer in plan.layers
     }
 
 

@@ -59,7 +59,7 @@ class QuantRetrainCallback(EvaluationHooks):
 
     Args:
         config: What to quantize: a preset such as ``"INT8"``, the path of a JSON, ``.cfg`` or YAML file, what is in one
-            as a mapping, a :class:`RetrainConfig` or :class:`QuantChoices`. ``None`` is ``"INT8"``, AMCT's defaults.
+            as a mapping, a :class:`RetrainConfig` or :class:`QuantChoices`. ``None`` is ``"INT8"``.
         record_file: The file for the quantization factors, which may be remote (``"s3://bucket/record.txt"``);
             ``None`` means ``record.txt`` in the Trainer's ``default_root_dir``.
         input_data: Input that shows the data flow of the converted module: a tensor, a tuple of positional or a mapping

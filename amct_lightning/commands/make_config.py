@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from jsonargparse import Namespace
 from torch import nn
 
 from amct_lightning.commands.choices_text import in_few_words, to_simple, to_yaml
 from amct_lightning.commands.model_input import find_part, make_input, make_model
-from amct_lightning.config import config_source, load_config
+from amct_lightning.config import QuantChoices, RetrainConfig, config_source, load_config
+from amct_lightning.config.layer import FixedMin, with_fixed_min
 from amct_lightning.conversion.convert import convert_layers
 from amct_lightning.conversion.make_plan import make_plan
 from amct_lightning.conversion.on_target import TargetRules
@@ -32,6 +36,8 @@ def make_config(options: Namespace) -> tuple[str, str | None]:
 
 def _plan(options: Namespace) -> tuple[nn.Module, QuantPlan]:
     choices = load_config(options.choices)
+    if isinstance(choices, QuantChoices) and options.format != "yaml":
+        choices = choices.with_amct_rules_where_open()
     model = make_model(options.model, options.init_arg or [], options.ckpt)
     part = find_part(model, options.submodule)
     # The shapes are for the part; the example input of the model is for all of it, and the part runs inside.
@@ -43,13 +49,40 @@ def _plan(options: Namespace) -> tuple[nn.Module, QuantPlan]:
 
 
 def _text(part: nn.Module, plan: QuantPlan, options: Namespace) -> str:
+    config = _for_choices(plan) if options.format == "yaml" else _for_amct(plan, part)
     if options.format == "json":
-        return plan.config.to_text()
-    layers = {name: part.get_submodule(name) for name in plan.config}
-    choices = in_few_words(plan.config, layers)
+        return config.to_text()
+    layers = {name: part.get_submodule(name) for name in config}
+    choices = in_few_words(config, layers)
     listed = "\n".join(f"#   {name}  {type(layer).__name__}" for name, layer in layers.items())
     head = f"# What is quantized in {type(part).__name__}. Its layers that can be:\n{listed}\n"
     return head + (to_yaml(choices) if options.format == "yaml" else to_simple(choices))
+
+
+def _for_choices(plan: QuantPlan) -> RetrainConfig:
+    """Name AMCT's rule for ``fixed_min``, if that which choices have by default comes to something else here."""
+    matters = any(plan.wastes_integers(layer) for layer in plan.layers)
+    words: dict[FixedMin, FixedMin] = {"propagate": None, None: "after_relu" if matters else None}
+    return _reworded(plan.config, lambda name, given: words.get(given, given))
+
+
+def _for_amct(plan: QuantPlan, part: nn.Module) -> RetrainConfig:
+    """Say true where the data flow shows that an input is never negative, for which AMCT's formats have no word."""
+    found = {layer.name: layer for layer in plan.layers}
+
+    def outcome(name: str, given: FixedMin) -> FixedMin:
+        if given != "propagate" or name not in found:
+            return given if isinstance(given, bool) else None
+        # There is one setting for the input and the hidden state of a recurrent layer.
+        holds_for_all = not isinstance(part.get_submodule(name), nn.RNNBase) or found[name].fixed_min_hidden
+        return True if found[name].fixed_min and holds_for_all else None
+
+    return _reworded(plan.config, outcome)
+
+
+def _reworded(config: RetrainConfig, word: Callable[[str, FixedMin], FixedMin]) -> RetrainConfig:
+    given = {name: layer.retrain_data_config.fixed_min for name, layer in config.items()}
+    return replace(config, layers={name: with_fixed_min(config[name], word(name, given[name])) for name in config})
 
 
 def _explanation(part: nn.Module, plan: QuantPlan) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 from amct_lightning.wording import closest
 
 _TYPE_PAIRS = (("INT4", "INT4"), ("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4"))
+FIXED_MIN_RULES = ("propagate", "after_relu")
+"""What ``fixed_min`` may be beside true and false."""
 _FLOAT32_MAX = 3.4028234663852886e38
 _SMALLEST_RANGE = 1.192092896e-7
 """Below it (the float32 machine epsilon) a range has no scale."""
@@ -75,6 +77,15 @@ def check_flag(key: str, value: object) -> None:
     """Refuse what is neither true nor false."""
     if not isinstance(value, bool):
         raise wrong_type(key, "true or false", value)
+
+
+def check_fixed_min(value: object) -> None:
+    """Refuse what neither says whether the lower clip stays 0 nor names a rule for that."""
+    if not isinstance(value, (bool, str)):
+        raise wrong_type("fixed_min", "true or false, or 'propagate' or 'after_relu'", value)
+    if isinstance(value, str) and value not in FIXED_MIN_RULES:
+        text = f"must be true or false, or 'propagate' or 'after_relu', found {found(value)}"
+        raise RuleError(ValueError, "fixed_min", text)
 
 
 def check_clips(clip_max: object, clip_min: object) -> None:

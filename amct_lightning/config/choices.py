@@ -16,7 +16,7 @@ from torch import nn
 
 from amct_lightning.config.checks import RuleError, check_flag, check_run, found_in, wrong_type
 from amct_lightning.config.fit import without_int4
-from amct_lightning.config.layer import LayerConfig
+from amct_lightning.config.layer import LayerConfig, with_fixed_min
 from amct_lightning.config.retrain import RetrainConfig
 from amct_lightning.layer_types import LAYER_TYPES
 from amct_lightning.wording import abbreviated, closest
@@ -87,6 +87,27 @@ class QuantChoices:
             names = getattr(self, key)
             if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
                 raise wrong_type(key, "a tuple of names", names)
+
+    @property
+    def propagates(self) -> bool:
+        """Whether ``fixed_min`` is ``"propagate"`` where it is not given, and not AMCT's rule."""
+        return not self.amct_rules
+
+    def with_amct_rules_where_open(self) -> QuantChoices:
+        """Return choices with AMCT's rule wherever ``fixed_min`` is not given, for files of AMCT's formats.
+
+        Example:
+            >>> QuantChoices().with_amct_rules_where_open().defaults.retrain_data_config.fixed_min
+            'after_relu'
+        """
+
+        def closed(layer: LayerConfig) -> LayerConfig:
+            is_open = layer.retrain_data_config.fixed_min is None
+            return with_fixed_min(layer, "after_relu") if is_open else layer
+
+        types = {name: closed(layer) for name, layer in self.types.items()}
+        layers = {name: closed(layer) for name, layer in self.layers.items()}
+        return replace(self, defaults=closed(self.defaults), types=types, layers=layers)
 
     def resolve(self, eligible: Mapping[str, nn.Module], source: str = "config") -> RetrainConfig:
         """Work out the settings of every layer of a model.

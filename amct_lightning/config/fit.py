@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from amct_lightning.config.checks import found
-from amct_lightning.config.layer import LayerConfig
-from amct_lightning.graph.eligibility import computed_weights, eligible_layers
+from amct_lightning.config.layer import LayerConfig, with_fixed_min
+from amct_lightning.graph.eligibility import Candidate, computed_weights, find_candidates, listed_layers
 from amct_lightning.graph.forward import InputData
 from amct_lightning.layer_types import LAYER_TYPES
 from amct_lightning.wording import abbreviated, closest
@@ -44,7 +44,7 @@ def load_config(config: object) -> Any:
             a mapping (it has the key ``version``) or choices as a mapping; the name of a preset as text, in capitals
             or small letters; or the path of a file. A ``.json`` file is JSON, ``.cfg`` AMCT's simple configuration,
             ``.yaml`` or ``.yml`` choices; any other is JSON if it begins with ``{`` and a simple configuration if
-            not. A file that is called like a preset is meant by a ``Path`` or by ``./INT8``. ``None`` chooses AMCT's
+            not. A file that is called like a preset is meant by a ``Path`` or by ``./INT8``. ``None`` chooses the
             defaults for every layer.
 
     Returns:
@@ -87,14 +87,33 @@ def fit_to_model(config: Any, model: nn.Module, input_data: InputData, source: s
         input_data: Input for which the model works.
         source: What the configuration is called in messages.
     """
-    eligible = eligible_layers(model, input_data)
+    candidates, _ = find_candidates(model, input_data)
+    eligible = listed_layers(candidates)
     if not eligible:
         raise ValueError(
             f"No supported layers in {type(model).__name__}. It needs a Conv1d/2d/3d, ConvTranspose1d/2d, Linear, "
             "LSTM or GRU that runs exactly once on input_data and shares its weight with no other layer; check that "
             "input_data reaches such a layer."
         )
-    return without_computed_weights(config, model, source).resolve(eligible, source)
+    resolved = without_computed_weights(config, model, source).resolve(eligible, source)
+    layers = {name: _in_amct_words(name, layer, candidates[name], source) for name, layer in resolved.items()}
+    return replace(resolved, layers=layers)
+
+
+def _in_amct_words(name: str, layer: LayerConfig, candidate: Candidate, source: str) -> LayerConfig:
+    """Say with true what ``fixed_min: propagate`` means for a layer, and leave out what AMCT's own rule says."""
+    propagates = layer.retrain_data_config.fixed_min == "propagate"
+    if propagates and candidate.input_never_negative and not candidate.input_after_relu:
+        if isinstance(candidate.layer, nn.RNNBase) and not candidate.hidden_after_relu:
+            warnings.warn(
+                f"{source}: the input of layer '{name}' is never negative, but AMCT's format has one fixed_min for "
+                "input and hidden state, so the layer is left to AMCT's rule, and its range has integers for values "
+                "below 0. To silence this, give it fixed_min: null.",
+                stacklevel=4,
+            )
+            return with_fixed_min(layer, None)
+        return with_fixed_min(layer, True)
+    return layer if isinstance(layer.retrain_data_config.fixed_min, bool) else with_fixed_min(layer, None)
 
 
 def without_computed_weights(config: Any, model: nn.Module, source: str, keep: Collection[str] = ()) -> Any:

@@ -15,8 +15,9 @@
 Everything may be left out. The words inside ``activations`` and ``weights`` are those of the JSON form; types may be
 written in small letters. Mappings and sequences may be of any class, such as those of OmegaConf. An entry of
 ``types`` or ``layers`` gives only what differs from the ``activations`` and ``weights`` at the top; in a ``.cfg``
-file it would replace them completely. ``null`` stands for AMCT's default, also against a value at the top. Which
-entry counts, and what is skipped: see :class:`QuantChoices`.
+file it would replace them completely. ``null`` stands for the default, also against a value at the top. Defaults are
+AMCT's, but for ``fixed_min``: see :class:`DataConfig`. Which entry counts, and what is skipped: see
+:class:`QuantChoices`.
 """
 
 from __future__ import annotations

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from amct_lightning.config.checks import RuleError, check_keys, found, found_in, wrong_type
+from amct_lightning.config.checks import RuleError, check_flag, check_keys, found, found_in, wrong_type
 from amct_lightning.config.fit import NOTHING_ENABLED
 from amct_lightning.config.layer import DataConfig, LayerConfig, WeightConfig, make_layer
 from amct_lightning.config.text_file import read_text
-from amct_lightning.wording import closest
+from amct_lightning.wording import abbreviated, closest
 
 RUN_KEYS = ("version", "fakequant_precision_mode", "batch_num")
 LAYER_KEYS, DATA_KEYS, WEIGHT_KEYS = (
@@ -98,9 +98,29 @@ def layer_to_dict(layer: LayerConfig) -> dict[str, object]:
     weight_keys = WEIGHT_KEYS if weight.algo == "arq_retrain" else ("algo", "dst_type", "channel_wise")
     return {
         "retrain_enable": layer.retrain_enable,
-        "retrain_data_config": _given(data, DATA_KEYS),
+        "retrain_data_config": _given(data, [key for key in DATA_KEYS if getattr(data, key) != "after_relu"]),
         "retrain_weight_config": _given(weight, weight_keys),
     }
+
+
+def layers_to_dict(layers: Mapping[str, LayerConfig]) -> dict[str, object]:
+    """Give the plain form of the settings of all layers.
+
+    Raises:
+        ValueError: If the ``fixed_min`` of a layer is ``"propagate"``, for which AMCT's format has no word.
+
+    Example:
+        >>> list(layers_to_dict({"fc": LayerConfig()}))
+        ['fc']
+    """
+    propagating = [name for name, layer in layers.items() if layer.retrain_data_config.fixed_min == "propagate"]
+    if propagating:
+        raise ValueError(
+            f"fixed_min is 'propagate' for {abbreviated(propagating)}, for which a JSON configuration has no word. Set "
+            "it to true or false there, or make the configuration with RetrainConfig.from_choices, which finds out "
+            "for a model which it is."
+        )
+    return {name: layer_to_dict(layer) for name, layer in layers.items()}
 
 
 def dump_text(raw: Mapping[str, object]) -> str:
@@ -155,8 +175,10 @@ def _check_section(raw: object, section: str, keys: tuple[str, ...], before: str
         for key, value in raw.items():
             if value is None:
                 raise RuleError(TypeError, key, "must not be null; leave the key out to get its default")
+            if key == "fixed_min":
+                check_flag(key, value)  # AMCT's format has no words for rules
 
 
-def _given(settings: DataConfig | WeightConfig, keys: tuple[str, ...]) -> dict[str, object]:
+def _given(settings: DataConfig | WeightConfig, keys: Iterable[str]) -> dict[str, object]:
     values = vars(settings)
     return {key: values[key] for key in keys if values[key] is not None}

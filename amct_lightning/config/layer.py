@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from amct_lightning.config.checks import (
     check_choice,
     check_clips,
+    check_fixed_min,
     check_flag,
     check_type_pair,
     found_in,
     wrong_type,
 )
+
+FixedMin: TypeAlias = bool | Literal["propagate", "after_relu"] | None
 
 _NUM_BITS = {"INT4": 4, "INT8": 8, "INT16": 16}
 
@@ -29,7 +32,9 @@ class DataConfig:
         algo: Always ``"ulq_quantize"``: fake quantization with learnable clip values.
         clip_max: Initial upper clip value, above 0; ``None`` calibrates both on the first batches.
         clip_min: Initial lower clip value, below 0; given together with ``clip_max`` or not at all.
-        fixed_min: Whether the lower clip value stays 0; ``None`` means: after a ReLU.
+        fixed_min: Whether the lower clip value stays 0. ``"propagate"`` means: if the data flow of the model shows that
+            the input is never negative; ``"after_relu"``: straight behind a ReLU, AMCT's rule. ``None`` is AMCT's rule
+            in a :class:`RetrainConfig` and in a ``.cfg`` file, and ``"propagate"`` in other choices.
         dst_type: ``"INT4"``, ``"INT8"`` or ``"INT16"``.
 
     Raises:
@@ -44,7 +49,7 @@ class DataConfig:
     algo: str = "ulq_quantize"
     clip_max: float | None = None
     clip_min: float | None = None
-    fixed_min: bool | None = None
+    fixed_min: FixedMin = None
     dst_type: str = "INT8"
 
     @found_in("DataConfig.", "")
@@ -52,7 +57,7 @@ class DataConfig:
         check_choice("algo", self.algo, ("ulq_quantize",))
         check_clips(self.clip_max, self.clip_min)
         if self.fixed_min is not None:
-            check_flag("fixed_min", self.fixed_min)
+            check_fixed_min(self.fixed_min)
         check_choice("dst_type", self.dst_type, tuple(_NUM_BITS))
 
     @property
@@ -162,3 +167,13 @@ def make_layer(
         weight_config = WeightConfig(**weight)
     with found_in(f"{before}{sections[0]}."):
         return replace(layer, retrain_data_config=data_config, retrain_weight_config=weight_config)
+
+
+def with_fixed_min(layer: LayerConfig, fixed_min: FixedMin) -> LayerConfig:
+    """Return the settings of a layer with another ``fixed_min``.
+
+    Example:
+        >>> with_fixed_min(LayerConfig(), True).retrain_data_config.fixed_min
+        True
+    """
+    return replace(layer, retrain_data_config=replace(layer.retrain_data_config, fixed_min=fixed_min))

@@ -11,7 +11,7 @@ from torch import nn
 
 from amct_lightning.config.checks import check_run, found, found_in
 from amct_lightning.config.fit import SimpleFile, config_source, fit_to_model, load_config, resolve_layers
-from amct_lightning.config.json_format import RUN_KEYS, dump_text, layer_to_dict, parse_layers, read_json
+from amct_lightning.config.json_format import RUN_KEYS, dump_text, layers_to_dict, parse_layers, read_json
 from amct_lightning.config.layer import LayerConfig
 from amct_lightning.files import write_text
 from amct_lightning.graph.forward import InputData
@@ -183,6 +183,9 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
     def to_dict(self) -> dict[str, object]:
         """Give the plain content of the JSON file, in its key order.
 
+        Raises:
+            ValueError: If a layer has ``fixed_min="propagate"``, for which AMCT's format has no word.
+
         Example:
             >>> RetrainConfig(fakequant_precision_mode="FORCE_FP16_QUANT").to_dict()
             {'version': 1, 'fakequant_precision_mode': 'FORCE_FP16_QUANT', 'batch_num': 1}
@@ -192,7 +195,7 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
             "version": self.version,
             **({} if mode == "DEFAULT" else {"fakequant_precision_mode": mode}),
             "batch_num": self.batch_num,
-            **{name: layer_to_dict(layer) for name, layer in self.layers.items()},
+            **layers_to_dict(self.layers),
         }
 
     def to_text(self) -> str:

@@ -11,11 +11,11 @@ from torch import nn
 
 from amct_lightning.config import LayerConfig, QuantChoices, RetrainConfig
 from amct_lightning.config.fit import settings_as_written, without_computed_weights
+from amct_lightning.config.layer import FixedMin, with_fixed_min
 from amct_lightning.conversion.on_target import TargetRules, fall_back
 from amct_lightning.conversion.plan import LayerPlan, QuantPlan, RefusedLayer, disabled
 from amct_lightning.graph.eligibility import NOT_TRAINED, Candidate, find_candidates
 from amct_lightning.graph.forward import Forward, InputData
-from amct_lightning.graph.nodes import RELU, Value
 from amct_lightning.graph.trace import Call, Trace
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
 from amct_lightning.modules.folding import only_normalizes
@@ -35,7 +35,7 @@ def make_plan(
 
     Args:
         model: The float model.
-        config: The user's choices; ``None`` quantizes every eligible layer with the defaults.
+        config: The user's choices; ``None`` quantizes every eligible layer with AMCT's defaults and rules.
         input_data: Input for which the model works, or how it is run if there is more to say. Layers that it does not
             reach, such as the experts that it is not routed to, stay in float: the range of their inputs could only be
             guessed.
@@ -60,7 +60,7 @@ def make_plan(
         [('0', False), ('2', True)]
     """
     candidates, trace = find_candidates(model, input_data, allow_reuse)
-    config = without_computed_weights(QuantChoices() if config is None else config, model, source)
+    config = without_computed_weights(QuantChoices(amct_rules=True) if config is None else config, model, source)
     named = frozenset(config.layers)
     # A configuration is made from the model in evaluation, so it may rightly list what no training ever runs.
     untrained = frozenset(name for name, c in candidates.items() if c.reason == NOT_TRAINED)
@@ -69,10 +69,13 @@ def make_plan(
     eligible = {name: c.layer for name, c in candidates.items() if name not in refused or name in untrained}
     if not eligible.keys() - untrained:
         raise ValueError(_nothing_eligible(model, candidates))
-    resolved = disabled(untrained, config.resolve(eligible, source))
+    propagates = isinstance(config, QuantChoices) and config.propagates
+    resolved = disabled(untrained, _with_rules(config.resolve(eligible, source), propagates))
     _check_grid(resolved, deploy_grid, source)
     # Choices that are no complete configuration are written down as one first, in AMCT with INT4 already raised.
-    written = settings_as_written(config.layers, eligible) if isinstance(config, RetrainConfig) else resolved.layers
+    written = resolved.layers
+    if isinstance(config, RetrainConfig):
+        written = _with_rules(replace(config, layers=settings_as_written(config.layers, eligible)), False).layers
     if target is not None:
         avoided = target.check(resolved.layers, eligible, source)
         resolved = replace(resolved, layers=fall_back(resolved.layers, avoided))
@@ -86,6 +89,16 @@ def make_plan(
     ends = (trace.calls[0].name, trace.calls[-1].name)
     aim, parts = None if target is None else target.target.name, _float_parts(trace, layers)
     return QuantPlan(resolved, layers, search_n, tuple(refused.values()), ends, parts, aim, deploy_grid)
+
+
+def _with_rules(config: RetrainConfig, propagates: bool) -> RetrainConfig:
+    """Return a configuration whose ``fixed_min`` is true, false, ``"propagate"`` or, for AMCT's rule, ``None``."""
+    rules: dict[FixedMin, FixedMin] = {"after_relu": None, None: "propagate" if propagates else None}
+    layers = {}
+    for name, layer in config.items():
+        given = layer.retrain_data_config.fixed_min
+        layers[name] = with_fixed_min(layer, rules[given]) if given in rules else layer
+    return replace(config, layers=layers)
 
 
 def _check_grid(config: RetrainConfig, deploy_grid: bool, source: str) -> None:
@@ -133,22 +146,26 @@ def _layer_plans(
     in_amct = _owners(enabled, written)
     # A quantizer has one number of bits, so raising INT4 in some of its layers divides it.
     owners = _owners(enabled, {name: (owner, config[name].retrain_data_config) for name, owner in in_amct.items()})
+    given = {name: config[name].retrain_data_config.fixed_min for name in enabled}
+    fixed_min = _for_all(owners, {name: _fixed_min(given[name], c) for name, c in enabled.items()})
+    never_negative = _for_all(owners, {name: c.input_never_negative for name, c in enabled.items()})
     first = _first_readers([*(trace.in_training or []), *trace.calls], owners)
     planned: dict[str, LayerPlan] = {}
     for call in trace.calls:
         if call.name not in enabled or call.name in planned:
             continue
-        candidate, settings, owner = enabled[call.name], config[call.name], owners[call.name]
+        candidate, owner = enabled[call.name], owners[call.name]
         planned[call.name] = LayerPlan(
             name=call.name,
-            fixed_min=_fixed_min(settings, [c.input for c in (*candidate.calls, *candidate.training_calls)]),
+            fixed_min=fixed_min[owner],
             batch_norm=_folded_batch_norm(candidate, trace, modules),
             shares_input_of=owner,
             calibrates_input=first[owner] == call.name,
-            fixed_min_hidden=_fixed_min(settings, [c.hidden for c in (*candidate.calls, *candidate.training_calls)]),
+            fixed_min_hidden=_fixed_min_hidden(given[call.name], candidate),
             calls=len(candidate.calls),
             type=supported_class(candidate.layer).__name__,
             shares_in_amct=None if in_amct[call.name] == owner else in_amct[call.name],
+            never_negative=never_negative[owner],
         )
     return tuple(planned.values())
 
@@ -173,9 +190,23 @@ def _owners(enabled: dict[str, Candidate], settings: Mapping[str, Hashable]) -> 
     return owners
 
 
-def _fixed_min(config: LayerConfig, values: list[Value | None] | list[Value]) -> bool:
-    given = config.retrain_data_config.fixed_min
-    return all(value is not None and value.producer in RELU for value in values) if given is None else given
+def _fixed_min(given: FixedMin, candidate: Candidate) -> bool:
+    if isinstance(given, bool):
+        return given
+    return candidate.input_never_negative if given == "propagate" else candidate.input_after_relu
+
+
+def _fixed_min_hidden(given: FixedMin, candidate: Candidate) -> bool:
+    # What a recurrent layer makes of its hidden state may be negative whatever the initial one was: AMCT's rule only.
+    return given if isinstance(given, bool) else candidate.hidden_after_relu
+
+
+def _for_all(owners: Mapping[str, str], flags: Mapping[str, bool]) -> dict[str, bool]:
+    """Return by owner of a quantizer whether a flag is up for all layers that use it."""
+    found: dict[str, bool] = {}
+    for name, owner in owners.items():
+        found[owner] = found.get(owner, True) and flags[name]
+    return found
 
 
 def _folded_batch_norm(candidate: Candidate, trace: Trace, modules: dict[str, nn.Module]) -> str | None:

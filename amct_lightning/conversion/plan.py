@@ -6,13 +6,14 @@ model or reading a config file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from amct_lightning.config import RetrainConfig
+from amct_lightning.config.layer import FixedMin, with_fixed_min
 from amct_lightning.modules import QATLayer
 from amct_lightning.modules.convert import PLAN_ATTRIBUTE
 
@@ -23,7 +24,7 @@ class LayerPlan:
 
     Attributes:
         name: Dotted name of the layer in the model.
-        fixed_min: Whether its input is never negative: the config's word, else whether a ReLU made it.
+        fixed_min: Whether the lower end of its input range stays 0: the config's word, else what its rule found.
         batch_norm: Name of the BatchNorm that the record folds into its weight scales.
         shares_input_of: Name of the layer that owns its activation quantizer; its own name if that is itself.
         calibrates_input: Whether it is the first of its sharing group to run.
@@ -32,6 +33,7 @@ class LayerPlan:
         type: Name of its float class, for people.
         shares_in_amct: Name of the layer that owns its activation quantizer in AMCT, where that is another one than
             here: AMCT computes with INT4 also where it cannot be packed, and so lets more layers share.
+        never_negative: Whether the data flow shows that its input is never negative, whatever was made of it.
     """
 
     name: str
@@ -43,6 +45,7 @@ class LayerPlan:
     calls: int = 1
     type: str = field(default="", compare=False)
     shares_in_amct: str | None = None
+    never_negative: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,10 @@ class QuantPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain dicts, lists, strings and numbers, for a checkpoint."""
+        propagating = [name for name in self.config if self._fixed_min_of(name) == "propagate"]
         return {
-            "config": self.config.to_dict(),
+            "config": _by_rule(self.config, propagating).to_dict(),
+            "propagating": propagating,
             "layers": [asdict(layer) for layer in self.layers],
             "search_n": self.search_n,
             "refused": [asdict(layer) for layer in self.refused],
@@ -98,6 +103,35 @@ class QuantPlan:
             "target": self.target,
             "deploy_grid": self.deploy_grid,
         }
+
+    def wastes_integers(self, layer: LayerPlan) -> bool:
+        """Tell whether AMCT's rule leaves a layer integers that no value of its input will use.
+
+        Args:
+            layer: The plan of one of its layers.
+        """
+        return layer.never_negative and not (layer.fixed_min or isinstance(self._fixed_min_of(layer.name), bool))
+
+    def _fixed_min_of(self, name: str) -> FixedMin:
+        return self.config[name].retrain_data_config.fixed_min
+
+    def undisputed(self, config: RetrainConfig) -> RetrainConfig:
+        """Return a configuration with what the plan has for ``fixed_min`` where it leaves that to a rule, or agrees.
+
+        Rules were applied when the plan was made; what has been trained since has the range that they gave it.
+
+        Args:
+            config: A complete configuration for the model of the plan.
+        """
+        decided = {layer.name: layer.fixed_min for layer in self.layers}
+        layers = {}
+        for name, layer in config.items():
+            given = layer.retrain_data_config.fixed_min
+            own = self._fixed_min_of(name) if name in self.config else given
+            by_rule = not isinstance(own, bool)
+            agreed = by_rule and (not isinstance(given, bool) or given == decided.get(name))
+            layers[name] = with_fixed_min(layer, own) if agreed else layer
+        return replace(config, layers=layers)
 
     def only(self, layers: Sequence[LayerPlan]) -> QuantPlan:
         """Return the plan without the other layers, which are disabled in its configuration.
@@ -165,7 +199,7 @@ class QuantPlan:
         """
         try:
             return cls(
-                RetrainConfig.from_dict(data["config"], source),
+                _by_rule(RetrainConfig.from_dict(data["config"], source), data.get("propagating", ()), "propagate"),
                 tuple(LayerPlan(**layer) for layer in data["layers"]),
                 data["search_n"],
                 tuple(RefusedLayer(**layer) for layer in data.get("refused", ())),
@@ -179,6 +213,12 @@ class QuantPlan:
                 f"The quantization plan in {source} is damaged ({type(error).__name__}: {error}). "
                 "Use another checkpoint, or convert again from the float model."
             ) from error
+
+
+def _by_rule(config: RetrainConfig, names: Collection[str], rule: FixedMin = None) -> RetrainConfig:
+    """Return a configuration with a rule, by default AMCT's, for the ``fixed_min`` of some layers."""
+    layers = {name: with_fixed_min(layer, rule) if name in names else layer for name, layer in config.items()}
+    return replace(config, layers=layers)
 
 
 def disabled(names: frozenset[str], config: RetrainConfig) -> RetrainConfig:

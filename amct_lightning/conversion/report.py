@@ -275,6 +275,8 @@ def _warnings(rows: tuple[ReportRow, ...], plan: QuantPlan, modules: dict[str, n
         yield f"first or last layer is quantized: these are commonly kept in higher precision: {abbreviated(names)}"
     if names := quantized(lambda row, layer: _is_depthwise(layer) and not row.channel_wise):
         yield f"depthwise with one weight scale for all channels: channel_wise is more accurate: {abbreviated(names)}"
+    if names := [layer.name for layer in plan.layers if plan.wastes_integers(layer)]:
+        yield f"input never negative, yet integers for values below 0: set fixed_min to true: {abbreviated(names)}"
     if names := [row.name for row in rows if row.reason == NOT_REACHED]:
         yield f"never reached by input_data, so in float: give one that reaches all branches: {abbreviated(names)}"
     if names := [row.name for row in rows if row.reason == MISSED]:

@@ -83,6 +83,7 @@ def check_config(config: RetrainConfig, model: nn.Module, source: str) -> None:
     """
     found = find_plan(model)
     used = found[1].config if found else {}
+    config = found[1].undisputed(config) if found else config
     for name, layer in used.items():
         given = config[name] if name in config else LayerConfig(retrain_enable=False)
         if layer.retrain_enable or given.retrain_enable:

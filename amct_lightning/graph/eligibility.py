@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from amct_lightning.graph.float_model import check_float_model
 from amct_lightning.graph.forward import Forward, InputData, copy_to_run, counterpart, noticed_calls
+from amct_lightning.graph.nonnegative import after_relu, never_negative
 from amct_lightning.graph.observe import observe
 from amct_lightning.graph.preserve import preserved
 from amct_lightning.graph.trace import Call, Trace
@@ -41,6 +42,21 @@ class Candidate:
     calls: tuple[Call, ...]
     training_calls: tuple[Call, ...]
     reason: str | None
+
+    @property
+    def input_after_relu(self) -> bool:
+        """Whether a ReLU made each of its inputs: AMCT's rule for ``fixed_min``."""
+        return after_relu(call.input for call in (*self.calls, *self.training_calls))
+
+    @property
+    def input_never_negative(self) -> bool:
+        """Whether the data flow shows that none of its inputs has a negative element."""
+        return never_negative(call.input for call in (*self.calls, *self.training_calls))
+
+    @property
+    def hidden_after_relu(self) -> bool:
+        """Whether a ReLU made each of the initial hidden states that it was given: AMCT's rule for those."""
+        return after_relu(call.hidden for call in (*self.calls, *self.training_calls))
 
 
 def find_candidates(
@@ -113,6 +129,15 @@ def eligible_layers(model: nn.Module, input_data: InputData) -> dict[str, nn.Mod
         ['0']
     """
     candidates, _ = find_candidates(model, input_data)
+    return listed_layers(candidates)
+
+
+def listed_layers(candidates: Mapping[str, Candidate]) -> dict[str, nn.Module]:
+    """Return those of the candidates that a default configuration lists.
+
+    Args:
+        candidates: The candidates by name.
+    """
     return {
         name: c.layer for name, c in candidates.items() if c.reason is None and LAYER_TYPES[type(c.layer)].by_default
     }

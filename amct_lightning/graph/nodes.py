@@ -80,12 +80,14 @@ class Value:
         transposed: Of a transposed value the value with its axes in their first order, which of those axes each of
             its own is, and the number of the transposing operator. It reads that value only if somebody reads this
             one: what transposes back takes the first value.
+        nonnegative: Whether it is known to have no negative element, see ``graph/nonnegative.py``.
     """
 
     producer: Any = None
     from_layer: str | None = None
     readers: set[str | int] = field(default_factory=set)
     transposed: tuple[Value, tuple[int, ...], int] | None = None
+    nonnegative: bool = False
 
     def read_by(self, reader: str | int) -> None:
         """Note who has read it."""
@@ -107,7 +109,9 @@ class Value:
         if self.transposed is not None:
             origin, first, _ = self.transposed
             order = tuple(first[axis] for axis in order)
-        return origin if order == identity else Value(_ATEN.permute.default, transposed=(origin, order, number))
+        if order == identity:
+            return origin
+        return Value(_ATEN.permute.default, transposed=(origin, order, number), nonnegative=self.nonnegative)
 
 
 def producer(func: Any, args: tuple[Any, ...]) -> Any:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from amct_lightning.graph.float_parts import FloatParts
 from amct_lightning.graph.nodes import Value, is_own_node, is_same_value, node_key, permutation, producer
+from amct_lightning.graph.nonnegative import result_is_never_negative
 from amct_lightning.graph.tensors import tensors_in
 from amct_lightning.quantizers.base import in_backward
 
@@ -111,7 +112,8 @@ class Observer(TorchDispatchMode):
         output = func(*args, **kwargs)
         tensors = _tensors(output)
         if made is None:
-            made = [(value or Value(producer(func, args)), self._count()) for _ in tensors]
+            nonnegative = value is None and result_is_never_negative(func, args, kwargs, self._value)
+            made = [(value or Value(producer(func, args), nonnegative=nonnegative), self._count()) for _ in tensors]
         for tensor, seen in zip(tensors, made, strict=True):
             self._bind(tensor, *seen, rises=self._rises(func, args))
         if key is not None:
@@ -140,7 +142,7 @@ class Observer(TorchDispatchMode):
         if func is not None:
             self._operators += 1
             value.read_by(self._operators)
-            value = Value(func)
+            value = Value(func, nonnegative=value.nonnegative)
         self._bind(tensor, value, self._count())
 
     @contextmanager

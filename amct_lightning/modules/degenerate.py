@@ -1,4 +1,4 @@
-"""Ranges without values: which scales became 1 in place of one of their own, in words; and what to do about batches."""
+"""Ranges that miss their values, in words: none, or negative ones of a range from 0 on; what to do about batches."""
 
 from __future__ import annotations
 
@@ -47,12 +47,13 @@ class Degenerate(NamedTuple):
     """A flag that is on its device still.
 
     Attributes:
-        kind: Whose range it is: that of activations, of a weight with a learned scale, or of another weight.
+        kind: Whose range it is: that of activations, of a weight with a learned scale, or of another weight; or that
+            of activations begins with 0, and they do not.
         layer: Name of the layer, and which of its quantizers if that is not the first.
         flag: 0 if all is well, else positive; 0-d float32.
     """
 
-    kind: Literal["activation", "learned", "weight"]
+    kind: Literal["activation", "below_zero", "learned", "weight"]
     layer: str
     flag: Tensor
 
@@ -72,13 +73,14 @@ def take_degenerate(model: nn.Module) -> list[Degenerate]:
         if quantizer.degenerate is not None and (alone or quantizer.settled)
     }
     found = [Degenerate("activation", name, cast(Tensor, q.degenerate)) for name, q in quantizers.items()]
+    found += [Degenerate("below_zero", n, q.below_zero) for n, q in quantizers.items() if q.below_zero is not None]
     ended = set(quantizers.values())
     for name, module in quantized_layers(model).items():
         layer = cast(QATLayer, module)
         calibrated = any(layer.get_quantizer(attribute) in ended for attribute in layer.activation_quantizers)
         found += _weights(name, layer, calibrated)
     for quantizer in ended:
-        quantizer.degenerate = None
+        quantizer.degenerate = quantizer.below_zero = None
     return found
 
 
@@ -109,7 +111,7 @@ def flags_of(found: Sequence[Degenerate], device: torch.device) -> Tensor:
 
 
 def degenerate_message(found: Sequence[Degenerate], numbers: Sequence[float]) -> str:
-    """Say which ranges had no values, and what can be done; nothing if all had some.
+    """Say which ranges had no values, or others than they are for, and what can be done; nothing if all is well.
 
     Args:
         found: The flags.
@@ -119,7 +121,7 @@ def degenerate_message(found: Sequence[Degenerate], numbers: Sequence[float]) ->
         >>> degenerate_message([Degenerate("activation", "fc", torch.ones(()))], [1.0]).partition(";")[0]
         "No range could be calibrated for the inputs of 'fc'"
     """
-    names: dict[str, list[str]] = {"activation": [], "learned": [], "weight": []}
+    names: dict[str, list[str]] = {"activation": [], "below_zero": [], "learned": [], "weight": []}
     for item, number in zip(found, numbers, strict=True):
         if number:
             count = f" ({int(number)})" if item.kind == "learned" else ""
@@ -134,6 +136,10 @@ _SENTENCES = {
         "0.5 is rounded to 0. Set on_degenerate='wait' to calibrate on until a batch has values, calibrate later "
         "(schedule={{'calibrate': ...}}), give clip_max and clip_min in the configuration, or scale the input."
     ),
+    "below_zero": (
+        "The inputs of {} were negative in calibration, but their ranges begin with 0 (fixed_min), so that what is "
+        "below becomes 0. Set fixed_min to false for these layers in the configuration, and convert anew."
+    ),
     "learned": (
         "Learned weight scales began with 1 in {} (the number of scales), because the weights were 0 or nearly so; "
         "weights smaller than 0.5 are rounded to 0. Begin with weights that have values, or use arq_retrain for these "
@@ -147,7 +153,7 @@ _SENTENCES = {
 
 
 def warn_degenerate(model: nn.Module) -> None:
-    """Warn of ranges without values that nobody has told of yet; the host waits for the device if there may be some.
+    """Warn of ranges that miss their values, once; the host waits for the device if there may be some.
 
     Args:
         model: A converted model, or a wrapper around one.

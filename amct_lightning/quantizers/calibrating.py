@@ -21,10 +21,13 @@ class FlaggedQuantizer(Quantizer):
         poison: 0, or NaN once a NaN or infinite value was seen in training, 0-d float32.
         degenerate: Whether the last calibration found no values to make a range of, 0-d float32: 0 if it did. ``None``
             if nobody needs to look, as none has ended since the last time.
+        below_zero: Whether that calibration found negative values for a range that begins with 0, 0-d float32. ``None``
+            if the range does not, or this process has calibrated none.
     """
 
     poison: Tensor
     degenerate: Tensor | None
+    below_zero: Tensor | None
 
     def reset_flags(self, device: torch.device) -> None:
         """Lower the flags.
@@ -33,7 +36,7 @@ class FlaggedQuantizer(Quantizer):
             device: Where they are from now on.
         """
         self.poison = torch.zeros((), device=device)
-        self.degenerate = None
+        self.degenerate = self.below_zero = None
 
     @property
     def nonfinite(self) -> Tensor:
@@ -65,6 +68,7 @@ class FlaggedQuantizer(Quantizer):
     def _move_extra(self, move: Callable[[Tensor], Tensor]) -> None:
         self.poison = move(self.poison)
         self.degenerate = None if self.degenerate is None else move(self.degenerate)
+        self.below_zero = None if self.below_zero is None else move(self.below_zero)
 
 
 class CalibratingQuantizer(FlaggedQuantizer):
@@ -83,6 +87,7 @@ class CalibratingQuantizer(FlaggedQuantizer):
     """
 
     num_bits: int
+    fixed_min: bool
     batch_num: int
     calls: int
     clip: tuple[float, float] | None
@@ -189,6 +194,9 @@ class CalibratingQuantizer(FlaggedQuantizer):
     def _end_calibration(self) -> None:
         if self.calibrating:
             result = ifmr(self.observed, self.num_bits)
+            if self.fixed_min:
+                lowest = torch.stack([batch.amin() for batch in self.observed if batch.numel()])
+                self.below_zero = (lowest.amin() < 0).float()
             self.finish_calibration(result.clip_max, result.clip_min, result.degenerate)
 
     def _move_extra(self, move: Callable[[Tensor], Tensor]) -> None:

@@ -96,6 +96,24 @@ def test_from_config_by_fit_to_the_record_in_the_checkpoint(folder: Folder, form
     assert {name: layer.wts_type for name, layer in record.items()} == {"net.4": "INT4"}
 
 
+def test_a_rule_for_fixed_min_becomes_what_the_format_can_say(folder: Folder) -> None:
+    (folder / "choices.yaml").write_text("activations: {fixed_min: propagate}")
+    written = {form: folder(*MODEL, "--choices", "choices.yaml", "--format", form).out for form in ("json", "cfg")}
+    for form, text in written.items():
+        (folder / f"made.{form}").write_text(text)
+        made = load_config(folder / f"made.{form}")
+        settings = [
+            made.layers[name].retrain_data_config.fixed_min for name in ("net.0", "net.4") if name in made.layers
+        ]
+        assert settings.count(True) == 1
+    assert written["json"].count("fixed_min") == 1
+    assert folder(*MODEL, "-o", "amct.json").status == 0
+    assert "fixed_min" not in (folder / "amct.json").read_text()
+    again = folder(*MODEL, "--choices", "amct.json", "--format", "yaml").out
+    assert "fixed_min: after_relu" in again
+    assert "fixed_min" not in folder(*MODEL, "--format", "yaml").out
+
+
 def test_explain_says_why_layers_stay_in_float(folder: Folder) -> None:
     shapes = ("--input-shape", "ids=2,5:int64", "--input-shape", "mask=2,5")
     status, out, _ = folder("config", "--model", "demo_module.Words", *shapes, "--explain")

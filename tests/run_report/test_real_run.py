@@ -98,7 +98,7 @@ def test_record_table_is_exact(real_run: Path, page: Page) -> None:
 def test_conversion_table(page: Page) -> None:
     assert page.tables["What the conversion did to each layer"][1:] == [
         ["net.0", "Conv2d", "A8W8", "arq_retrain, per channel", "net.1", ""],
-        ["net.4", "Linear", "A8W8", "arq_retrain, per tensor", "", ""],
+        ["net.4", "Linear", "A8W8", "arq_retrain, per tensor", "", "input never negative"],
     ]
 
 

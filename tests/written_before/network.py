@@ -18,6 +18,8 @@ from tests.sums import SumsRoundedOnce
 
 FILES = Path(__file__).with_name("files")
 CHOICES = {"batch_num": 3}
+CHOICES_THEN = CHOICES | {"activations": {"fixed_min": "after_relu"}}
+"""What the same choices meant when the files were written: fixed_min had AMCT's rule by default."""
 
 
 class Net(pl.LightningModule):
@@ -49,13 +51,14 @@ def batches() -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(TensorDataset(x, torch.arange(8) % 3), batch_size=4)
 
 
-def fit(folder: Path, epochs: int, resume: Path | None = None) -> Net:
+def fit(folder: Path, epochs: int, resume: Path | None = None, config: Any = CHOICES) -> Net:
     """Train from the weights in `files/init.pt`, the same on every CPU; the calibration takes one and a half epochs.
 
     Args:
         folder: Where the run writes.
         epochs: Number of the epoch to end with.
         resume: A checkpoint to go on from.
+        config: What is quantized and how.
     """
     model = Net()
     model.load_state_dict(torch.load(FILES / "init.pt", weights_only=True))
@@ -65,7 +68,7 @@ def fit(folder: Path, epochs: int, resume: Path | None = None) -> Net:
         logger=CSVLogger(folder, name="", version=""),
         log_every_n_steps=1,
         callbacks=[
-            QuantRetrainCallback(config=CHOICES, record_file=folder / "record.txt"),
+            QuantRetrainCallback(config=config, record_file=folder / "record.txt"),
             QuantMonitor(every_n_steps=1),
             ModelCheckpoint(folder, filename="epoch{epoch}", auto_insert_metric_name=False, save_top_k=-1),
         ],

@@ -16,7 +16,7 @@ from amct_lightning.callbacks.converting.inputs import BatchToInput, Forwards, f
 from amct_lightning.callbacks.converting.saved_plan import checkpoint_to_load, saved_entry
 from amct_lightning.callbacks.schedule.schedule import QuantSchedule
 from amct_lightning.callbacks.sharding import reshard
-from amct_lightning.config import ConfigLike, RetrainConfig, config_source, load_config
+from amct_lightning.config import ConfigLike, config_source, load_config
 from amct_lightning.config.fit import without_computed_weights
 from amct_lightning.conversion.convert import convert_layers, renew_layers
 from amct_lightning.conversion.copies import convert_averages
@@ -149,7 +149,7 @@ class Conversion:
         if self.config is not None:
             source = config_source(self.config)
             config = without_computed_weights(load_config(self.config), root, source, keep=layers)
-            config = config.resolve(layers, source)
+            config = plan.undisputed(config.resolve(layers, source))
         if self.target is not None:
             config = self.target.fitted(config, layers, source)
         wanted = replace(plan, config=config)
@@ -159,8 +159,7 @@ class Conversion:
         """Let the calibrations of a plan take as many batches as the schedule says."""
         if self.schedule is None or self.schedule.calibrate_batches is None:
             return plan
-        settings = plan.config.to_dict() | {"batch_num": self.schedule.calibrate_batches}
-        return replace(plan, config=RetrainConfig.from_dict(settings, "QuantSchedule"))
+        return replace(plan, config=replace(plan.config, batch_num=self.schedule.calibrate_batches))
 
 
 def _planned(model: nn.Module) -> tuple[nn.Module, QuantPlan]:

@@ -47,7 +47,8 @@ def test_a_resumed_run_leaves_the_file_of_an_uninterrupted_one(
 
 
 def test_fitting_again_goes_on(make_trainer: TrainerFactory, tmp_path: Path) -> None:
-    model, callbacks = Net(), [QuantRetrainCallback(), monitor()]
+    config = {"activations": {"fixed_min": "after_relu"}}  # so that both ends of net.4 are learned
+    model, callbacks = Net(), [QuantRetrainCallback(config), monitor()]
     trainer = make_trainer(callbacks=callbacks, max_epochs=1)
     trainer.fit(model, loader())
     trainer.fit_loop.max_epochs = 2

@@ -123,7 +123,8 @@ def test_frozen_factors_stay_bit_identical(
     make_trainer: TrainerFactory, optimizer: str, settings: dict[str, Any], algo: str
 ) -> None:
     watch = Watch()
-    callback = QuantRetrainCallback({"weights": {"algo": algo}}, quant_weight_decay=None, schedule=schedule())
+    config = {"weights": {"algo": algo}, "activations": {"fixed_min": "after_relu"}}  # so that both ends are learned
+    callback = QuantRetrainCallback(config, quant_weight_decay=None, schedule=schedule())
     each = settings.get("accumulate_grad_batches", 1)
     make_trainer(max_epochs=epochs(each), callbacks=[callback, watch], **settings).fit(Half(optimizer), loader())
     check(watch.seen, each)
