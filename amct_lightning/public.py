@@ -8,7 +8,7 @@ from amct_lightning.api import (
     restore_quant_retrain_model,
 )
 from amct_lightning.ascend import AscendFSDPStrategy, AscendStrategy, NPUAccelerator
-from amct_lightning.callbacks import QuantMonitor, QuantRetrainCallback, QuantSchedule
+from amct_lightning.callbacks import Distill, QuantMonitor, QuantRetrainCallback, QuantSchedule
 from amct_lightning.callbacks.checkpoints.loading import load_qat_checkpoint
 from amct_lightning.config import QuantChoices, RetrainConfig
 from amct_lightning.conversion.report import conversion_report
@@ -21,6 +21,7 @@ from amct_lightning.record import QuantRecord
 __all__ = [
     "AscendFSDPStrategy",
     "AscendStrategy",
+    "Distill",
     "ExportReport",
     "NPUAccelerator",
     "QuantChoices",

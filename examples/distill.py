@@ -1,10 +1,10 @@
 """Distillation: the float network teaches its own INT4 copy, where labels are few.
 
 A small network was trained on 1,197 labelled digits. For its quantization only 32 of the labels are at hand; the
-images are all there. Plain quantization-aware training learns those 32 by heart. A frozen copy of the float network
-as teacher gives every image a soft label: the student learns from cross entropy on the labelled images, and from the
-divergence (KL) between its answers and the teacher's on all. Both start from the same weights and take the same
-number of steps; each has the learning rate that suits it best.
+images are all there. Plain quantization-aware training learns those 32 by heart. With ``distill=TAUGHT`` the callback
+lets the float network answer to every image as well: the student learns from cross entropy on the labelled images,
+and from the divergence (KL) between its answers and the teacher's on all. Both start from the same weights, see the
+same images and take the same number of steps; each has the learning rate that suits it best.
 
     python examples/distill.py
     amct-lightning fit --config examples/distill_teacher.yaml    # the float training of the first seed
@@ -14,7 +14,6 @@ number of steps; each has the learning rate that suits it best.
 from __future__ import annotations
 
 import argparse
-import copy
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -39,6 +38,9 @@ INT4 = {
     "layers": {"0": {"activations": {"dst_type": "INT8"}, "weights": {"dst_type": "INT8"}}},
 }
 """The first layer has a single input channel, and INT4 weights are packed in pairs of them."""
+
+TAUGHT = {"temperature": 4.0, "weight": 0.98, "task_weight": 0.02}
+"""The teacher has most of the say. A temperature above 1 softens the answers, so that the small ones count as well."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -69,11 +71,12 @@ class Classifier(pl.LightningModule):
         """Return the class scores."""
         return self.net(images)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross entropy of a batch."""
-        images, labels = batch
-        loss = functional.cross_entropy(self(images), labels)
-        self.log("train_loss", loss, prog_bar=True)
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Cross entropy where there are labels; to the other images the network answers, too."""
+        images, labels = batch["labelled"]
+        answers = self(torch.cat((images, *batch.get("images", ()))))
+        loss = functional.cross_entropy(answers[: len(labels)], labels)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(labels))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -83,53 +86,10 @@ class Classifier(pl.LightningModule):
         self.log("val_acc", self.accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> dict[str, object]:
-        """AdamW with a cosine schedule; it gets the network, not a teacher."""
+        """AdamW with a cosine schedule."""
         optimizer = torch.optim.AdamW(self.net.parameters(), lr=self.lr, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-
-class Distilled(Classifier):
-    """A student and its teacher, the same network; ``QuantRetrainCallback(submodule="net")`` quantizes the student.
-
-    Args:
-        float_weights: Checkpoint of the float training.
-        share: Weight of the teacher in the loss, 0 (labels only) to 1 (teacher only).
-        temperature: Above 1 the answers of the teacher are softened, so that the small ones count as well.
-        lr: Learning rate at the start of the cosine schedule.
-    """
-
-    def __init__(self, float_weights: str, share: float = 0.98, temperature: float = 4.0, lr: float = 3e-3) -> None:
-        super().__init__(lr)
-        self.load_state_dict(torch.load(float_weights, weights_only=True)["state_dict"])
-        self.teacher = copy.deepcopy(self.net).requires_grad_(False).eval()
-        self.share = share
-        self.temperature = temperature
-
-    def train(self, mode: bool = True) -> Distilled:
-        """Switch the student between training and evaluation; the teacher stays in evaluation."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Cross entropy where there are labels; where there is none, and there too, what the teacher says."""
-        images, labels = batch["labelled"]
-        if self.share > 0:
-            images = torch.cat((images, batch["images"][0]))
-        answers = self(images)
-        loss = (1 - self.share) * functional.cross_entropy(answers[: len(labels)], labels)
-        if self.share > 0:
-            loss = loss + self.share * self.divergence(answers, images)
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(images))
-        return loss
-
-    def divergence(self, answers: Tensor, images: Tensor) -> Tensor:
-        """KL divergence of the softened answers from the teacher's; the factor keeps the size of its gradients."""
-        with torch.no_grad():
-            taught = functional.log_softmax(self.teacher(images) / self.temperature, dim=1)
-        learned = functional.log_softmax(answers / self.temperature, dim=1)
-        return functional.kl_div(learned, taught, log_target=True, reduction="batchmean") * self.temperature**2
 
 
 class FewLabels(pl.LightningDataModule):
@@ -150,10 +110,10 @@ class FewLabels(pl.LightningDataModule):
         parts = (order[:600], order[600:])
         self.test, self.train = (TensorDataset(images[part], torch.tensor(data.target)[part]) for part in parts)
 
-    def train_dataloader(self) -> Any:
+    def train_dataloader(self) -> dict[str, DataLoader[Any]]:
         """Return a loader of images with labels; or two side by side, of which the smaller begins anew at its end."""
         if self.labels is None:
-            return self.loader(self.train)
+            return {"labelled": self.loader(self.train)}
         images, labels = self.train.tensors
         few = TensorDataset(images[: self.labels], labels[: self.labels])
         return {"labelled": self.loader(few), "images": self.loader(TensorDataset(images))}
@@ -196,13 +156,13 @@ def compare(seed: int, epochs: int, qat_epochs: int, out: Path) -> list[float]:
     teacher = Classifier()
     fit(teacher, full, epochs, out / "fp32.ckpt", [])
     calibrated = prepare_qat(teacher.net, INT4, teacher.example_input_array)
-    calibrate(calibrated, (images for images, _ in full.train_dataloader()))
+    calibrate(calibrated, (images for images, _ in full.train_dataloader()["labelled"]))
     results = [accuracy(teacher.net, few), accuracy(calibrated, few)]
-    for name, share, lr in (("plain", 0.0, 1e-4), ("distilled", 0.98, 3e-3)):
-        student = Distilled(str(out / "fp32.ckpt"), share, lr=lr)
-        quant = QuantRetrainCallback(INT4, out / f"{name}.record.txt", submodule="net")
-        fit(student, few, qat_epochs, out / f"{name}.ckpt", [quant])
-        net = load_qat_checkpoint(network(), out / f"{name}.ckpt")  # the student alone, without the teacher
+    for name, distill, lr in (("plain", None, 1e-4), ("distilled", TAUGHT, 3e-4)):
+        files = {"record_file": out / f"{name}.record.txt", "float_checkpoint": out / "fp32.ckpt"}
+        quant = QuantRetrainCallback(INT4, submodule="net", distill=distill, **files)
+        fit(Classifier(lr), few, qat_epochs, out / f"{name}.ckpt", [quant])
+        net = load_qat_checkpoint(network(), out / f"{name}.ckpt")
         results.append(accuracy(net, few))
     return results
 

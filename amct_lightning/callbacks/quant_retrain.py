@@ -28,6 +28,8 @@ from amct_lightning.callbacks.converting.conversion import Conversion
 from amct_lightning.callbacks.converting.inputs import BatchToInput
 from amct_lightning.callbacks.converting.module_setup import set_up_now
 from amct_lightning.callbacks.converting.watch import ModuleWatch
+from amct_lightning.callbacks.distill.distillation import Distillation, with_fixed_norms
+from amct_lightning.callbacks.distill.settings import Distill
 from amct_lightning.callbacks.evaluating import EvaluationHooks
 from amct_lightning.callbacks.exporting.at_end import export_at_end
 from amct_lightning.callbacks.exporting.batches import Inputs
@@ -91,6 +93,8 @@ class QuantRetrainCallback(EvaluationHooks):
         deploy_grid: Compute with what the device computes with; see :func:`amct_lightning.prepare_qat`.
         execution: What runs the quantizers: ``"composite"``, ``"compiled"``, or ``"auto"`` for the faster of those that
             work here; see :func:`amct_lightning.prepare_qat`.
+        distill: Let the float model as it is converted teach the quantized one: a :class:`Distill`, or its fields as
+            a mapping.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -132,6 +136,7 @@ class QuantRetrainCallback(EvaluationHooks):
         verify_batches: int = 1,
         deploy_grid: bool = False,
         execution: Execution = "auto",
+        distill: dict[str, Any] | Distill | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -144,7 +149,8 @@ class QuantRetrainCallback(EvaluationHooks):
         self.on_nonfinite = on_nonfinite
         self.allow_reuse = allow_reuse
         self.search_n = search_n
-        self.schedule = schedule if schedule is None else QuantSchedule.of(schedule)
+        self.distill = Distill.of(distill)
+        self.schedule = with_fixed_norms(self.distill, None if schedule is None else QuantSchedule.of(schedule))
         self.float_checkpoint = float_checkpoint
         self.on_degenerate = on_degenerate
         self.target = target
@@ -154,6 +160,7 @@ class QuantRetrainCallback(EvaluationHooks):
         self.deploy_grid = deploy_grid
         self.execution = execution
         check_arguments(self)
+        self._distillation = None if self.distill is None else Distillation(self.distill)
         self._calibration = CalibrationCount(on_degenerate)
         self._modules: list[nn.Module] = []
         self._max_epochs: int | None = None
@@ -171,9 +178,13 @@ class QuantRetrainCallback(EvaluationHooks):
             model, self.submodule, record, self._calibration, self.config is not None, is_fitting, pl_module
         )
         begin_in_float(self.float_checkpoint, trainer, pl_module, self.submodule)
+        if self._distillation is not None:
+            self._distillation.prepare(trainer, pl_module, self.submodule, self.float_checkpoint, is_fitting)
         choices = self.config, self.schedule, self.input_data, self.batch_to_input
         options = self.allow_reuse, self.search_n, self._rules, self.deploy_grid
         Conversion(*choices, *options, self.execution).apply(trainer, pl_module, state)
+        if self._distillation is not None and is_fitting:
+            self._distillation.hold_weights(pl_module)
         leave_out_of_broadcast(pl_module)  # the module that DDP wraps
         self._watch = ModuleWatch(pl_module, model)
         expect_float(model, is_fitting)  # sanity check and model summary run the layers before any calibration
@@ -191,6 +202,8 @@ class QuantRetrainCallback(EvaluationHooks):
             table = schedule_table(self.schedule, quantized_layers(model), self._max_epochs)
             rank_zero_info(f"QuantRetrainCallback: the schedule\n{table}")
         self._groups = ClipGroups.of(trainer, model, self.quant_lr_scale, self.quant_weight_decay)
+        if self._distillation is not None:
+            self._distillation.begin(trainer, pl_module, model, self._max_epochs, self.schedule)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -248,6 +261,8 @@ class QuantRetrainCallback(EvaluationHooks):
         """Let the quantizers go by their own mode again."""
         if self._watch is not None:
             self._watch.end()
+        if self._distillation is not None:
+            self._distillation.end()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -65,8 +65,10 @@ def copy_to_run(run: nn.Module, share_parameters: bool | None = None) -> nn.Modu
     """
     if any(is_lazy(parameter) for parameter in run.parameters()):
         return None  # its first forward makes the layers that are to be quantized
+    if share_parameters is None:
+        share_parameters = sum(parameter.nbytes for parameter in run.parameters()) > _COPIED_BYTES
     try:
-        return copy.deepcopy(run, {id(item): item for item in _shared(run, share_parameters)})
+        return copy_of(run, share_parameters)
     except Exception as error:  # locks, generators, sharded modules: there is no list of what cannot be copied
         if not any(isinstance(parameter, DTensor) for parameter in run.parameters()):
             warnings.warn(
@@ -77,13 +79,23 @@ def copy_to_run(run: nn.Module, share_parameters: bool | None = None) -> nn.Modu
         return None
 
 
-def _shared(run: nn.Module, share_parameters: bool | None) -> Iterator[Any]:
+def copy_of(run: nn.Module, share_parameters: bool = False) -> nn.Module:
+    """Return a copy of a module, with which it shares datasets and what loads them.
+
+    Args:
+        run: The module.
+        share_parameters: Whether it shares the parameters, too.
+
+    Raises:
+        Exception: Whatever there is in it that cannot be copied raises.
+    """
+    return copy.deepcopy(run, {id(item): item for item in _shared(run, share_parameters)})
+
+
+def _shared(run: nn.Module, share_parameters: bool) -> Iterator[Any]:
     """Yield what a copy has in common with its module."""
-    parameters = list(run.parameters())
-    if share_parameters is None:
-        share_parameters = sum(parameter.nbytes for parameter in parameters) > _COPIED_BYTES
     if share_parameters:
-        yield from parameters
+        yield from run.parameters()
     for module in run.modules():
         for value in vars(module).values():
             yield from _data_in(value)

@@ -14,6 +14,7 @@ from amct_lightning.callbacks.calibration_count import CalibrationCount
 from amct_lightning.callbacks.checkpoints.records import copy_records_of_links, present_record, record_path
 from amct_lightning.callbacks.checkpoints.state import QuantState
 from amct_lightning.callbacks.checks import warn_unfinished
+from amct_lightning.callbacks.distill.distillation import Distillation
 from amct_lightning.callbacks.exporting.best import best_checkpoint
 from amct_lightning.callbacks.training import Training
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY
@@ -27,6 +28,7 @@ class CheckpointHooks(pl.Callback):
     def __init__(self) -> None:
         super().__init__()
         self._state: QuantState | None = None
+        self._distillation: Distillation | None = None
         self._training: Training | None = None
         self._has_trained = False
 
@@ -53,14 +55,17 @@ class CheckpointHooks(pl.Callback):
         copy_records_of_links(trainer.checkpoint_callbacks)
         entry = None if self._state is None else self._state.entry()
         if entry is not None:
-            checkpoint[CHECKPOINT_KEY] = entry
+            checkpoint[CHECKPOINT_KEY] = entry | (self._distillation.entry() if self._distillation else {})
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take back batches that a calibration in progress had observed."""
-        self._run.restore(checkpoint.get(CHECKPOINT_KEY, {}), averaged_modules(trainer))
+        entry = checkpoint.get(CHECKPOINT_KEY, {})
+        self._run.restore(entry, averaged_modules(trainer))
+        if self._distillation is not None:
+            self._distillation.expect(entry.get("teacher"))
         if self._training is not None:  # as the searches for learning rate and batch size do
             self._training.phases.forget()
 

@@ -28,7 +28,7 @@ def unlogged(trainer: pl.Trainer, run: nn.Module) -> Iterator[None]:
     trainer.loggers = [DummyLogger() for _ in loggers]
     for module in modules:
         module._trainer = trainer
-        module.__dict__.update(log=_pass, log_dict=_pass)
+        module.__dict__.update(log=log_nothing, log_dict=log_nothing)
     try:
         yield
     finally:
@@ -39,7 +39,7 @@ def unlogged(trainer: pl.Trainer, run: nn.Module) -> Iterator[None]:
                 module.__dict__.pop(name, None)
 
 
-def _pass(*_args: Any, **_kwargs: Any) -> None:
+def log_nothing(*_args: Any, **_kwargs: Any) -> None:
     """Log nothing."""
 
 

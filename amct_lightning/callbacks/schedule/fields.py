@@ -32,7 +32,7 @@ def check_fields(values: Mapping[str, Any], where: str = "QuantSchedule") -> Non
     """
     for name in _MOMENTS:
         if values.get(name) is not None:
-            _check_moment(values[name], f"{where}({name}={values[name]!r})")
+            check_moment(values[name], f"{where}({name}={values[name]!r})")
     if not isinstance(values.get("restart_scores", False), bool):
         raise TypeError(f"{where}(restart_scores={values['restart_scores']!r}): must be True or False.")
     calibrate = values.get("calibrate")
@@ -40,7 +40,7 @@ def check_fields(values: Mapping[str, Any], where: str = "QuantSchedule") -> Non
         raise ValueError(f"{where}(calibrate=[]): give at least one epoch, or None for the default.")
     for moment in calibrate if isinstance(calibrate, list) else [calibrate]:
         if moment is not None or isinstance(calibrate, list):
-            _check_moment(moment, f"{where}(calibrate={calibrate!r})")
+            check_moment(moment, f"{where}(calibrate={calibrate!r})")
     for name in (*_PERIODS, "calibrate_batches"):
         value = values.get(name, 1)
         if value is None and name == "calibrate_batches":
@@ -161,7 +161,17 @@ def to_epoch(moment: Epoch, max_epochs: int | None, name: str) -> int:
     return math.ceil(round(moment * max_epochs, 6))  # 0.7 * 10 is a little more than 7
 
 
-def _check_moment(moment: Any, where: str) -> None:
+def check_moment(moment: Any, where: str) -> None:
+    """Refuse what is neither an epoch nor a share of the training.
+
+    Args:
+        moment: What a user gave.
+        where: What it is called in messages.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is a wrong one.
+    """
     if isinstance(moment, bool) or not isinstance(moment, (int, float)):
         raise TypeError(f"{where}: must be an epoch as an integer, or a share of max_epochs as a float in [0, 1].")
     if isinstance(moment, float) and not 0 <= moment <= 1:

@@ -1,0 +1,1 @@
+"""Distillation: the float model as it was at conversion teaches the quantized one."""
