@@ -9,10 +9,13 @@ import difflib
 import html
 import io
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from rich import box
 from rich.console import Console, RenderableType
+
+_Item = TypeVar("_Item")
 
 _MOST_SHOWN = 8
 _WIDTH_OF_LOGS = 120
@@ -32,21 +35,22 @@ def abbreviated(names: Iterable[object]) -> str:
         >>> abbreviated(["conv1", "fc"])
         "'conv1', 'fc'"
     """
-    return cut_off(map(repr, names))
+    return cut_off(names, repr)
 
 
-def cut_off(texts: Iterable[str]) -> str:
+def cut_off(items: Iterable[_Item], text: Callable[[_Item], str] = str) -> str:
     """List texts in a message, as they are and not too many of them.
 
     Args:
-        texts: The texts.
+        items: The texts, or what they are made of.
+        text: Makes the text of an item that is shown.
 
     Example:
         >>> cut_off(str(number) for number in range(10))
         '0, 1, 2, 3, 4, 5, 6, 7 and 2 more'
     """
-    listed = list(texts)
-    shown = ", ".join(listed[:_MOST_SHOWN])
+    listed = list(items)
+    shown = ", ".join(map(text, listed[:_MOST_SHOWN]))
     return shown if len(listed) <= _MOST_SHOWN else f"{shown} and {len(listed) - _MOST_SHOWN} more"
 
 

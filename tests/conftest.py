@@ -45,6 +45,22 @@ def _fresh_compiler() -> Iterator[None]:
         torch.compiler.reset()
 
 
+@pytest.fixture(params=["composite", "compiled", "integer"])
+def every_execution(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run a test under each executor, where it says nothing else; for the tests that tell most in little time."""
+    from amct_lightning.modules.fused import forward
+    from amct_lightning.quantizers.executors import executor_for
+
+    def forget() -> None:
+        executor_for.cache_clear()
+        forward._in_integers.cache_clear()
+
+    monkeypatch.setenv("AMCT_LIGHTNING_EXECUTION", request.param)
+    forget()
+    yield request.param
+    forget()
+
+
 @pytest.fixture(autouse=True)
 def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables fit the terminal; how they are folded must not depend on where the tests run."""

@@ -48,9 +48,10 @@ def convert_layers(model: nn.Module, plan: QuantPlan, weights_follow: bool = Fal
         _convert_layer(layers[layer_plan.name], layer_plan, plan, quantizers)
         _install_search(model, layers[layer_plan.name], layer_plan, plan)
     table = FactorTable()
-    for owner, quantizer in quantizers.items():
-        quantizer.table = table
-        quantizer.uses = sum(layer.calls for layer in plan.layers if layer.shares_input_of == owner)
+    for quantizer in quantizers.values():
+        quantizer.table, quantizer.uses = table, 0
+    for layer_plan in plan.layers:
+        quantizers[layer_plan.shares_input_of].uses += layer_plan.calls
     fold_norms(model, plan)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):

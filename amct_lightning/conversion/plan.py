@@ -133,13 +133,20 @@ class QuantPlan:
             layers[name] = with_fixed_min(layer, own) if agreed else layer
         return replace(config, layers=layers)
 
+    def sharing(self) -> dict[str, list[str]]:
+        """Return the names of the layers that share each quantizer of an input, by its owner."""
+        names: dict[str, list[str]] = {}
+        for layer in self.layers:
+            names.setdefault(layer.shares_input_of, []).append(layer.name)
+        return names
+
     def only(self, layers: Sequence[LayerPlan]) -> QuantPlan:
         """Return the plan without the other layers, which are disabled in its configuration.
 
         Args:
             layers: Some of its layers.
         """
-        names = [layer.name for layer in layers]
+        names = {layer.name for layer in layers}
         first: dict[str, str] = {}  # a quantizer whose owner is gone belongs to the first of those that are left
         for layer in layers:
             first.setdefault(layer.shares_input_of, layer.name)
@@ -154,7 +161,7 @@ class QuantPlan:
             )
             for layer in layers
         ]
-        gone = frozenset(layer.name for layer in self.layers) - set(names)
+        gone = frozenset(layer.name for layer in self.layers) - names
         return replace(self, config=disabled(gone, self.config), layers=tuple(kept))
 
     def within(self, prefix: str) -> QuantPlan:

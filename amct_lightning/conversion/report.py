@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -147,11 +148,12 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     modules: dict[str, nn.Module] = dict(root.named_modules())
     rows = {layer.name: ReportRow(layer.name, layer.type, reason=layer.reason) for layer in plan.refused}
     planned = {layer.name: layer for layer in plan.layers}
-    missed = [name for name in planned if cast(QATLayer, modules[name]).is_missed]
+    missed = {name for name in planned if cast(QATLayer, modules[name]).is_missed}
+    sharing = plan.sharing()
     for name in (name for name in plan.config if name not in rows):
         kind = supported_class(modules[name]).__name__
         rows[name] = (
-            quantized_row(planned[name], kind, plan)
+            quantized_row(planned[name], kind, plan, sharing)
             if name in planned and name not in missed
             else ReportRow(name, kind, reason=MISSED if name in missed else "disabled in the config")
         )
@@ -160,15 +162,18 @@ def conversion_report(model: nn.Module) -> ConversionReport:
     return ConversionReport(ordered, notes, plan.float_parts, plan.target, plan.deploy_grid, execution_of(root))
 
 
-def quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan) -> ReportRow:
+def quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan, sharing: Mapping[str, Sequence[str]]) -> ReportRow:
     """Return the row of a quantized layer.
 
     Args:
         layer: Its plan.
         kind: Name of its float class.
         plan: The plan that it belongs to.
+        sharing: What :meth:`QuantPlan.sharing` says.
     """
     data, weight = plan.config[layer.name].retrain_data_config, plan.config[layer.name].retrain_weight_config
+    others = list(sharing[layer.shares_input_of])
+    others.remove(layer.name)
     return ReportRow(
         name=layer.name,
         type=kind,
@@ -177,11 +182,7 @@ def quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan) -> ReportRow:
         channel_wise=bool(weight.channel_wise),
         fixed_min=layer.fixed_min,
         batch_norm=layer.batch_norm,
-        shares_with=tuple(
-            other.name
-            for other in plan.layers
-            if other.shares_input_of == layer.shares_input_of and other.name != layer.name
-        ),
+        shares_with=tuple(others),
         calls=layer.calls,
     )
 
@@ -248,7 +249,7 @@ def _notes(row: ReportRow) -> str:
     if row.batch_norm is not None:
         notes.append(f"folds {_relative(row.batch_norm, row.name)}")
     if row.shares_with:
-        notes.append(f"shares input with {', '.join(_relative(name, row.name) for name in row.shares_with)}")
+        notes.append(f"shares input with {cut_off(row.shares_with, partial(_relative, to=row.name))}")
     if row.calls > 1:
         notes.append(f"called {row.calls} times")
     return "; ".join(notes)

@@ -16,7 +16,7 @@ from amct_lightning.graph.forward import Forward, InputData, copy_to_run, counte
 from amct_lightning.graph.nonnegative import after_relu, never_negative
 from amct_lightning.graph.observe import observe
 from amct_lightning.graph.preserve import preserved
-from amct_lightning.graph.trace import Call, Trace
+from amct_lightning.graph.trace import Call, Trace, calls_by_name
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
 from amct_lightning.modules.registry import QAT_CLASSES
 
@@ -87,7 +87,7 @@ def find_candidates(
     trace = _observe_layers(model, forward)
     if trace.training_error is not None:
         _warn_unseen(forward, trace.training_error)
-    calls, training_calls = _by_name(trace.calls), _by_name(trace.in_training or [])
+    calls, training_calls = calls_by_name(trace.calls), calls_by_name(trace.in_training or [])
     modules: dict[str, nn.Module] = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, tuple(LAYER_TYPES))}
     shared = _shared_weights(layer for layer in layers.values() if type(layer) in LAYER_TYPES)
@@ -104,13 +104,6 @@ def find_candidates(
             reason = ONLY_TRAINED
         candidates[name] = Candidate(name, layer, tuple(called), tuple(in_training), reason)
     return candidates, trace
-
-
-def _by_name(calls: Iterable[Call]) -> dict[str, list[Call]]:
-    named: dict[str, list[Call]] = {}
-    for call in calls:
-        named.setdefault(call.name, []).append(call)
-    return named
 
 
 def eligible_layers(model: nn.Module, input_data: InputData) -> dict[str, nn.Module]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 _ATEN = torch.ops.aten
 
@@ -201,7 +200,7 @@ def node_key(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], name: 
         read.append(name(tensor))
         return ("value", read[-1])
 
-    key = (func, _hashable(tree_map_only(Tensor, note, (args, dict(kwargs)))))
+    key = (func, _hashable((args, dict(kwargs)), note))
     return key if read else None
 
 
@@ -218,10 +217,12 @@ def is_own_node(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.") and not module._modules
 
 
-def _hashable(tree: Any) -> Hashable:
+def _hashable(tree: Any, note: Callable[[Tensor], Hashable]) -> Hashable:
+    if isinstance(tree, Tensor):
+        return note(tree)
     if isinstance(tree, (list, tuple)):
-        return tuple(_hashable(part) for part in tree)
+        return tuple(_hashable(part, note) for part in tree)
     if isinstance(tree, dict):
-        return tuple((key, _hashable(part)) for key, part in tree.items())
+        return tuple((key, _hashable(part, note)) for key, part in tree.items())
     # 1, 1.0 and True are different constants; what cannot be compared equals only itself
     return (type(tree), tree if isinstance(tree, Hashable) else id(tree))

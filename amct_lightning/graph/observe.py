@@ -13,7 +13,7 @@ from amct_lightning.graph.forward import Forward, InputData
 from amct_lightning.graph.nodes import VisibleNodes
 from amct_lightning.graph.preserve import preserved, random_state
 from amct_lightning.graph.tensors import tensors_in
-from amct_lightning.graph.trace import Call, Observer, Trace
+from amct_lightning.graph.trace import Call, Observer, Trace, calls_by_name
 
 _TRAINING_RUNS = 8
 """A layer that is left out of half of all training steps is missed by all of them once in 256 times."""
@@ -80,9 +80,8 @@ def _observe_training(
     with preserved(forward.run, training=True, with_gradients=True):
         for _ in range(_TRAINING_RUNS):
             before = random_state()
-            seen = _run(model, watched, forward).calls
-            for name in {call.name: None for call in seen if call.name not in calls}:
-                calls[name] = [call for call in seen if call.name == name]
+            seen = calls_by_name(_run(model, watched, forward).calls)
+            calls |= {name: called for name, called in seen.items() if name not in calls}
             if expected <= calls.keys() or random_state() == before:
                 break
     return [call for called in calls.values() for call in called]

@@ -7,7 +7,7 @@ object and version, so an in-place operation makes a new value.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode  # the documented way to write a dispatch mode
-from torch.utils._pytree import tree_leaves
 
 from amct_lightning.graph.float_parts import FloatParts
 from amct_lightning.graph.nodes import Value, is_own_node, is_same_value, node_key, permutation, producer
@@ -46,6 +45,14 @@ class Call:
     input_dims: int
     hidden: Value | None = None
     output: Value | None = None
+
+
+def calls_by_name(calls: Iterable[Call]) -> dict[str, list[Call]]:
+    """Return the calls of each layer, the layers in the order of their first call."""
+    named: dict[str, list[Call]] = {}
+    for call in calls:
+        named.setdefault(call.name, []).append(call)
+    return named
 
 
 @dataclass
@@ -101,25 +108,27 @@ class Observer(TorchDispatchMode):
         if in_backward():  # of gradients that the model takes itself; they are no part of its data flow
             return func(*args, **kwargs)
         self._operators += 1
-        read = [self._value(tensor) for tensor in _tensors((args, kwargs))]
+        given = _tensors((args, *kwargs.values()))
+        read = [self._value(tensor) for tensor in given]
         alone = self._inside or self._inside_node
         key = None if alone else node_key(func, args, kwargs, lambda tensor: self._look(tensor)[1])
         made, value = self._made.get(key), self._seen_through(func, args, kwargs)
         if made is None and value is None:
             reader = self._inside[0] if self._inside else self._operators
-            for given in read:
-                self._read_as.get(id(given), given).read_by(reader)
+            for seen in read:
+                self._read_as.get(id(seen), seen).read_by(reader)
         output = func(*args, **kwargs)
         tensors = _tensors(output)
         if made is None:
             nonnegative = value is None and result_is_never_negative(func, args, kwargs, self._value)
             made = [(value or Value(producer(func, args), nonnegative=nonnegative), self._count()) for _ in tensors]
-        for tensor, seen in zip(tensors, made, strict=True):
-            self._bind(tensor, *seen, rises=self._rises(func, args))
+        rises = self._rises(func, args)
+        for tensor, numbered in zip(tensors, made, strict=True):
+            self._bind(tensor, *numbered, rises=rises)
         if key is not None:
             self._made[key] = made
         if not self._inside:
-            self.float_parts.see(func._schema.name, _tensors((args, kwargs)), tensors)
+            self.float_parts.see(func._schema.name, given, tensors)
         return output
 
     def _rises(self, func: Any, args: Any) -> int:
@@ -260,4 +269,9 @@ def _version(tensor: Tensor) -> int:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """Return the tensors that an operator takes or returns: they stand alone or in lists."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, (list, tuple)):
+        return [tensor for part in tree for tensor in _tensors(part)]
+    return []

@@ -43,8 +43,8 @@ def leave_out_of_broadcast(model: nn.Module) -> None:
         if isinstance(module, Quantizer)
         for name in module._buffers
     ]
-    present = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    others = [name for name in getattr(model, _LEFT_OUT, ()) if name not in names and name in present]
+    present = {name for name, _ in (*model.named_parameters(), *model.named_buffers())} - set(names)
+    others = [name for name in getattr(model, _LEFT_OUT, ()) if name in present]
     setattr(model, _LEFT_OUT, [*others, *names])
 
 

@@ -1,7 +1,8 @@
-"""Writing long lists of numbers in a record text, all of them at a time, as protobuf does."""
+"""Writing and reading long lists of numbers in a record text, all of them at a time, as protobuf does."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -25,8 +26,13 @@ def _four_digits() -> _Array:
 
 _DIGITS: Final = _four_digits()
 # What stands before and behind the digits with the exponents -1, -2, ...
-_HEADS: Final = np.array([b"0." + b"0" * k if k < 4 else b"" for k in range(-_SMALLEST)])
-_TAILS: Final = np.array([b"" if k < 4 else f"e-{k + 1:02}".encode() for k in range(-_SMALLEST)])
+_HEADS: Final = np.array([b"0." + b"0" * k if k < 4 else b"" for k in range(-_SMALLEST)], "S8").view(np.uint64)
+_TAILS: Final = np.array([b"" if k < 4 else f"e-{k + 1:02}".encode() for k in range(-_SMALLEST)], "S4").view(np.uint32)
+
+_PLACES: Final = 14  # digits behind the point with which what is before an exponent is a whole number of float64
+_COUNTED_BACK: Final = np.arange(_PLACES, 0, -1, dtype=np.uint8)
+_OF_PLACES: Final = _POWERS[_PLACES - 1 :: -1].copy()
+_PLAIN: Final = re.compile(rb"(0|[1-9][0-9]*)(\.[0-9]+)?(e-[0-9]+)?")
 
 
 def float_lines(start: str, values: _Array, by_protobuf: Callable[[list[float]], str]) -> str:
@@ -42,11 +48,12 @@ def float_lines(start: str, values: _Array, by_protobuf: Callable[[list[float]],
         'x: 0.1\nx: 2.5e-07\n'
     """
     digits, place, certain = _shortest(values)
-    rest, last = np.divmod(digits, 10_000)
-    first, middle = np.divmod(rest, 10_000)
+    rest = digits // 10_000
+    first = rest // 10_000
+    middle, last = rest - first * 10_000, digits - rest * 10_000
     # A table of bytes, of which those that are 0 are taken out in the end.
-    fields = [("start", f"S{len(start)}"), ("head", "S5"), ("first", "u1"), ("point", "u1"), ("middle", "u4")]
-    rows = np.zeros(len(values), np.dtype([*fields, ("last", "u4"), ("tail", "S4"), ("end", "u1")]))
+    fields = [("start", f"S{len(start)}"), ("head", "u8"), ("first", "u1"), ("point", "u1"), ("middle", "u4")]
+    rows = np.zeros(len(values), np.dtype([*fields, ("last", "u4"), ("tail", "u4"), ("end", "u1")]))
     rows["start"] = start
     rows["head"], rows["tail"] = _HEADS[place], _TAILS[place]
     rows["first"] = first + ord("0")
@@ -64,8 +71,55 @@ def float_lines(start: str, values: _Array, by_protobuf: Callable[[list[float]],
 
 
 def _joined(rows: _Array) -> str:
-    flat = rows.view(np.uint8)
-    return bytes(flat[flat != 0].data).decode()
+    return rows.tobytes().translate(None, b"\0").decode()
+
+
+def read_floats(lines: bytes, start: bytes) -> _Array | None:
+    r"""Read numbers, each on a line of its own, as Python's ``float`` does, and round them to float32.
+
+    What is here a whole number below 2 ** 53, divided by a power of ten that float64 holds exactly, is rounded once.
+
+    Args:
+        lines: Lines that each hold ``start`` and a number, without the last line's end.
+        start: What stands before each number, from the end of the line before; at least 14 bytes.
+
+    Returns:
+        The numbers, float32; ``None`` if a line is something else, or a number that is written in another way than
+        protobuf writes positive ones.
+
+    Example:
+        >>> read_floats(b"\n    scale_w: 0.25\n    scale_w: 5e-07", b"\n    scale_w: ").tolist()
+        [0.25, 4.999999987376214e-07]
+    """
+    text = np.frombuffer(lines, np.uint8)
+    begins = np.flatnonzero(text == ord("\n"))
+    if lines.count(start) != len(begins):
+        return None
+    first, end = begins + len(start), np.append(begins[1:], len(text))
+    tens, ones = text[end - 2] - ord("0"), text[end - 1] - ord("0")
+    has_exponent = (text[end - 4] == ord("e")) & (text[end - 3] == ord("-")) & (tens < 10) & (ones < 10)
+    exponents = np.where(has_exponent, tens * 10 + ones, 0)
+    stop = end - 4 * has_exponent
+    places = stop - first - 2  # behind the point
+    second = text[np.minimum(first + 1, len(text) - 1)]
+    usual = (second == ord(".")) & (places > 0) & (places <= _PLACES) & (places + exponents < len(_POWERS))
+    before_point = text[np.minimum(first, len(text) - 1)] - ord("0")
+    behind = np.lib.stride_tricks.sliding_window_view(text, _PLACES)[stop - _PLACES] - ord("0")
+    behind *= np.where(usual, places, 0).astype(np.uint8)[:, None] >= _COUNTED_BACK
+    usual &= before_point < 10
+    if (behind >= 10).any():
+        usual &= (behind < 10).all(axis=1)
+    places = np.where(usual, places, 1)
+    whole = before_point * _POWERS[places] + behind @ _OF_PLACES
+    numbers = whole / _POWERS[places + np.where(usual, exponents, 0)]
+    for row in np.flatnonzero(~usual).tolist():
+        number = lines[first[row] : end[row]]
+        if not _PLAIN.fullmatch(number):
+            return None
+        numbers[row] = float(number)
+    with np.errstate(over="ignore"):
+        found: _Array = numbers.astype(np.float32)
+    return found
 
 
 def _shortest(values: _Array) -> tuple[_Array, _Array, _Array]:
@@ -76,16 +130,16 @@ def _shortest(values: _Array) -> tuple[_Array, _Array, _Array]:
     wide = values.astype(np.float64)
     exponents = np.floor(np.log10(wide)).astype(np.int64)
     certain = (exponents >= _SMALLEST) & (exponents < 0)
-    exponents = np.where(certain, exponents, -1)
+    place = np.where(certain, -1 - exponents, 0)
     digits = np.zeros(len(values))
     with np.errstate(over="ignore"):  # of numbers that are not certain
         for count in (9, 8, 7, 6):
-            power = _POWERS[count - 1 - exponents]
+            power = _POWERS[place + count]
             exact = wide * power
             rounded = np.rint(exact)
             if count > 6:  # with a tie at 6 digits, these are too far from the value to get it back
                 certain &= np.abs(np.abs(exact - rounded) - 0.5) > _NEAR_TIE
             fits = (rounded / power).astype(np.float32) == values
-            digits = np.where(fits, rounded * 10 ** (9 - count), digits)
+            np.copyto(digits, rounded * 10 ** (9 - count), where=fits)
     certain &= (digits >= 1e8) & (digits < 1e9)  # else the exponent is another one, by an error of log10 or by rounding
-    return np.where(certain, digits, 1e8).astype(np.int64), -1 - exponents, certain
+    return np.where(certain, digits, 1e8).astype(np.uint32), place, certain

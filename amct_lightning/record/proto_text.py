@@ -5,14 +5,15 @@ Files, comparison and the mapping that users see are in ``quant_record.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from google.protobuf import text_format
 from google.protobuf.message import Message
 
 from amct_lightning.record.layer_record import KVCacheRecord, LayerRecord
-from amct_lightning.record.long_lists import LONG, OFFSETS, SCALES, cut_lists
+from amct_lightning.record.long_lists import LISTS, LONG, OFFSETS, cut_lists
 from amct_lightning.record.schema import RECORD_SCHEMA
 
 _ScaleOffsetRecord = RECORD_SCHEMA.message_class("ScaleOffsetRecord")
@@ -71,7 +72,7 @@ def write(layers: Mapping[str, LayerRecord], extras: str = "") -> str:
         >>> write({"fc": layer}).splitlines()[1:4]
         ['  key: "fc"', '  value {', '    scale_d: 0.1']
     """
-    texts = [_layer_text(name, layer) for name, layer in layers.items()]
+    texts = [piece for name, layer in layers.items() for piece in _layer_text(name, layer)]
     if extras:
         texts.append(text_format.MessageToString(_parse(extras)))
     return "".join(texts)
@@ -139,10 +140,10 @@ def _layer(name: str, entry: dict[str, Any], lists: dict[str, Any]) -> LayerReco
 
 def _content_and_lists(text: str | bytes) -> tuple[dict[str, Any], Sequence[dict[str, Any]]]:
     """Parse a text; return what it has, and for each record the long lists that stand there with one number only."""
-    parts = (text.encode(errors="surrogatepass") if isinstance(text, str) else text).split(_RECORD)
-    cut = [cut_lists(part) for part in parts]
+    data = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+    cut = [cut_lists(part) for part in _parts(data)]
     # Each part after the first one begins a record, so they belong together if there are as many of both.
-    lists: Sequence[dict[str, Any]] = [numbers for _, numbers in cut[(0 if parts[0].startswith(_RECORD[1:]) else 1) :]]
+    lists: Sequence[dict[str, Any]] = [numbers for _, numbers in cut[(0 if data.startswith(_RECORD[1:]) else 1) :]]
     if any(lists):
         try:
             content = _content(_parse(_decode(_RECORD.join(rest for rest, _ in cut))))
@@ -154,6 +155,15 @@ def _content_and_lists(text: str | bytes) -> tuple[dict[str, Any], Sequence[dict
     return content, [{}] * len(content.get("record", ()))
 
 
+def _parts(text: bytes) -> Iterator[bytes]:
+    """Split a text into its records, one at a time: all at once, a large text would be twice in memory."""
+    begin = 0
+    while (end := text.find(_RECORD, begin)) >= 0:
+        yield text[begin:end]
+        begin = end + len(_RECORD)
+    yield text[begin:]
+
+
 def _is_as_cut(records: Sequence[Any], lists: Sequence[Mapping[str, Any]]) -> bool:
     """Tell whether each list that was cut is that of its record, in which one number of it is left."""
     return len(records) == len(lists) and all(
@@ -163,21 +173,23 @@ def _is_as_cut(records: Sequence[Any], lists: Sequence[Mapping[str, Any]]) -> bo
     )
 
 
-def _layer_text(name: str, layer: LayerRecord) -> str:
-    """Write one layer; of long lists, protobuf writes the first number, and the others are put behind it."""
+def _layer_text(name: str, layer: LayerRecord) -> list[str]:
+    """Write one layer, in pieces; of long lists, protobuf writes the first number, and the others are put behind it."""
     entry = _entry(name, layer)
     value = entry["value"]
     rests = {}
-    for field in (*SCALES, *OFFSETS):
+    for field in LISTS:
         numbers = value[field]
         if len(numbers) >= LONG:
             value[field], rests[field] = numbers[:1], numbers[1:]
     text = text_format.MessageToString(_ScaleOffsetRecord(record=[entry]))
+    pieces, done = [], 0
     for field, rest in rests.items():
         start = f"    {field}: "
         line = text.index("\n", text.index("\n" + start) + 1) + 1
-        text = text[:line] + _lines(field, start, rest) + text[line:]
-    return text
+        pieces += [text[done:line], _lines(field, start, rest)]
+        done = line
+    return [*pieces, text[done:]]
 
 
 def _lines(field: str, start: str, rest: list[Any]) -> str:
@@ -193,7 +205,7 @@ def _lines(field: str, start: str, rest: list[Any]) -> str:
 
     from amct_lightning.record.float_lines import float_lines  # noqa: PLC0415
 
-    return float_lines(start, np.array(rest, np.float32), by_protobuf)
+    return float_lines(start, np.frombuffer(array("f", rest), np.float32), by_protobuf)
 
 
 def _entry(name: str, layer: LayerRecord) -> dict[str, Any]:

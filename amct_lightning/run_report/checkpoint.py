@@ -95,10 +95,11 @@ def _plan(data: Any, path: Path) -> QuantPlan:
 
 def _rows(plan: QuantPlan, tensors: Mapping[str, Tensor], missed: Collection[str]) -> list[ReportRow]:
     kinds = {layer.name: layer.type or _kind(layer.name, tensors) for layer in plan.layers}
+    sharing = plan.sharing()
     planned = [
         ReportRow(layer.name, kinds[layer.name], reason=MISSED)
         if layer.name in missed
-        else quantized_row(layer, kinds[layer.name], plan)
+        else quantized_row(layer, kinds[layer.name], plan, sharing)
         for layer in plan.layers
     ]
     names = {layer.name for layer in plan.layers}

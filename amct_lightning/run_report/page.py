@@ -20,6 +20,7 @@ from amct_lightning.run_report.logs import finite
 from amct_lightning.run_report.ranges import draw_ranges, draw_widths, most_moved, ranges
 from amct_lightning.run_report.sources import Run
 from amct_lightning.run_report.style import COLOURS, MOST_ROWS, clean, drawing, inline_svg, new_figure, row_height
+from amct_lightning.wording import cut_off
 
 Picture = tuple[str, dict[str, str]]
 """Its name, and what the template needs of it."""
@@ -119,7 +120,7 @@ def distribution(scales: list[float]) -> list[float | None]:
 def remarks(row: ReportRow) -> str:
     """Say what is special about a quantized layer, or why it is in float."""
     said = ["input never negative"] if row.fixed_min else []
-    said += [f"shares its input with {', '.join(row.shares_with)}"] if row.shares_with else []
+    said += [f"shares its input with {cut_off(row.shares_with)}"] if row.shares_with else []
     return row.reason or "; ".join(said + ([f"called {row.calls} times"] if row.calls > 1 else []))
 
 

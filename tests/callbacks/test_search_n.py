@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 
 from amct_lightning import QuantRecord, QuantRetrainCallback
@@ -29,6 +30,7 @@ class Batches(pl.Callback):
             self.after_validation += [int(search.batches) for search in shift_searches(pl_module)]
 
 
+@pytest.mark.usefixtures("every_execution")
 def test_every_validation_is_searched_anew_and_the_record_has_the_result(
     make_trainer: TrainerFactory, tmp_path: Path
 ) -> None:
@@ -40,6 +42,7 @@ def test_every_validation_is_searched_anew_and_the_record_has_the_result(
     assert all(layer.shift_bit for layer in QuantRecord.load(record).values())
 
 
+@pytest.mark.usefixtures("every_execution")
 def test_the_search_resumes_with_the_checkpoint(make_trainer: TrainerFactory, tmp_path: Path) -> None:
     model = Net()
     trainer = make_trainer(callbacks=[QuantRetrainCallback(search_n=True)])

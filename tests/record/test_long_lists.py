@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 from google.protobuf import text_format
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amct_lightning.record import LayerRecord, QuantRecord
+from amct_lightning.record.float_lines import read_floats
 from amct_lightning.record.long_lists import LONG
 from amct_lightning.record.schema import RECORD_SCHEMA
+from tests.work import calls
 
 GENERATOR = np.random.default_rng(0)
 RANDOM_BITS = GENERATOR.integers(1, 0x7F800000, 20_000).astype(np.uint32).view(np.float32)
@@ -61,20 +62,52 @@ def test_any_long_list_is_written_as_protobuf_writes_it_and_read_back(scales: li
     assert QuantRecord.from_text(one.to_text()) == one
 
 
-def calls(action: Any) -> int:
-    """Count the calls of Python functions."""
-    count = 0
+START = b"\n    scale_w: "
+NUMBERS = st.one_of(
+    st.builds("{:.{}g}".format, st.floats(2.0**-149, 2.0**127, width=32), st.integers(1, 17)),
+    st.builds("{:.{}f}".format, st.floats(0, 200), st.integers(0, 25)),
+    st.builds("{:.{}e}".format, st.floats(0, 1e300), st.integers(0, 20)),
+    st.from_regex(r"[0-9.e-]{1,20}", fullmatch=True),
+    st.sampled_from(["0", "0.0", "1.", ".5", "00.5", "1e5", "5e-7", "5e-007", "1e-99", "1E-05", "0.5f", "-1.5", "nan"]),
+    st.sampled_from(
+        [
+            "",
+            "0.5e-.7",
+            "0.5e-7.",
+            "0.5e--7",
+            "0.5e-e7",
+            "0.5e-7e",
+            "0.5e-J7",
+            "0.5e-0;",
+            "0..5",
+            "0.5.",
+            "0.",
+            "0.5-7",
+            "x.5",
+            "0:5",
+        ]
+    ),
+)
 
-    def note(frame: Any, event: str, arg: Any) -> None:
-        nonlocal count
-        count += event == "call"
 
-    sys.setprofile(note)
-    try:
-        action()
-    finally:
-        sys.setprofile(None)
-    return count
+@settings(max_examples=500)
+@given(st.lists(NUMBERS, min_size=1, max_size=20))
+def test_what_is_read_at_once_is_what_protobuf_reads(numbers: list[str]) -> None:
+    lines = b"".join(START + number.encode() for number in numbers)
+    found = read_floats(lines, START)
+    if found is not None:  # else protobuf reads it, or says what is wrong
+        message = RECORD_SCHEMA.message_class("SingleLayerRecord")()
+        assert found.tolist() == list(text_format.Parse(lines.decode(), message).scale_w)
+
+
+@given(st.lists(st.builds("{:.9g}".format, st.floats(2.0**-126, 2.0**20, width=32)), min_size=1))
+def test_what_protobuf_writes_of_usual_scales_is_read_at_once(numbers: list[str]) -> None:
+    assert read_floats(b"".join(START + number.encode() for number in numbers), START) is not None
+
+
+@given(st.binary(max_size=60))
+def test_bytes_that_are_no_list_are_left_to_protobuf(noise: bytes) -> None:
+    assert read_floats(START + b"0.5" + noise + START + b"0.5 ", START) is None
 
 
 def test_the_work_in_python_does_not_grow_with_the_number_of_channels() -> None:

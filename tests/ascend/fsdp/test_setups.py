@@ -171,6 +171,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+@pytest.mark.usefixtures("every_execution")
 @two_ranks
 def test_schedule_monitor_and_shift_search_read_sharded_weights(tmp_path: Path) -> None:
     schedule = {"start": 1, "freeze_data": 3, "freeze_weights": 2, "freeze_bn": 2}

@@ -18,7 +18,10 @@ from torch.utils._pytree import tree_flatten
 
 from amct_lightning import QuantRetrainCallback, prepare_qat
 from amct_lightning.api import create_quant_retrain_config, create_quant_retrain_model
+from amct_lightning.modules.fused import forward
 from amct_lightning.modules.fused.choice import execution_of
+from amct_lightning.quantizers.executors import executor_for
+from amct_lightning.quantizers.executors.compiled import CompiledExecutor
 from tests.callbacks.conftest import Net, loader
 
 EPOCHS = 4
@@ -94,6 +97,12 @@ def test_auto_goes_by_what_it_stands_for(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         fit(tmp_path / "on", "auto", epochs=2, resume=tmp_path / "last.ckpt")  # the reference, in this suite
     assert not [warning for warning in told if "execution=" in str(warning.message)]
+
+
+def test_the_fixture_lets_each_executor_run(every_execution: str, tmp_path: Path) -> None:
+    assert execution_of(fit(tmp_path, "auto", epochs=1)) == every_execution
+    assert isinstance(executor_for("auto", "cpu"), CompiledExecutor) == (every_execution != "composite")
+    assert forward._in_integers("auto", "cpu") == (every_execution == "integer")
 
 
 @pytest.mark.parametrize("value", ["eager", "", "Compiled", None])

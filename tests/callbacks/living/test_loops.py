@@ -152,6 +152,7 @@ class TestCompiled:
         for name, value in model.state_dict().items():
             torch.testing.assert_close(value, expected.state_dict()[name], rtol=1e-4, atol=1e-6)
 
+    @pytest.mark.usefixtures("every_execution")
     def test_after_the_calibration_a_step_is_one_graph_again(self, make_trainer: TrainerFactory) -> None:
         graphs: list[int] = []
 
@@ -258,6 +259,7 @@ class Reentrant(Checkpointed):
 @pytest.mark.parametrize(
     "schedule", [DUE, {"calibrate": 0, "start": 1, "calibrate_batches": 3}], ids=["float", "observe"]
 )
+@pytest.mark.usefixtures("every_execution")
 def test_gradient_checkpointing(make_trainer: TrainerFactory, kind: type[Net], schedule: Any) -> None:
     def train(model: Net) -> Net:
         make_trainer(callbacks=[QuantRetrainCallback(ULQ, schedule=schedule)], max_epochs=3).fit(model, loader())

@@ -67,6 +67,7 @@ def _trained(make_trainer: TrainerFactory, callbacks: Sequence[Callback], **kwar
     return model, torch.get_rng_state()
 
 
+@pytest.mark.usefixtures("every_execution")
 @pytest.mark.parametrize("first", [True, False])
 def test_training_is_the_same_to_the_bit(make_trainer: TrainerFactory, first: bool) -> None:
     plain, plain_random = _trained(make_trainer, [QuantRetrainCallback()])
@@ -107,6 +108,7 @@ def test_every_interval_has_a_line_per_layer(make_trainer: TrainerFactory, tmp_p
     assert len(set(last)) == len(last)  # it is learned
 
 
+@pytest.mark.usefixtures("every_execution")
 def test_factors_are_those_of_the_model_after_the_step(make_trainer: TrainerFactory, tmp_path: Path) -> None:
     model = Net()
     make_trainer(callbacks=[QuantRetrainCallback(), monitor(every_n_steps=8)]).fit(model, loader())

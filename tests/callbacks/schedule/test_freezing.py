@@ -143,6 +143,7 @@ def test_with_a_gradient_scaler_that_skips_steps(make_trainer: TrainerFactory, a
     check(watch.seen)
 
 
+@pytest.mark.usefixtures("every_execution")
 def test_in_manual_optimization_also_of_a_raw_optimizer(make_trainer: TrainerFactory) -> None:
     watch = Watch()
     callback = QuantRetrainCallback({"weights": {"algo": "ulq_retrain"}}, schedule=schedule())

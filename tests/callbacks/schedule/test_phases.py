@@ -52,6 +52,7 @@ def per_epoch(values: list[Any]) -> list[list[Any]]:
 
 
 class TestStart:
+    @pytest.mark.usefixtures("every_execution")
     def test_before_it_the_training_is_that_of_the_float_model_to_the_bit(self, make_trainer: TrainerFactory) -> None:
         float_model, model = Net(), Net()
         make_trainer(max_epochs=2).fit(float_model, loader())
@@ -92,6 +93,7 @@ class TestStart:
 
 
 class TestRecalibration:
+    @pytest.mark.usefixtures("every_execution")
     def test_it_is_due_at_the_given_epochs_and_gives_the_range_of_then(self, make_trainer: TrainerFactory) -> None:
         notes = train(make_trainer, QuantSchedule(calibrate=[0, 2], calibrate_batches=2), 3)
         assert per_epoch(notes.phases) == [[1, 1, 2, 2], [2] * 4, [1, 1, 2, 2]]
@@ -99,6 +101,7 @@ class TestRecalibration:
         learned, jump = steps[:6] + steps[8:], max(steps[6:8])
         assert jump > 3 * max(learned)
 
+    @pytest.mark.usefixtures("every_execution")
     def test_meanwhile_the_old_range_serves_for_evaluation(self, make_trainer: TrainerFactory) -> None:
         with pytest.warns(UserWarning) as caught:
             train(make_trainer, QuantSchedule(calibrate=[0, 1], calibrate_batches=4), 2, val_check_interval=1)
@@ -123,6 +126,7 @@ class BeforeStep(pl.Callback):
 
 
 class TestFreezing:
+    @pytest.mark.usefixtures("every_execution")
     def test_ranges_frozen_from_the_start_are_those_of_the_calibration(self, make_trainer: TrainerFactory) -> None:
         before, notes = BeforeStep(), Notes()
         callback = QuantRetrainCallback(schedule=QuantSchedule(freeze_data=0, calibrate_batches=2))
@@ -130,6 +134,7 @@ class TestFreezing:
         assert set(notes.clips[1:]) == {before.clips[1]}
         assert notes.phases == [1, 1, *[2] * 6]
 
+    @pytest.mark.usefixtures("every_execution")
     def test_optimizer_state_and_gradients_of_frozen_factors_stand_still(self, make_trainer: TrainerFactory) -> None:
         counts: list[float] = []
 
@@ -143,6 +148,7 @@ class TestFreezing:
         make_trainer(max_epochs=3, callbacks=[callback, Look()]).fit(Net(), loader())
         assert counts == [1, 2, 3, *[4] * 9]
 
+    @pytest.mark.usefixtures("every_execution")
     def test_max_abs_scales_are_those_of_the_weight_at_the_moment(self, make_trainer: TrainerFactory) -> None:
         model = Net()
         notes = train(make_trainer, QuantSchedule(freeze_weights=1), 3, model)
@@ -176,6 +182,7 @@ class TestFreezing:
 
 
 class TestUpdates:
+    @pytest.mark.usefixtures("every_execution")
     @pytest.mark.parametrize("algo", ["arq_retrain", "ulq_retrain"])
     def test_every_n_steps(self, make_trainer: TrainerFactory, algo: str) -> None:
         notes = train(make_trainer, QuantSchedule(update_every_n_steps=4), 4, config={"weights": {"algo": algo}})
@@ -205,6 +212,7 @@ def test_rules_of_ones_own_may_go_by_the_batch(make_trainer: TrainerFactory) -> 
     assert [notes.clips[i] != notes.clips[i - 1] for i in range(1, 8)] == [False, True] * 3 + [False]
 
 
+@pytest.mark.usefixtures("every_execution")
 def test_layers_that_share_a_range_follow_the_first(make_trainer: TrainerFactory) -> None:
     class Shared(Net):
         def __init__(self) -> None:
