@@ -42,7 +42,8 @@ class LayerType:
 
     Attributes:
         packed: Names of the attributes that hold the lengths along which two INT4 weights share a byte.
-        channel_wise: Whether there can be one weight scale per output channel; it is then the default.
+        channel_wise: Whether each output channel has a weight scale of its own by default. Where not, it can have one
+            all the same, of which neither AMCT's files nor the Ascend compiler know.
         transposed: Whether the weight is stored input channel first.
         folds_batch_norm: Whether a BatchNorm that is its only reader is folded into the record.
         batched_dims: Rank of an input with a batch axis, if one without it cannot be quantized.

@@ -173,7 +173,8 @@ class QuantRetrainCallback(EvaluationHooks):
         begin_in_float(self.float_checkpoint, trainer, pl_module, self.submodule)
         choices = self.config, self.schedule, self.input_data, self.batch_to_input
         options = self.allow_reuse, self.search_n, self._rules, self.deploy_grid
-        Conversion(*choices, *options, self.execution).apply(trainer, pl_module, state)
+        forms = self._exports.forms if is_fitting and self._exports is not None else ()
+        Conversion(*choices, *options, self.execution, forms).apply(trainer, pl_module, state)
         leave_out_of_broadcast(pl_module)  # the module that DDP wraps
         self._watch = ModuleWatch(pl_module, model)
         expect_float(model, is_fitting)  # sanity check and model summary run the layers before any calibration

@@ -117,6 +117,8 @@ def check_run(key: str, value: object) -> None:
             raise RuleError(ValueError, key, f"must be at least 1, found {found(value)}")
         if value > _LARGEST_BATCH_NUM:
             raise RuleError(ValueError, key, f"must be at most {_LARGEST_BATCH_NUM}, found {found(value)}")
+    if key == "amct_rules":
+        check_flag(key, value)
     if key == "fakequant_precision_mode":
         check_choice(key, value, ("DEFAULT", "FORCE_FP16_QUANT"))
 

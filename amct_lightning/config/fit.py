@@ -126,7 +126,7 @@ def without_computed_weights(config: Any, model: nn.Module, source: str, keep: C
 
 
 def resolve_layers(
-    layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str
+    layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str, amct_rules: bool
 ) -> dict[str, LayerConfig]:
     """Do the work of ``RetrainConfig.resolve`` for its layers."""
     unknown = [name for name in layers if name not in eligible]
@@ -136,7 +136,7 @@ def resolve_layers(
             f"cannot be quantized.{closest(unknown[0], eligible)} "
             f"Layers that can be quantized: {abbreviated(list(eligible)) or 'none'}."
         )
-    for name, layer in layers.items():
+    for name, layer in layers.items() if amct_rules else ():
         if layer.retrain_weight_config.channel_wise and not LAYER_TYPES[type(eligible[name])].channel_wise:
             raise ValueError(
                 f"{source}: layer '{name}', key 'retrain_weight_config.channel_wise' must be false: "

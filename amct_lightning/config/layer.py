@@ -67,7 +67,8 @@ class WeightConfig:
 
     Args:
         algo: ``"arq_retrain"`` (scales from the weights in each step) or ``"ulq_retrain"`` (learned scales).
-        channel_wise: One scale per output channel; ``None`` means false for Linear and true for other layers.
+        channel_wise: One scale per output channel; ``None`` means false for Linear and true for other layers. AMCT's
+            files cannot ask for it in a Linear, and the Ascend compiler (ATC) does not take such a layer.
         dst_type: ``"INT4"`` or ``"INT8"``.
 
     Raises:

@@ -80,7 +80,7 @@ def make_plan(
         refused |= {
             o.layer: RefusedLayer(o.layer, o.kind, f"target {target.target.name}: {o.fact.why}")
             for o in avoided
-            if o.of_kind
+            if o.way == "float"
         }
     layers = _layer_plans(resolved, written, candidates, trace, dict(model.named_modules()))
     ends = (trace.calls[0].name, trace.calls[-1].name)

@@ -165,7 +165,7 @@ class QuantPlan:
         """
         try:
             return cls(
-                RetrainConfig.from_dict(data["config"], source),
+                replace(RetrainConfig.from_dict(data["config"], source), amct_rules=False),
                 tuple(LayerPlan(**layer) for layer in data["layers"]),
                 data["search_n"],
                 tuple(RefusedLayer(**layer) for layer in data.get("refused", ())),
