@@ -14,6 +14,7 @@ from typing import Any
 
 from amct_lightning.wording import closest
 
+_GROUP_SIZES = (32, 64, 128)
 _TYPE_PAIRS = (("INT4", "INT4"), ("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4"))
 _FLOAT32_MAX = 3.4028234663852886e38
 _SMALLEST_RANGE = 1.192092896e-7
@@ -92,6 +93,21 @@ def check_clips(clip_max: object, clip_min: object) -> None:
         given, missing = ("clip_min", "clip_max") if clip_max is None else ("clip_max", "clip_min")
         text = f"comes without {missing}; give both, or neither to have them calibrated"
         raise RuleError(ValueError, given, text)
+
+
+def check_group_size(size: object, dst_type: str, channel_wise: bool | None) -> None:
+    """Refuse groups of a length that nobody has, and where they have no place."""
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise wrong_type("group_size", f"one of {', '.join(map(str, _GROUP_SIZES))}", size)
+    if size not in _GROUP_SIZES:
+        text = f"must be one of {', '.join(map(str, _GROUP_SIZES))}, found {found(size)}"
+        raise RuleError(ValueError, "group_size", text)
+    if dst_type != "INT4":
+        text = f"is for weights of INT4, and dst_type is {dst_type}; set that to INT4, or leave group_size out"
+        raise RuleError(ValueError, "group_size", text)
+    if channel_wise is False:
+        text = "divides output channels, which channel_wise=false gives one scale; leave one of the two out"
+        raise RuleError(ValueError, "group_size", text)
 
 
 def check_type_pair(data_type: str, weight_type: str) -> None:

@@ -139,8 +139,8 @@ def _check_settings(key: str, layer: object) -> None:
 def _left_out(settings: LayerConfig, module: nn.Module) -> LayerConfig:
     """Give the settings that a skipped layer shows: those that it would get in AMCT's files if it were not skipped."""
     kind, weight = LAYER_TYPES[type(module)], settings.retrain_weight_config
-    if weight.channel_wise and not kind.channel_wise:
-        settings = replace(settings, retrain_weight_config=replace(weight, channel_wise=None))
+    if (weight.channel_wise or weight.group_size) and not kind.channel_wise:
+        settings = replace(settings, retrain_weight_config=replace(weight, channel_wise=None, group_size=None))
     return replace(without_int4(settings) if kind.int4_obstacle(module) else settings, retrain_enable=False)
 
 

@@ -145,7 +145,11 @@ def _settings(entry: Mapping[str, Any], before: str) -> _Settings:
 
 
 def _merged(defaults: _Settings, entry: _Settings) -> _Settings:
-    return {section: defaults[section] | entry[section] for section in SECTIONS}
+    merged = {section: defaults[section] | entry[section] for section in SECTIONS}
+    weights = merged["weights"]
+    if weights.get("dst_type") != "INT4" and "group_size" not in entry["weights"]:
+        weights.pop("group_size", None)  # at the top it is for what has INT4 weights
+    return merged
 
 
 def _layer(settings: _Settings, before: str) -> LayerConfig:

@@ -177,7 +177,9 @@ def _avoiding(layer: LayerConfig, way: Way) -> LayerConfig:
         return replace(layer, retrain_enable=False)
     if way == "INT8":
         return without_int4(layer)
-    return replace(layer, retrain_weight_config=replace(layer.retrain_weight_config, channel_wise=False))
+    return replace(
+        layer, retrain_weight_config=replace(layer.retrain_weight_config, channel_wise=False, group_size=None)
+    )
 
 
 def listed(obstacles: Iterable[Obstacle]) -> str:

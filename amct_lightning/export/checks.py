@@ -81,10 +81,18 @@ def check_forms(plan: QuantPlan, forms: Collection[str]) -> None:
     Raises:
         ValueError: If it cannot, with the layers that are in the way.
     """
+    weights = {layer.name: plan.config[layer.name].retrain_weight_config for layer in plan.layers}
+    grouped = [repr(name) for name, weight in weights.items() if weight.group_size]
+    if grouped and set(forms) - {"qdq"}:
+        raise ValueError(
+            "The forms 'deploy' and 'fake_quant' have no weights in groups (group_size), because their sums are those "
+            f"of integers with one scale per output channel at most: {cut_off(grouped)}. Export the form 'qdq', or "
+            "convert without group_size."
+        )
     linear = [
         repr(layer.name)
         for layer in plan.layers
-        if layer.type == nn.Linear.__name__ and plan.config[layer.name].retrain_weight_config.channel_wise
+        if layer.type == nn.Linear.__name__ and weights[layer.name].channel_wise
     ]
     if linear and "deploy" in forms:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What one weight scale for a Linear costs against one per output channel: networks quantized without retraining.
+"""What one weight scale for a Linear costs against one per channel or group: networks quantized without retraining.
 
     python -m tests.benchmarks.linear_scales
 
@@ -24,6 +24,7 @@ from examples.tabular import TabularTransformer, Tumours
 
 SEEDS = (7, 8, 9)
 TYPES = (("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4"))
+GROUPS = (64, 32)
 Case = tuple[nn.Module, str, Any, Any]
 """A network in float, the name of a layer near its end, a batch to calibrate on and one to measure on."""
 
@@ -35,24 +36,33 @@ def main() -> None:
     for name, make in CASES.items():
         cases = [make(seed) for seed in SEEDS]
         for types in TYPES:
-            errors = [[error(case, types, by_channel) for by_channel in (False, True)] for case in cases]
+            scales = ({"channel_wise": False}, {"channel_wise": True})
+            errors = [[error(case, types, weights) for weights in scales] for case in cases]
             one, many = (statistics.median(column) for column in zip(*errors, strict=True))
             factors = [first / second for first, second in errors]
             text = ", ".join(f"{factor:.1f}" for factor in factors)
             middle = statistics.median(factors)
             print(f"{name:24}{'/'.join(types):13}{one:11.2e}{many:13.2e}{middle:8.1f}  {text}", flush=True)
+    _print_groups()
 
 
-def error(case: Case, types: tuple[str, str], by_channel: bool) -> float:
+def _print_groups() -> None:
+    cases = [_bert(seed) for seed in SEEDS]
+    for size in GROUPS:
+        errors = [error(case, ("INT8", "INT4"), {"group_size": size}) for case in cases]
+        print(f"BERT, random weights, INT8/INT4 in groups of {size}: {statistics.median(errors):.2e}", flush=True)
+
+
+def error(case: Case, types: tuple[str, str], weights: dict[str, Any]) -> float:
     """Return the squared error of what goes into the layer, relative to its mean square.
 
     Args:
         case: The network and its data.
         types: Those of activations and weights.
-        by_channel: Whether each output channel of a Linear has its own scale.
+        weights: Which weights of a Linear share a scale.
     """
     (model, name, calibration, x), (data, weight) = case, types
-    choices = {"activations": {"dst_type": data}, "weights": {"dst_type": weight, "channel_wise": by_channel}}
+    choices = {"activations": {"dst_type": data}, "weights": {"dst_type": weight, **weights}}
     quantized = prepare_qat(model, choices, calibration)
     calibrate(quantized, [calibration])
     wanted, found = (features(one, name, x) for one in (model, quantized.eval()))

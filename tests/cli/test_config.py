@@ -115,6 +115,15 @@ def test_amct_s_formats_cannot_say_that_a_linear_layer_has_a_scale_per_channel(f
     load_config(f"made.{form}").resolve({"net.0": nn.Conv2d(1, 4, 3), "net.4": nn.Linear(4, 3)})
 
 
+def test_yaml_says_that_weights_have_groups() -> None:
+    layers: dict[str, nn.Module] = {"0": nn.Conv2d(4, 8, 1), "1": nn.Linear(64, 8), "2": nn.Linear(64, 8)}
+    raw = {"weights": {"dst_type": "INT4", "group_size": 32}, "layers": {"2": {"weights": {"dst_type": "INT8"}}}}
+    complete = parse_choices(raw).resolve(layers)
+    text = to_yaml(in_few_words(complete, layers))
+    assert "group_size: 32" in text
+    assert parse_choices(parse_yaml(text, "yaml")).resolve(layers) == complete
+
+
 def test_yaml_says_it_and_an_export_for_the_compiler_is_refused(folder: Folder) -> None:
     (folder / "choices.yaml").write_text(BY_CHANNEL)
     assert folder(*MODEL, "--choices", "choices.yaml", "--format", "yaml", "-o", "made.yaml").status == 0
