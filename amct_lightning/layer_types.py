@@ -42,7 +42,9 @@ class LayerType:
 
     Attributes:
         packed: Names of the attributes that hold the lengths along which two INT4 weights share a byte.
-        channel_wise: Whether there can be one weight scale per output channel; it is then the default.
+        channel_wise: Whether each output channel has a weight scale of its own by default. Where not, it can have one
+            all the same, of which neither AMCT's files nor the Ascend compiler know.
+        has_groups: Whether INT4 weights can have a scale for each group of inputs of an output channel.
         transposed: Whether the weight is stored input channel first.
         folds_batch_norm: Whether a BatchNorm that is its only reader is folded into the record.
         batched_dims: Rank of an input with a batch axis, if one without it cannot be quantized.
@@ -56,6 +58,7 @@ class LayerType:
 
     packed: tuple[str, ...] = ("in_channels",)
     channel_wise: bool = True
+    has_groups: bool = False
     transposed: bool = False
     folds_batch_norm: bool = False
     batched_dims: int | None = None
@@ -105,7 +108,7 @@ LAYER_TYPES: Mapping[type[nn.Module], LayerType] = MappingProxyType(
         ),
         nn.Conv2d: LayerType(folds_batch_norm=True, batched_dims=4, obstacle=_conv_obstacle),
         nn.Conv3d: LayerType(folds_batch_norm=True, batched_dims=5, obstacle=_conv3d_obstacle),
-        nn.Linear: LayerType(packed=("in_features",), channel_wise=False),
+        nn.Linear: LayerType(packed=("in_features",), channel_wise=False, has_groups=True),
         nn.ConvTranspose1d: LayerType(transposed=True, batched_dims=3, obstacle=_conv_obstacle),
         nn.ConvTranspose2d: LayerType(transposed=True, batched_dims=4, obstacle=_conv_obstacle),
         nn.ConvTranspose3d: LayerType(transposed=True, batched_dims=5, by_default=False, obstacle=_conv_obstacle),

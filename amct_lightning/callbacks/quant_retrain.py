@@ -182,7 +182,8 @@ class QuantRetrainCallback(EvaluationHooks):
             self._distillation.prepare(trainer, pl_module, self.submodule, self.float_checkpoint, is_fitting)
         choices = self.config, self.schedule, self.input_data, self.batch_to_input
         options = self.allow_reuse, self.search_n, self._rules, self.deploy_grid
-        Conversion(*choices, *options, self.execution).apply(trainer, pl_module, state)
+        forms = self._exports.forms if is_fitting and self._exports is not None else ()
+        Conversion(*choices, *options, self.execution, forms).apply(trainer, pl_module, state)
         if self._distillation is not None and is_fitting:
             self._distillation.hold_weights(pl_module)
         leave_out_of_broadcast(pl_module)  # the module that DDP wraps

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from jsonargparse import Namespace
 from torch import nn
 
+from amct_lightning.commands.base import UserError
 from amct_lightning.commands.choices_text import in_few_words, to_simple, to_yaml
 from amct_lightning.commands.model_input import find_part, make_input, make_model
 from amct_lightning.config import QuantChoices, RetrainConfig, config_source, load_config
@@ -18,6 +19,8 @@ from amct_lightning.conversion.on_target import TargetRules
 from amct_lightning.conversion.plan import QuantPlan
 from amct_lightning.conversion.report import conversion_report
 from amct_lightning.graph.forward import Forward
+from amct_lightning.layer_types import LAYER_TYPES
+from amct_lightning.wording import cut_off
 
 
 def make_config(options: Namespace) -> tuple[str, str | None]:
@@ -49,10 +52,12 @@ def _plan(options: Namespace) -> tuple[nn.Module, QuantPlan]:
 
 
 def _text(part: nn.Module, plan: QuantPlan, options: Namespace) -> str:
+    layers = {name: part.get_submodule(name) for name in plan.config}
+    if options.format != "yaml":
+        _check_amct_can_say(plan, layers, options.format)
     config = _for_choices(plan) if options.format == "yaml" else _for_amct(plan, part)
     if options.format == "json":
         return config.to_text()
-    layers = {name: part.get_submodule(name) for name in config}
     choices = in_few_words(config, layers)
     listed = "\n".join(f"#   {name}  {type(layer).__name__}" for name, layer in layers.items())
     head = f"# What is quantized in {type(part).__name__}. Its layers that can be:\n{listed}\n"
@@ -83,6 +88,19 @@ def _for_amct(plan: QuantPlan, part: nn.Module) -> RetrainConfig:
 def _reworded(config: RetrainConfig, word: Callable[[str, FixedMin], FixedMin]) -> RetrainConfig:
     given = {name: layer.retrain_data_config.fixed_min for name, layer in config.items()}
     return replace(config, layers={name: with_fixed_min(config[name], word(name, given[name])) for name in config})
+
+
+def _check_amct_can_say(plan: QuantPlan, layers: Mapping[str, nn.Module], form: str) -> None:
+    linear = [
+        repr(name)
+        for name, layer in layers.items()
+        if plan.config[name].retrain_weight_config.channel_wise and not LAYER_TYPES[type(layer)].channel_wise
+    ]
+    if linear:
+        raise UserError(
+            f"--format {form}: AMCT's formats have no weight scale per output channel (channel_wise) for a Linear: "
+            f"{cut_off(linear)}. Give --format yaml, or choices with channel_wise: false for Linear."
+        )
 
 
 def _explanation(part: nn.Module, plan: QuantPlan) -> str:

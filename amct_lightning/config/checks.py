@@ -14,6 +14,7 @@ from typing import Any
 
 from amct_lightning.wording import closest
 
+_GROUP_SIZES = (32, 64, 128)
 _TYPE_PAIRS = (("INT4", "INT4"), ("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4"))
 FIXED_MIN_RULES = ("propagate", "after_relu")
 """What ``fixed_min`` may be beside true and false."""
@@ -105,6 +106,21 @@ def check_clips(clip_max: object, clip_min: object) -> None:
         raise RuleError(ValueError, given, text)
 
 
+def check_group_size(size: object, dst_type: str, channel_wise: bool | None) -> None:
+    """Refuse groups of a length that nobody has, and where they have no place."""
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise wrong_type("group_size", f"one of {', '.join(map(str, _GROUP_SIZES))}", size)
+    if size not in _GROUP_SIZES:
+        text = f"must be one of {', '.join(map(str, _GROUP_SIZES))}, found {found(size)}"
+        raise RuleError(ValueError, "group_size", text)
+    if dst_type != "INT4":
+        text = f"is for weights of INT4, and dst_type is {dst_type}; set that to INT4, or leave group_size out"
+        raise RuleError(ValueError, "group_size", text)
+    if channel_wise is False:
+        text = "divides output channels, which channel_wise=false gives one scale; leave one of the two out"
+        raise RuleError(ValueError, "group_size", text)
+
+
 def check_type_pair(data_type: str, weight_type: str) -> None:
     """Refuse a combination of activation and weight types that the hardware does not run."""
     if (data_type, weight_type) not in _TYPE_PAIRS:
@@ -128,6 +144,8 @@ def check_run(key: str, value: object) -> None:
             raise RuleError(ValueError, key, f"must be at least 1, found {found(value)}")
         if value > _LARGEST_BATCH_NUM:
             raise RuleError(ValueError, key, f"must be at most {_LARGEST_BATCH_NUM}, found {found(value)}")
+    if key == "amct_rules":
+        check_flag(key, value)
     if key == "fakequant_precision_mode":
         check_choice(key, value, ("DEFAULT", "FORCE_FP16_QUANT"))
 

@@ -33,15 +33,15 @@ class QuantChoices:
     Args:
         batch_num: The number of training batches that calibrate the clip values, at least 1.
         fakequant_precision_mode: ``"DEFAULT"`` or ``"FORCE_FP16_QUANT"``.
-        defaults: The settings of every layer that has no others. ``channel_wise=True`` applies to the layers that
-            can be channel-wise.
+        defaults: The settings of every layer that has no others. Under AMCT's rules ``channel_wise=True`` applies to
+            the layers that can be channel-wise there, all but Linear.
         types: The settings of the layers of a class, by its name, for example ``"Conv2d"``.
         layers: The settings of the layers whose name matches a pattern such as ``"blocks.*.fc1"``, in which ``*``
             stands for anything, also with dots. If several patterns match a layer, the last one counts.
         skip_layers: Patterns of the names of layers that are not quantized.
         skip_types: Class names of layers that are not quantized.
-        amct_rules: Whether the choices mean what they do in AMCT's ``.cfg`` files: names are no patterns, and an
-            entry in ``layers`` or ``types`` quantizes its layers whatever is to be skipped.
+        amct_rules: Whether the choices mean what they do in AMCT's ``.cfg`` files: names are no patterns, an entry in
+            ``layers`` or ``types`` quantizes its layers whatever is to be skipped, and no Linear is ``channel_wise``.
         without_settings: The entries of ``layers`` and ``types`` that a ``.cfg`` file names without settings. AMCT
             takes the defaults for them, and does not ask whether the model has such a layer.
 
@@ -120,14 +120,14 @@ class QuantChoices:
             A configuration that lists exactly the eligible layers, in their order.
 
         Raises:
-            ValueError: If a name or type fits no layer, a layer cannot be ``channel_wise`` as its entry demands,
-                or no layer is left to be quantized.
+            ValueError: If a name or type fits no layer, an entry makes a Linear ``channel_wise`` under AMCT's rules, or
+                no layer is left to be quantized.
         """
         _check_types(self, eligible, source)
         _warn_repeated(self.skip_layers, source)
         skipped = _matches(self, self.skip_layers, eligible, f"{source}: cannot skip")
         by_name = _matches(self, self.layers, eligible, f"{source}: settings are given for")
-        defaults = _for_any_type(self.defaults)
+        defaults = _for_any_type(self.defaults) if self.amct_rules else self.defaults
         layers = {}
         for name, module in eligible.items():
             kind = type(module).__name__
@@ -140,7 +140,10 @@ class QuantChoices:
         anyway = [name for name in skipped if layers[name].retrain_enable and name not in by_name]
         _warn_quantized_anyway(anyway, source)
         config = RetrainConfig(
-            batch_num=self.batch_num, fakequant_precision_mode=self.fakequant_precision_mode, layers=layers
+            batch_num=self.batch_num,
+            fakequant_precision_mode=self.fakequant_precision_mode,
+            layers=layers,
+            amct_rules=self.amct_rules,
         )
         return config.resolve(eligible, source)
 
@@ -155,9 +158,11 @@ def _check_settings(key: str, layer: object) -> None:
 
 
 def _left_out(settings: LayerConfig, module: nn.Module) -> LayerConfig:
-    """Give the settings that a skipped layer shows: those that it would get if it were not skipped."""
-    unpackable = LAYER_TYPES[type(module)].int4_obstacle(module)
-    return replace(without_int4(settings) if unpackable else settings, retrain_enable=False)
+    """Give the settings that a skipped layer shows: those that it would get in AMCT's files if it were not skipped."""
+    kind, weight = LAYER_TYPES[type(module)], settings.retrain_weight_config
+    if (weight.channel_wise or weight.group_size) and not kind.channel_wise:
+        settings = replace(settings, retrain_weight_config=replace(weight, channel_wise=None, group_size=None))
+    return replace(without_int4(settings) if kind.int4_obstacle(module) else settings, retrain_enable=False)
 
 
 def _matches(

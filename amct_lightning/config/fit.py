@@ -19,7 +19,7 @@ from amct_lightning.config.layer import LayerConfig, with_fixed_min
 from amct_lightning.graph.eligibility import Candidate, computed_weights, find_candidates, listed_layers
 from amct_lightning.graph.forward import InputData
 from amct_lightning.layer_types import LAYER_TYPES
-from amct_lightning.wording import abbreviated, closest
+from amct_lightning.wording import abbreviated, closest, cut_off
 
 NOTHING_ENABLED = (
     'No layer retrain enabled. Set "retrain_enable":true, spelled out, in at least one layer to be quantized.'
@@ -145,7 +145,7 @@ def without_computed_weights(config: Any, model: nn.Module, source: str, keep: C
 
 
 def resolve_layers(
-    layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str
+    layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str, amct_rules: bool
 ) -> dict[str, LayerConfig]:
     """Do the work of ``RetrainConfig.resolve`` for its layers."""
     unknown = [name for name in layers if name not in eligible]
@@ -155,14 +155,20 @@ def resolve_layers(
             f"cannot be quantized.{closest(unknown[0], eligible)} "
             f"Layers that can be quantized: {abbreviated(list(eligible)) or 'none'}."
         )
-    for name, layer in layers.items():
+    for name, layer in layers.items() if amct_rules else ():
         if layer.retrain_weight_config.channel_wise and not LAYER_TYPES[type(eligible[name])].channel_wise:
             raise ValueError(
                 f"{source}: layer '{name}', key 'retrain_weight_config.channel_wise' must be false: "
                 f"a {type(eligible[name]).__name__} layer can not be channel-wise."
             )
+        if layer.retrain_weight_config.group_size is not None:
+            raise ValueError(
+                f"{source}: layer '{name}', key 'retrain_weight_config.group_size': AMCT's files have no groups of "
+                "weights. Leave it out, or give choices as YAML or as a dict."
+            )
     if not any(layer.retrain_enable for layer in layers.values()):
         raise ValueError(f"{source}: {NOTHING_ENABLED}")
+    _check_groups(layers, eligible, source)
     return _packable(settings_as_written(layers, eligible), eligible, source)
 
 
@@ -197,16 +203,33 @@ def without_int4(layer: LayerConfig) -> LayerConfig:
     return replace(
         layer,
         retrain_data_config=replace(data, dst_type="INT8") if data.dst_type == "INT4" else data,
-        retrain_weight_config=replace(weight, dst_type="INT8") if weight.dst_type == "INT4" else weight,
+        retrain_weight_config=replace(weight, dst_type="INT8", group_size=None)
+        if weight.dst_type == "INT4"
+        else weight,
     )
 
 
 def _with_channel_wise_default(layer: LayerConfig, module: nn.Module) -> LayerConfig:
-    weight = layer.retrain_weight_config
-    if weight.channel_wise is not None:
-        return layer
-    channel_wise = LAYER_TYPES[type(module)].channel_wise
+    weight, kind = layer.retrain_weight_config, LAYER_TYPES[type(module)]
+    if weight.group_size is not None and not kind.has_groups:
+        weight = replace(weight, group_size=None)
+    channel_wise = weight.channel_wise
+    if channel_wise is None:
+        channel_wise = kind.channel_wise or weight.group_size is not None
     return replace(layer, retrain_weight_config=replace(weight, channel_wise=channel_wise))
+
+
+def _check_groups(layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str) -> None:
+    wrong = []
+    for name, layer in layers.items():
+        size, module = layer.retrain_weight_config.group_size, eligible[name]
+        if layer.retrain_enable and size and isinstance(module, nn.Linear) and module.in_features % size:
+            wrong.append(f"'{name}' (in_features={module.in_features}, group_size={size})")
+    if wrong:
+        raise ValueError(
+            f"{source}: {cut_off(wrong)}: the inputs of a Linear must be whole groups of weights. Give such a layer "
+            "another group_size (32, 64 or 128) or none (null), or skip it."
+        )
 
 
 def _packable(layers: dict[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str) -> dict[str, LayerConfig]:

@@ -146,10 +146,11 @@ def _settings(entry: Mapping[str, Any], before: str) -> _Settings:
 
 
 def _merged(defaults: _Settings, entry: _Settings) -> _Settings:
-    top = {section: dict(values) for section, values in defaults.items()}
-    if top["weights"].get("channel_wise"):
-        del top["weights"]["channel_wise"]  # at the top it means: for the layers that can be, which is the default
-    return {section: top[section] | entry[section] for section in SECTIONS}
+    merged = {section: defaults[section] | entry[section] for section in SECTIONS}
+    weights = merged["weights"]
+    if weights.get("dst_type") != "INT4" and "group_size" not in entry["weights"]:
+        weights.pop("group_size", None)  # at the top it is for what has INT4 weights
+    return merged
 
 
 def _layer(settings: _Settings, before: str) -> LayerConfig:

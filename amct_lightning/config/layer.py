@@ -14,6 +14,7 @@ from amct_lightning.config.checks import (
     check_clips,
     check_fixed_min,
     check_flag,
+    check_group_size,
     check_type_pair,
     found_in,
     wrong_type,
@@ -72,8 +73,11 @@ class WeightConfig:
 
     Args:
         algo: ``"arq_retrain"`` (scales from the weights in each step) or ``"ulq_retrain"`` (learned scales).
-        channel_wise: One scale per output channel; ``None`` means false for Linear and true for other layers.
+        channel_wise: One scale per output channel; ``None`` means false for Linear and true for other layers. AMCT's
+            files cannot ask for it in a Linear, and the Ascend compiler (ATC) does not take such a layer.
         dst_type: ``"INT4"`` or ``"INT8"``.
+        group_size: In a Linear with INT4 weights, how many inputs of an output channel share a scale: 32, 64 or 128;
+            ``None`` for all. Other layers and AMCT's files have no groups.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -87,6 +91,7 @@ class WeightConfig:
     algo: str = "arq_retrain"
     channel_wise: bool | None = None
     dst_type: str = "INT8"
+    group_size: int | None = None
 
     @found_in("WeightConfig.", "")
     def __post_init__(self) -> None:
@@ -94,6 +99,8 @@ class WeightConfig:
         if self.channel_wise is not None:
             check_flag("channel_wise", self.channel_wise)
         check_choice("dst_type", self.dst_type, ("INT4", "INT8"))
+        if self.group_size is not None:
+            check_group_size(self.group_size, self.dst_type, self.channel_wise)
 
     @property
     def num_bits(self) -> int:

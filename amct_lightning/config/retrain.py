@@ -29,6 +29,7 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
         batch_num: The number of training batches that calibrate the clip values, at least 1.
         fakequant_precision_mode: ``"DEFAULT"`` or ``"FORCE_FP16_QUANT"``.
         layers: The settings of each layer by its name in ``model.named_modules()``.
+        amct_rules: Whether it comes from one of AMCT's files, in which no Linear can be ``channel_wise``.
 
     Raises:
         TypeError: If a value has the wrong type, also when it is assigned later.
@@ -45,6 +46,7 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
     batch_num: int = 1
     fakequant_precision_mode: str = "DEFAULT"
     layers: dict[str, LayerConfig] = field(default_factory=dict)
+    amct_rules: bool = field(default=False, compare=False, repr=False)
 
     @classmethod
     def from_json(cls, path: str | Path) -> RetrainConfig:
@@ -96,7 +98,7 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
             if key not in raw:
                 raise ValueError(f"{source}: must have the key '{key}'; add e.g. \"{key}\":1.")
         with found_in(f"{source}: key '"):
-            config = cls(**{key: raw[key] for key in RUN_KEYS if key in raw})
+            config = cls(**{key: raw[key] for key in RUN_KEYS if key in raw}, amct_rules=True)
         config.layers = parse_layers(raw, source)
         return config
 
@@ -239,7 +241,7 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
             A new configuration that lists exactly the eligible layers, in their order.
 
         Raises:
-            ValueError: If a layer is unknown or cannot be ``channel_wise``, or if no layer is enabled.
+            ValueError: If a layer is unknown, AMCT's rules forbid it to be ``channel_wise``, or no layer is enabled.
 
         Example:
             >>> from torch import nn
@@ -248,7 +250,7 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
             >>> [(name, layer.retrain_enable) for name, layer in resolved.items()]
             [('0', False), ('3', True)]
         """
-        return replace(self, layers=resolve_layers(self.layers, eligible, source))
+        return replace(self, layers=resolve_layers(self.layers, eligible, source, self.amct_rules))
 
     def __getitem__(self, name: str) -> LayerConfig:
         return self.layers[name]
@@ -274,7 +276,8 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
             value = _checked_layers(value)
         with found_in("RetrainConfig.", ""):
             check_run(name, value)
-        object.__setattr__(self, name, int(value) if isinstance(value, bool) else value)
+        is_number = name in RUN_KEYS and isinstance(value, bool)
+        object.__setattr__(self, name, int(value) if is_number else value)  # type: ignore[call-overload]
 
 
 def _checked_layers(layers: object) -> dict[str, LayerConfig]:

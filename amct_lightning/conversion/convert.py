@@ -7,6 +7,7 @@ takes it away, ``find_plan`` finds it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -146,7 +147,8 @@ def revert_layers(model: nn.Module) -> None:
 
 
 def _install_search(model: nn.Module, layer: nn.Module, layer_plan: LayerPlan, plan: QuantPlan) -> None:
-    if plan.search_n and not isinstance(layer, nn.RNNBase):
+    has_groups = plan.config[layer_plan.name].retrain_weight_config.group_size is not None
+    if plan.search_n and not (has_groups or isinstance(layer, nn.RNNBase)):
         batch_norm = None if layer_plan.batch_norm is None else model.get_submodule(layer_plan.batch_norm)
         install_shift_search(cast(QATLayer, layer), batch_norm)
 
@@ -179,8 +181,10 @@ def _weight_quantizer(layer: nn.Module, parameter: str, config: WeightConfig) ->
     layout = channel_layout(layer)
     weight = whole_tensor(cast(Tensor, getattr(layer, parameter))).detach()
     channel_wise = bool(config.channel_wise)
+    if config.group_size is not None:
+        layout = replace(layout, group_size=config.group_size)
     if config.algo == "ulq_retrain":
-        elements = LAYER_TYPES[type(layer)].scale_elements(layer, weight, channel_wise)
+        elements = config.group_size or LAYER_TYPES[type(layer)].scale_elements(layer, weight, channel_wise)
         return LearnedWeightQuantizer(config.num_bits, channel_wise, layout, weight, elements)
     return WeightQuantizer(config.num_bits, channel_wise, layout, weight)
 

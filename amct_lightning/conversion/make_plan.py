@@ -19,6 +19,7 @@ from amct_lightning.graph.forward import Forward, InputData
 from amct_lightning.graph.trace import Call, Trace
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
 from amct_lightning.modules.folding import only_normalizes
+from amct_lightning.wording import cut_off
 
 
 def make_plan(
@@ -83,7 +84,7 @@ def make_plan(
         refused |= {
             o.layer: RefusedLayer(o.layer, o.kind, f"target {target.target.name}: {o.fact.why}")
             for o in avoided
-            if o.of_kind
+            if o.way == "float"
         }
     layers = _layer_plans(resolved, written, candidates, trace, dict(model.named_modules()))
     ends = (trace.calls[0].name, trace.calls[-1].name)
@@ -102,6 +103,13 @@ def _with_rules(config: RetrainConfig, propagates: bool) -> RetrainConfig:
 
 
 def _check_grid(config: RetrainConfig, deploy_grid: bool, source: str) -> None:
+    enabled = {name: layer for name, layer in config.items() if layer.retrain_enable}
+    grouped = [repr(name) for name, layer in enabled.items() if layer.retrain_weight_config.group_size]
+    if deploy_grid and grouped:
+        raise ValueError(
+            f"{source} gives weights in groups (group_size) to {cut_off(grouped)}, and with deploy_grid=True the sums "
+            "of a layer are those of integers, which have one scale per output channel at most. Use one of the two."
+        )
     if deploy_grid and config.fakequant_precision_mode == "FORCE_FP16_QUANT":
         raise ValueError(
             f"{source} has fakequant_precision_mode 'FORCE_FP16_QUANT', which rounds the activation scales only when "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from torch import nn
 
@@ -19,6 +19,10 @@ TargetLike = TargetName | int | None
 """A target as users give it; YAML reads 950 as a number."""
 
 
+Way = Literal["INT8", "one scale", "float"]
+"""What helps where a target does not run a layer as configured; float always does."""
+
+
 class Obstacle(NamedTuple):
     """Why a target does not run a layer as configured, or may not.
 
@@ -27,14 +31,14 @@ class Obstacle(NamedTuple):
         kind: Its class.
         types: The widths of activations and weights, such as ``"A8W4"``.
         fact: What is known.
-        of_kind: Whether that is about the kind of layer and not about its types, so that INT8 does not help.
+        way: What helps.
     """
 
     layer: str
     kind: str
     types: str
     fact: Fact
-    of_kind: bool
+    way: Way
 
 
 @dataclass(frozen=True)
@@ -131,12 +135,14 @@ class TargetRules:
         kind = supported_class(module).__name__
         types = f"A{data.num_bits}W{weight.num_bits}"
         of_kind = self.target.layers[kind]
-        facts = [(of_kind, True)]
+        facts: list[tuple[Fact, Way]] = [(of_kind, "float")]
         if of_kind.verdict != "unsupported":
-            facts.append((self.target.pairs[data.dst_type, weight.dst_type], False))
+            facts.append((self.target.pairs[data.dst_type, weight.dst_type], "INT8"))
             if getattr(module, "groups", 1) > 1:
-                facts.append((self.target.grouped, True))
-        return [Obstacle(name, kind, types, fact, of_kind) for fact, of_kind in facts if fact.verdict != "runs"]
+                facts.append((self.target.grouped, "float"))
+            if weight.channel_wise and kind == "Linear":
+                facts.append((self.target.linear_by_channel, "one scale"))
+        return [Obstacle(name, kind, types, fact, way) for fact, way in facts if fact.verdict != "runs"]
 
     def _allowed(self) -> str:
         pairs = ", ".join("/".join(pair) for pair, fact in self.target.pairs.items() if fact.verdict != "unsupported")
@@ -146,6 +152,8 @@ class TargetRules:
 
 def fall_back(layers: Mapping[str, LayerConfig], obstacles: Iterable[Obstacle]) -> dict[str, LayerConfig]:
     """Take INT8 for layers whose types a target does not run, and float for layers that it does not run at all.
+
+    A Linear that may not have a weight scale per channel gets a single one.
 
     Args:
         layers: The settings of all layers.
@@ -158,13 +166,20 @@ def fall_back(layers: Mapping[str, LayerConfig], obstacles: Iterable[Obstacle]) 
         >>> fall_back({"0": int4}, rules.obstacles({"0": int4}, {"0": nn.Linear(4, 4)}))["0"] == LayerConfig()
         True
     """
-    changed = {
-        obstacle.layer: replace(layers[obstacle.layer], retrain_enable=False)
-        if obstacle.of_kind
-        else without_int4(layers[obstacle.layer])
-        for obstacle in obstacles
-    }
-    return {**layers, **changed}
+    changed = {**layers}
+    for obstacle in obstacles:
+        changed[obstacle.layer] = _avoiding(changed[obstacle.layer], obstacle.way)
+    return changed
+
+
+def _avoiding(layer: LayerConfig, way: Way) -> LayerConfig:
+    if way == "float":
+        return replace(layer, retrain_enable=False)
+    if way == "INT8":
+        return without_int4(layer)
+    return replace(
+        layer, retrain_weight_config=replace(layer.retrain_weight_config, channel_wise=False, group_size=None)
+    )
 
 
 def listed(obstacles: Iterable[Obstacle]) -> str:
@@ -180,8 +195,12 @@ def listed(obstacles: Iterable[Obstacle]) -> str:
 
 
 def _remedy(unsupported: list[Obstacle]) -> str:
-    ways = {False: "set the dst_type of activations and weights to INT8", True: "leave the layers in float"}
-    needed = " and ".join(way for of_kind, way in ways.items() if any(o.of_kind == of_kind for o in unsupported))
+    ways: dict[Way, str] = {
+        "INT8": "set the dst_type of activations and weights to INT8",
+        "one scale": "set channel_wise to false for Linear",
+        "float": "leave the layers in float",
+    }
+    needed = " and ".join(text for way, text in ways.items() if any(o.way == way for o in unsupported))
     return (
         f"{needed[0].upper()}{needed[1:]}, or give on_unsupported='fallback' to have that done, or 'warn' to train as "
         "configured."
@@ -189,13 +208,17 @@ def _remedy(unsupported: list[Obstacle]) -> str:
 
 
 def _taken(unsupported: list[Obstacle]) -> str:
-    int8 = [obstacle.layer for obstacle in unsupported if not obstacle.of_kind]
-    in_float = [obstacle.layer for obstacle in unsupported if obstacle.of_kind]
-    done = [f"INT8 is used for {cut_off(map(repr, int8))}"] if int8 else []
-    return " and ".join([*done, *([f"{cut_off(map(repr, in_float))} stays in float"] if in_float else [])]) + "."
+    ways: dict[Way, str] = {
+        "INT8": "INT8 is used for {}",
+        "one scale": "one weight scale is used for {}",
+        "float": "{} stays in float",
+    }
+    named = {way: [repr(obstacle.layer) for obstacle in unsupported if obstacle.way == way] for way in ways}
+    done = " and ".join(text.format(cut_off(named[way])) for way, text in ways.items() if named[way])
+    return f"{done[0].upper()}{done[1:]}."
 
 
 def _check_left(layers: Mapping[str, LayerConfig], unsupported: list[Obstacle], text: str) -> None:
-    in_float = {obstacle.layer for obstacle in unsupported if obstacle.of_kind}
+    in_float = {obstacle.layer for obstacle in unsupported if obstacle.way == "float"}
     if not any(layer.retrain_enable and name not in in_float for name, layer in layers.items()):
         raise ValueError(f"{text} With these layers in float nothing is left to quantize. Choose another target.")

@@ -206,7 +206,10 @@ class QuantPlan:
         """
         try:
             return cls(
-                _by_rule(RetrainConfig.from_dict(data["config"], source), data.get("propagating", ()), "propagate"),
+                replace(
+                    _by_rule(RetrainConfig.from_dict(data["config"], source), data.get("propagating", ()), "propagate"),
+                    amct_rules=False,
+                ),
                 tuple(LayerPlan(**layer) for layer in data["layers"]),
                 data["search_n"],
                 tuple(RefusedLayer(**layer) for layer in data.get("refused", ())),

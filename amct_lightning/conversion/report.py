@@ -43,6 +43,7 @@ class ReportRow:
         bits: Widths of activations and weights, such as ``"A8W8"``.
         weight_algo: ``"arq_retrain"`` or ``"ulq_retrain"``.
         channel_wise: Whether each output channel has its own weight scale.
+        group_size: How many inputs of an output channel share a weight scale; 0 for all.
         fixed_min: Whether the lower end of its input range stays 0.
         batch_norm: Name of the BatchNorm whose factor its weight scales in the record contain.
         shares_with: Names of the other layers that use the same activation quantizer.
@@ -55,6 +56,7 @@ class ReportRow:
     bits: str = ""
     weight_algo: str = ""
     channel_wise: bool = False
+    group_size: int = 0
     fixed_min: bool = False
     batch_norm: str | None = None
     shares_with: tuple[str, ...] = ()
@@ -180,6 +182,7 @@ def quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan, sharing: Mapping
         bits=f"A{data.num_bits}W{weight.num_bits}",
         weight_algo=weight.algo,
         channel_wise=bool(weight.channel_wise),
+        group_size=weight.group_size or 0,
         fixed_min=layer.fixed_min,
         batch_norm=layer.batch_norm,
         shares_with=tuple(others),
@@ -237,7 +240,8 @@ def _broken(name: str, width: int) -> str:
 def _settings(row: ReportRow) -> str:
     if not row.quantized:
         return "float"
-    return f"{row.bits} {row.weight_algo.split('_')[0].upper()}{'/ch' if row.channel_wise else ''}"
+    scales = f"/g{row.group_size}" if row.group_size else "/ch" if row.channel_wise else ""
+    return f"{row.bits} {row.weight_algo.split('_')[0].upper()}{scales}"
 
 
 def _notes(row: ReportRow) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -68,6 +69,37 @@ def check_exportable(model: nn.Module) -> QuantPlan:
             "would not be the model. Train until the schedule quantizes them, or set their quant_mode to 'quantized'."
         )
     return plan
+
+
+def check_forms(plan: QuantPlan, forms: Collection[str]) -> None:
+    """Check that a model that is converted by a plan can be exported in some forms.
+
+    Args:
+        plan: The plan.
+        forms: The forms.
+
+    Raises:
+        ValueError: If it cannot, with the layers that are in the way.
+    """
+    weights = {layer.name: plan.config[layer.name].retrain_weight_config for layer in plan.layers}
+    grouped = [repr(name) for name, weight in weights.items() if weight.group_size]
+    if grouped and set(forms) - {"qdq"}:
+        raise ValueError(
+            "The forms 'deploy' and 'fake_quant' have no weights in groups (group_size), because their sums are those "
+            f"of integers with one scale per output channel at most: {cut_off(grouped)}. Export the form 'qdq', or "
+            "convert without group_size."
+        )
+    linear = [
+        repr(layer.name)
+        for layer in plan.layers
+        if layer.type == nn.Linear.__name__ and weights[layer.name].channel_wise
+    ]
+    if linear and "deploy" in forms:
+        raise ValueError(
+            "The form 'deploy' has no weight scale per output channel (channel_wise: true) for a Linear, because the "
+            f"Ascend compiler (ATC) takes one scale for its MatMul: {cut_off(linear)}. Convert with channel_wise: "
+            "false for Linear, as AMCT does, or export the forms 'qdq' or 'fake_quant'."
+        )
 
 
 def check_config(config: RetrainConfig, model: nn.Module, source: str) -> None:

@@ -63,6 +63,7 @@ class Product:
         dequant: By what the sums are multiplied, as many float32 numbers.
         bias: The integers of the bias, int32, one per output channel; ``None`` without one.
         float_bias: The bias as it is, float32, a BatchNorm folded in.
+        group_size: How many inputs of an output channel share a scale; 0 for all. Such sums have no integer bias.
     """
 
     codes: Array
@@ -71,6 +72,7 @@ class Product:
     dequant: Array
     bias: Array | None
     float_bias: Array | None
+    group_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,11 @@ def _product(
     layout = cast(WeightQuantizer, getattr(layer, quantizer)).layout
     weight = folded_weight(current_weight(layer, layer.weight_quantizers[quantizer]), batch_norm)
     channels = int(bias.numel()) if bias is not None else _channels(layer, weight)
-    if scale_w.numel() not in (1, channels):
+    fitting = (weight.numel() // layout.group_size,) if layout.group_size else (1, channels)
+    if scale_w.numel() not in fitting:
         raise ValueError(
-            f"The record has {scale_w.numel()} weight scales for layer '{name}', which has {channels} output channels. "
+            f"The record has {scale_w.numel()} weight scales for layer '{name}', which has {channels} output channels"
+            f"{f' in groups of {layout.group_size}' if layout.group_size else ''}. "
             "It is the record of another model; take that of this one (QuantRecord.from_model(model).save(...))."
         )
     codes = weight_codes(weight, scale_w, layout, _BITS[record.wts_type])
@@ -160,8 +164,9 @@ def _product(
         scale_w=(scale_w if dequant_bits >= 32 else kept / factors.scale.item()).numpy(),
         type=record.wts_type,
         dequant=kept.numpy(),
-        bias=None if bias is None else _int32(name, bias_codes(bias, whole)),
+        bias=None if bias is None or layout.group_size else _int32(name, bias_codes(bias, whole)),
         float_bias=None if bias is None else bias.numpy(),
+        group_size=layout.group_size,
     )
 
 

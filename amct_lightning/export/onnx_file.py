@@ -11,7 +11,7 @@ import onnx_ir as ir
 from torch import nn
 
 from amct_lightning.export.axes import name_axes
-from amct_lightning.export.checks import check_exportable, check_record
+from amct_lightning.export.checks import check_exportable, check_forms, check_record
 from amct_lightning.export.forms import FORMS, Form, write_form
 from amct_lightning.export.report import ExportReport
 from amct_lightning.export.tracing.base_graph import BaseGraph, Choices, build_graph
@@ -66,6 +66,7 @@ def export_forms(
     settings = settings or Settings()
     model = uncompiled(model)
     plan = check_exportable(model)
+    check_forms(plan, files)
     if record is not None:
         check_record(record, model, plan, source)
     prepared = prepare(model, record)

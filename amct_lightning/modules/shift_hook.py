@@ -87,4 +87,6 @@ class _ShiftHook:
         elif not (self.layer.runs_in_float or is_exporting()):
             weight = current_weight(self.layer)
             scale = deployed_scale(self.layer.weight_quantizer, weight, self.batch_norm)
+            if isinstance(self.layer, nn.Linear) and scale.numel() > 1:
+                output = output.reshape(-1, output.shape[-1])  # its channels are the last axis, whatever the rank
             search.update(output, scale * self.layer.input_quantizer.scale)

@@ -26,8 +26,8 @@ _LIBRARY.define(
     "Tensor clip_min_previous, int num_bits, bool fixed_min) -> Tensor"
 )
 _LIBRARY.define(
-    "fake_quantize_weight(Tensor weight, Tensor? scale, int num_bits, bool channel_wise, bool transposed, int groups)"
-    " -> Tensor"
+    "fake_quantize_weight(Tensor weight, Tensor? scale, int num_bits, bool channel_wise, bool transposed, int groups,"
+    " int group_size) -> Tensor"
 )
 _COMPOSITE = "CompositeImplicitAutograd"
 
@@ -49,9 +49,15 @@ def _fake_quantize_activation(
 
 @torch.library.impl(_LIBRARY, "fake_quantize_weight", _COMPOSITE)
 def _fake_quantize_weight(
-    weight: Tensor, scale: Tensor | None, num_bits: int, channel_wise: bool, transposed: bool, groups: int
+    weight: Tensor,
+    scale: Tensor | None,
+    num_bits: int,
+    channel_wise: bool,
+    transposed: bool,
+    groups: int,
+    group_size: int,
 ) -> Tensor:
-    layout, values = ChannelLayout(transposed, groups), weight.float()
+    layout, values = ChannelLayout(transposed, groups, group_size), weight.float()
     if scale is None:
         with torch.no_grad():
             shaped = arq_scale(values, layout, num_bits, channel_wise)
@@ -91,7 +97,7 @@ def weight_operator(
         num_bits: 4 or 8.
         channel_wise: One scale per output channel, else one for the whole weight.
     """
-    settings = num_bits, channel_wise, layout.transposed, layout.groups
+    settings = num_bits, channel_wise, layout.transposed, layout.groups, layout.group_size
     return _once(torch.ops.amct_lightning.fake_quantize_weight.default, weight, scale, *settings)
 
 

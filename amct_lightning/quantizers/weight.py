@@ -152,7 +152,8 @@ class WeightQuantizer(Quantizer):
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(model)``."""
-        return f"num_bits={self.num_bits}, channel_wise={self.channel_wise}"
+        groups = f", group_size={self.layout.group_size}" if self.layout.group_size else ""
+        return f"num_bits={self.num_bits}, channel_wise={self.channel_wise}{groups}"
 
 
 class LearnedWeightQuantizer(WeightQuantizer):

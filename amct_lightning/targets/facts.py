@@ -46,6 +46,7 @@ class Target:
         pairs: What is known of pairs of activation and weight types, such as ``("INT8", "INT4")``.
         layers: What is known of layers with a class of this name, whatever their types.
         grouped: What is known of convolutions with groups, depthwise ones among them.
+        linear_by_channel: What is known of a Linear with a weight scale per output channel.
         soc_prefix: What all values of ``atc --soc_version`` begin with.
         soc_examples: Some of these values.
         soc_version: The value that is meant if none is given; ``None`` where there are several, as an offline model
@@ -58,6 +59,7 @@ class Target:
     pairs: Mapping[tuple[str, str], Fact]
     layers: Mapping[str, Fact]
     grouped: Fact
+    linear_by_channel: Fact
     soc_prefix: str
     soc_examples: tuple[str, ...]
     soc_version: str | None
@@ -94,6 +96,11 @@ _GROUPED = Fact(
     "npu_quant_conv2d of torch_npu takes groups=1 only, and how fast the compiler's depthwise and grouped "
     "convolutions are was not checked",
     "[doc] op-plugin, npu_quant_conv2d",
+)
+_LINEAR_BY_CHANNEL = Fact(
+    "unsupported",
+    "ATC takes one weight scale for the MatMul or Gemm that a Linear becomes",
+    "[doc] AMCT, conversion of quantized ONNX models (CANN 9.1); its channel_wise is for convolutions only",
 )
 
 
@@ -142,6 +149,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 pairs=_pairs(_INT4_ON_A2_A3),
                 layers=_LAYERS,
                 grouped=_GROUPED,
+                linear_by_channel=_LINEAR_BY_CHANNEL,
                 soc_prefix="Ascend910B",
                 soc_examples=("Ascend910B1", "Ascend910B2", "Ascend910B3", "Ascend910B4"),
                 soc_version=None,
@@ -153,6 +161,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 pairs=_pairs(_INT4_ON_A2_A3),
                 layers=_LAYERS,
                 grouped=_GROUPED,
+                linear_by_channel=_LINEAR_BY_CHANNEL,
                 soc_prefix="Ascend910_93",
                 soc_examples=("Ascend910_9362", "Ascend910_9382", "Ascend910_9391", "Ascend910_9392"),
                 soc_version=None,
@@ -164,6 +173,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 pairs=_pairs(_INT4_ON_950),
                 layers=_LAYERS,
                 grouped=_GROUPED,
+                linear_by_channel=_LINEAR_BY_CHANNEL,
                 soc_prefix="Ascend950",
                 soc_examples=("Ascend950PR_9579", "Ascend950PR_9589", "Ascend950PR_9599"),
                 soc_version=None,
@@ -175,6 +185,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 pairs=_pairs(_INT4_ON_310P),
                 layers=_LAYERS,
                 grouped=_GROUPED,
+                linear_by_channel=_LINEAR_BY_CHANNEL,
                 soc_prefix="Ascend310P",
                 soc_examples=("Ascend310P3",),
                 soc_version="Ascend310P3",

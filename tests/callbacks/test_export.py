@@ -12,7 +12,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from amct_lightning import QuantRecord, QuantRetrainCallback, export_onnx, load_qat_checkpoint, verify_export
+from amct_lightning import (
+    QuantRecord,
+    QuantRetrainCallback,
+    export_onnx,
+    load_qat_checkpoint,
+    quantized_layers,
+    verify_export,
+)
 from tests.callbacks.conftest import Net, TrainerFactory, loader
 
 FORMS = ["deploy", "fake_quant", "qdq"]
@@ -115,6 +122,64 @@ def test_a_converted_part_is_exported_by_itself(tmp_path: Path, make_trainer: Tr
     graph = onnx.load(tmp_path / "export" / "deploy_model.onnx").graph
     assert [node.name for node in graph.node if node.op_type == "AscendQuant"] == ["0.quant", "4.quant"]
     assert [axis.dim_value for axis in graph.input[0].type.tensor_type.shape.dim] == [2, 2, 4, 4]
+
+
+BY_CHANNEL = {"weights": {"algo": "ulq_retrain", "channel_wise": True}}
+
+
+@pytest.mark.parametrize("form", ["deploy", "fake_quant"])
+def test_weights_in_groups_are_refused_before_the_training(make_trainer: TrainerFactory, form: Any) -> None:
+    model = Net()
+    trainer = make_trainer(callbacks=[QuantRetrainCallback(IN_GROUPS, export=["qdq", form])])
+    with pytest.raises(ValueError, match=r"no weights in groups \(group_size\).*: 'net\.4'\. Export the form 'qdq'"):
+        trainer.fit(model, loader())
+    assert not quantized_layers(model)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_form_that_cannot_say_it_is_refused_before_the_training(
+    make_trainer: TrainerFactory, tmp_path: Path, converted: bool
+) -> None:
+    model = Net()
+    if converted:
+        fit(make_trainer, model, QuantRetrainCallback(BY_CHANNEL))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(callbacks=[QuantRetrainCallback(BY_CHANNEL, export=["qdq", "deploy"])])
+    with pytest.raises(ValueError, match=r"form 'deploy' .*ATC.*: 'net\.4'\. .*channel_wise: false for Linear"):
+        trainer.fit(model, loader())
+    assert trainer.global_step == 0
+    assert bool(quantized_layers(model)) == converted
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+IN_GROUPS = {"types": {"Linear": {"weights": {"algo": "ulq_retrain", "dst_type": "INT4", "group_size": 32}}}}
+
+
+@pytest.mark.parametrize(
+    ("config", "forms", "scales"),
+    [(BY_CHANNEL, ["qdq", "fake_quant"], 3), (IN_GROUPS, ["qdq"], 6)],
+    ids=["by channel", "in groups"],
+)
+def test_a_linear_layer_with_several_scales_is_exported_and_resumed(
+    make_trainer: TrainerFactory, tmp_path: Path, config: Any, forms: Any, scales: int
+) -> None:
+    def run(model: Net, epochs: int, ckpt_path: Path | None = None) -> dict[str, Any]:
+        callback = QuantRetrainCallback(config, export=forms, quant_lr_scale=0.01)
+        trainer = make_trainer(callbacks=[callback], max_epochs=epochs)
+        trainer.fit(model, loader(), loader(1), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return dict(model.state_dict())
+
+    whole = run(Net(), 4)
+    run(Net(), 2)
+    resumed = run(Net(), 4, tmp_path / "2.ckpt")
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert whole["net.4.weight_quantizer.scale"].shape == (scales,)
+    record = QuantRecord.load(tmp_path / "4.record.txt")
+    assert [len(layer.scale_w) for layer in record.values()] == [4, scales]
+    assert record == QuantRecord.from_model(load_qat_checkpoint(Net(), tmp_path / "4.ckpt"))
+    report = json.loads((tmp_path / "export" / "verification.json").read_text())
+    assert report["ok"]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ settings_of_layers = st.builds(
     st.sampled_from([None, True, False]),
     st.sampled_from([("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4"), ("INT4", "INT4")]),
     st.sampled_from(["arq_retrain", "ulq_retrain"]),
-    st.sampled_from([None, False]),
+    st.sampled_from([None, False, True]),
 )
 
 
@@ -59,7 +59,10 @@ def test_few_words_mean_the_same_as_the_complete_configuration(
     layers["head"] = LayerConfig(True, layers["head"].retrain_data_config, layers["head"].retrain_weight_config)
     complete = RetrainConfig(batch_num=batches, fakequant_precision_mode=mode, layers=layers).resolve(LAYERS)
     choices = in_few_words(complete, LAYERS)
-    for again in (parse_simple_config(to_simple(choices)), parse_choices(parse_yaml(to_yaml(choices), "yaml"))):
+    forms = [parse_choices(parse_yaml(to_yaml(choices), "yaml"))]
+    if not complete["head"].retrain_weight_config.channel_wise:  # which AMCT's form cannot say of a Linear
+        forms.append(parse_simple_config(to_simple(choices)))
+    for again in forms:
         resolved = again.resolve(LAYERS)
         assert enabled(resolved) == enabled(complete)
         assert (resolved.batch_num, resolved.fakequant_precision_mode) == (batches, mode)
@@ -112,6 +115,46 @@ def test_a_rule_for_fixed_min_becomes_what_the_format_can_say(folder: Folder) ->
     again = folder(*MODEL, "--choices", "amct.json", "--format", "yaml").out
     assert "fixed_min: after_relu" in again
     assert "fixed_min" not in folder(*MODEL, "--format", "yaml").out
+
+
+BY_CHANNEL = "{weights: {channel_wise: true}}"
+
+
+@pytest.mark.parametrize("form", ["json", "cfg"])
+def test_amct_s_formats_cannot_say_that_a_linear_layer_has_a_scale_per_channel(folder: Folder, form: str) -> None:
+    (folder / "choices.yaml").write_text(BY_CHANNEL)
+    status, _, err = folder(*MODEL, "--choices", "choices.yaml", "--format", form, "-o", f"made.{form}")
+    assert status == 2
+    assert f"--format {form}: AMCT's formats have no weight scale per output channel" in err
+    assert "for a Linear: 'net.4'. Give --format yaml" in " ".join(err.split())
+    assert not (folder / f"made.{form}").exists()
+    (folder / "choices.yaml").write_text("{weights: {channel_wise: true}, skip_layers: [net.4]}")
+    assert folder(*MODEL, "--choices", "choices.yaml", "--format", form, "-o", f"made.{form}").status == 0
+    load_config(f"made.{form}").resolve({"net.0": nn.Conv2d(1, 4, 3), "net.4": nn.Linear(4, 3)})
+
+
+def test_yaml_says_that_weights_have_groups() -> None:
+    layers: dict[str, nn.Module] = {"0": nn.Conv2d(4, 8, 1), "1": nn.Linear(64, 8), "2": nn.Linear(64, 8)}
+    raw = {"weights": {"dst_type": "INT4", "group_size": 32}, "layers": {"2": {"weights": {"dst_type": "INT8"}}}}
+    complete = parse_choices(raw).resolve(layers)
+    text = to_yaml(in_few_words(complete, layers))
+    assert "group_size: 32" in text
+    assert parse_choices(parse_yaml(text, "yaml")).resolve(layers) == complete
+
+
+def test_yaml_says_it_and_an_export_for_the_compiler_is_refused(folder: Folder) -> None:
+    (folder / "choices.yaml").write_text(BY_CHANNEL)
+    assert folder(*MODEL, "--choices", "choices.yaml", "--format", "yaml", "-o", "made.yaml").status == 0
+    run = folder.run_yaml(trainer={"enable_checkpointing": True, "max_epochs": 1})
+    assert folder("fit", "--config", run, "--quant.config", "made.yaml").status == 0
+    (checkpoint,) = folder.path.rglob("*.ckpt")
+    assert len(QuantRecord.load(folder / "record.txt")["net.4"].scale_w) == 3
+    export = ("export", str(checkpoint), "--model", "demo_module.Classifier", "--output", "out/", "--form")
+    status, _, err = folder(*export, "deploy")
+    assert status == 2
+    assert "The form 'deploy' has no weight scale per output channel" in err
+    assert not list(folder.path.glob("out/*"))
+    assert folder(*export, "qdq").status == 0
 
 
 def test_explain_says_why_layers_stay_in_float(folder: Folder) -> None:

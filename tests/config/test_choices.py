@@ -116,17 +116,37 @@ def test_under_amct_s_rules_settings_by_type_beat_the_skipping_of_a_name_with_a_
         assert "head" in enabled(choices)
 
 
-def test_channel_wise_for_all_applies_to_the_layers_that_can_be():
+def channel_wise(choices: QuantChoices) -> list[bool | None]:
+    return [layer.retrain_weight_config.channel_wise for layer in choices.resolve(LAYERS).values()]
+
+
+@pytest.mark.parametrize("amct_rules", [False, True])
+def test_channel_wise_for_all_applies_to_the_layers_that_can_be(amct_rules: bool):
     """AMCT refuses a model with a Linear then."""
     defaults = LayerConfig(retrain_weight_config=WeightConfig(channel_wise=True))
-    config = QuantChoices(defaults=defaults).resolve(LAYERS)
-    assert [layer.retrain_weight_config.channel_wise for layer in config.values()] == [True, *[False] * 4]
+    found = channel_wise(QuantChoices(defaults=defaults, amct_rules=amct_rules))
+    assert found == [True, *[not amct_rules] * 4]
+    assert channel_wise(QuantChoices(amct_rules=amct_rules)) == [True, *[False] * 4]
 
 
 @pytest.mark.parametrize("place", ["types", "layers"])
-def test_an_entry_that_makes_a_linear_layer_channel_wise_is_refused(place: str):
+def test_an_entry_makes_a_linear_layer_channel_wise(place: str):
     entry = LayerConfig(retrain_weight_config=WeightConfig(channel_wise=True))
     choices = QuantChoices(**{place: {"Linear" if place == "types" else "head": entry}})
+    assert channel_wise(choices) == [True, *[place == "types"] * 3, True]
+
+
+def test_a_linear_layer_that_is_skipped_shows_what_amct_s_files_can_say():
+    defaults = LayerConfig(retrain_weight_config=WeightConfig(channel_wise=True))
+    config = QuantChoices(defaults=defaults, skip_types=("Linear",)).resolve(LAYERS)
+    again = RetrainConfig.from_dict(json.loads(config.to_text()))
+    assert again.resolve(LAYERS) == config
+
+
+@pytest.mark.parametrize("place", ["types", "layers"])
+def test_under_amct_s_rules_an_entry_that_makes_a_linear_layer_channel_wise_is_refused(place: str):
+    entry = LayerConfig(retrain_weight_config=WeightConfig(channel_wise=True))
+    choices = QuantChoices(**{place: {"Linear" if place == "types" else "head": entry}}, amct_rules=True)
     with pytest.raises(ValueError, match=r"^my\.yaml: layer '(head|blocks\.0\.fc1)'.*can not be channel-wise"):
         choices.resolve(LAYERS, "my.yaml")
 
@@ -258,7 +278,7 @@ def test_any_choices_follow_the_rule_and_survive_the_way_through_json(choices: Q
         literal = {name: settings for name, settings in choices.layers.items() if name in LAYERS}
         skipped = tuple(name for name in choices.skip_layers if name in LAYERS)
         choices = dataclasses.replace(choices, layers=literal, skip_layers=skipped, amct_rules=True)
-    assume(not is_channel_wise_linear(choices))
+    assume(not (amct_rules and is_channel_wise_linear(choices)))
     wanted = {name: expected(choices, name) for name in LAYERS}
     if not any(layer.retrain_enable for layer in wanted.values()):
         with pytest.raises(ValueError, match="No layer retrain enabled"):
@@ -268,8 +288,9 @@ def test_any_choices_follow_the_rule_and_survive_the_way_through_json(choices: Q
     assert (config.batch_num, config.fakequant_precision_mode) == (choices.batch_num, choices.fakequant_precision_mode)
     for name, layer in wanted.items():
         weight = layer.retrain_weight_config
-        can_be = not isinstance(LAYERS[name], nn.Linear)
-        channel_wise = can_be if weight.channel_wise is None else can_be and weight.channel_wise
+        by_default = not isinstance(LAYERS[name], nn.Linear)
+        can_be = by_default or (layer.retrain_enable and not amct_rules)
+        channel_wise = by_default if weight.channel_wise is None else can_be and weight.channel_wise
         filled = dataclasses.replace(weight, channel_wise=channel_wise)
         assert config[name] == dataclasses.replace(layer, retrain_weight_config=filled)
     assert RetrainConfig.from_dict(json.loads(config.to_text())) == config

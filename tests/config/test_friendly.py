@@ -63,10 +63,10 @@ class TestMeaning:
             batch_num=2,
             fakequant_precision_mode="FORCE_FP16_QUANT",
             defaults=LayerConfig(True, activations, WeightConfig("ulq_retrain", channel_wise=True)),
-            types={"Linear": LayerConfig(True, activations, WeightConfig("ulq_retrain", dst_type="INT4"))},
+            types={"Linear": LayerConfig(True, activations, WeightConfig("ulq_retrain", True, "INT4"))},
             layers={
                 "blocks.*.fc1": LayerConfig(
-                    True, DataConfig("ulq_quantize", 3.0, -3.5, True, "INT16"), WeightConfig("ulq_retrain")
+                    True, DataConfig("ulq_quantize", 3.0, -3.5, True, "INT16"), WeightConfig("ulq_retrain", True)
                 )
             },
             skip_layers=("head", "0.10"),
@@ -104,10 +104,12 @@ class TestMeaning:
         config = choices.resolve({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
         assert [layer.retrain_enable for layer in config.values()] == [True, False]
 
-    def test_channel_wise_at_the_top_is_no_demand_of_an_entry(self):
-        raw = {"weights": {"channel_wise": True}, "types": {"Linear": {"activations": {"dst_type": "INT16"}}}}
+    @pytest.mark.parametrize("entry", [{"activations": {"dst_type": "INT16"}}, {"weights": {"channel_wise": None}}])
+    def test_channel_wise_at_the_top_holds_for_linear_layers_unless_an_entry_says_otherwise(self, entry: Any):
+        raw = {"weights": {"channel_wise": True}, "types": {"Linear": entry}}
         config = parse_choices(raw).resolve({"a": nn.Conv2d(2, 2, 1), "b": nn.Linear(2, 2)})
-        assert [layer.retrain_weight_config.channel_wise for layer in config.values()] == [True, False]
+        found = [layer.retrain_weight_config.channel_wise for layer in config.values()]
+        assert found == [True, "activations" in entry]
 
     def test_channel_wise_false_at_the_top_holds_for_entries(self):
         raw = {"weights": {"channel_wise": False}, "layers": {"a": {"activations": {"dst_type": "INT16"}}}}

@@ -120,9 +120,11 @@ def test_a_long_list_of_known_layers_is_abbreviated():
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_a_linear_layer_can_not_be_channel_wise(eligible: dict[str, nn.Module], enabled: bool):
+def test_a_linear_layer_can_be_channel_wise_but_not_in_amct_s_file(eligible: dict[str, nn.Module], enabled: bool):
     config = config_of("conv1")
     config["fc"] = LayerConfig(enabled, retrain_weight_config=WeightConfig(channel_wise=True))
+    assert config.resolve(eligible, "in code")["fc"] == config["fc"]
+    config = RetrainConfig.from_dict(config.to_dict(), "my.json")
     with pytest.raises(ValueError, match=r"^my\.json: layer 'fc'.*channel_wise.*can not be channel-wise"):
         config.resolve(eligible, "my.json")
 

@@ -162,6 +162,33 @@ def test_types_and_layers_fall_back_each_in_its_way() -> None:
     assert bits_of(qat) == {"0": "", "2": "A8W8"}
 
 
+BY_CHANNEL = {"weights": {"channel_wise": True}, "types": {"Linear": {"activations": {"dst_type": "INT8"}}}}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_linear_layer_with_a_scale_per_channel_is_refused_and_falls_back_to_one(target: str) -> None:
+    model, x = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Flatten(), nn.Linear(12, 2)), torch.randn(2, 2, 3, 1)
+    with pytest.raises(
+        ValueError, match=r"'2' \(Linear, A8W8\): ATC takes one weight scale.*Set channel_wise to false"
+    ):
+        prepare_qat(model, BY_CHANNEL, x, target=target)
+    with pytest.warns(UserWarning, match=r"does not run.*\. One weight scale is used for '2'\.$"):
+        qat = prepare_qat(model, BY_CHANNEL, x, target=target, on_unsupported="fallback")
+    assert [row.channel_wise for row in conversion_report(qat).rows] == [True, False]
+    with pytest.warns(UserWarning, match=r"'2' .*They train as configured all the same"):
+        qat = prepare_qat(model, BY_CHANNEL, x, target=target, on_unsupported="warn")
+    assert [row.channel_wise for row in conversion_report(qat).rows] == [True, True]
+
+
+def test_a_layer_falls_back_in_its_types_and_in_its_scales() -> None:
+    choices, x = {"weights": {"dst_type": "INT4", "channel_wise": True}}, torch.randn(2, 4)
+    with pytest.warns(
+        UserWarning, match=r"INT8 is used for 'q', 'k', 'out' and one weight scale is used for 'q', 'k',"
+    ):
+        qat = prepare_qat(Branches(), choices, x, target="950", on_unsupported="fallback")
+    assert [(row.bits, row.channel_wise) for row in conversion_report(qat).rows] == [("A8W8", False)] * 3
+
+
 def test_nothing_left_is_refused() -> None:
     model, x = nn.Sequential(nn.Conv1d(2, 4, 1)), torch.randn(2, 2, 3)
     with pytest.raises(ValueError, match="nothing is left to quantize"):

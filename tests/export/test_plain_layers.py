@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from amct_lightning import RetrainConfig, prepare_qat, quantized_layers
 from tests.export.plain import Exported, assert_close, assert_equal, onnx_outputs, operators, quantizers
-from tests.modules.cases import LAYERS, WIDTHS, LayerCase, Width, converted
+from tests.modules.cases import LAYERS, WIDTHS, LayerCase, Width, converted, fits
 
 ALGORITHMS = ("arq_retrain", "ulq_retrain")
 UNROLLED = 2
@@ -33,13 +33,7 @@ class AllLayers(nn.Module):
 
 def width_of(case: LayerCase, algo: str) -> Width:
     """Another width for each layer, of those that it can have."""
-    fitting = [
-        width
-        for width in WIDTHS
-        if width.algo == algo
-        and (case.int4 or width.weights == 8)
-        and not ("linear" in case.name and width.channel_wise is False)
-    ]
+    fitting = [width for width in WIDTHS if width.algo == algo and fits(case, width)]
     return fitting[LAYERS.index(case) % len(fitting)]
 
 

@@ -118,13 +118,17 @@ WIDTHS = [
     ),
     Width(algo="arq_retrain", channel_wise=False),
     Width(algo="ulq_retrain", channel_wise=False),
+    Width(algo="arq_retrain", channel_wise=True),
+    Width(algo="ulq_retrain", channel_wise=True),
 ]
-COMBINATIONS = [
-    (layer, width)
-    for layer in LAYERS
-    for width in WIDTHS
-    if (layer.int4 or width.weights == 8) and not ("linear" in layer.name and width.channel_wise is False)
-]
+
+
+def fits(layer: LayerCase, width: Width) -> bool:
+    """Whether the layer can have such weights, and has others by default: linear layers have a single scale."""
+    return (layer.int4 or width.weights == 8) and width.channel_wise in (None, "linear" in layer.name)
+
+
+COMBINATIONS = [(layer, width) for layer in LAYERS for width in WIDTHS if fits(layer, width)]
 
 
 @dataclass

@@ -54,7 +54,7 @@ def test_each_layer_type_has_its_verdict(target: Target) -> None:
 
 @targets
 def test_a_fact_has_a_source_or_says_that_it_was_not_checked(target: Target) -> None:
-    for fact in [*target.pairs.values(), *target.layers.values(), target.grouped]:
+    for fact in [*target.pairs.values(), *target.layers.values(), target.grouped, target.linear_by_channel]:
         assert fact.source.startswith(("[read]", "[doc]")) or (fact.source == "none" and "not checked" in fact.why)
 
 

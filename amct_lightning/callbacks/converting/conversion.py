@@ -24,6 +24,7 @@ from amct_lightning.conversion.make_plan import make_plan
 from amct_lightning.conversion.on_target import TargetRules
 from amct_lightning.conversion.plan import QuantPlan, carried_plan, find_plan, note_target
 from amct_lightning.conversion.report import conversion_report
+from amct_lightning.export.checks import check_forms
 from amct_lightning.layer_types import supported_class
 from amct_lightning.modules import quantized_layers
 from amct_lightning.modules.fused.choice import set_execution
@@ -44,6 +45,7 @@ class Conversion:
     target: TargetRules | None
     deploy_grid: bool = False
     execution: Execution = "auto"
+    export_forms: tuple[str, ...] = ()
 
     def apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: QuantState) -> None:
         """Convert a float model, or make sure that a converted one is quantized as it should be.
@@ -54,7 +56,7 @@ class Conversion:
             state: The model in it; told if its configuration is missing.
 
         Raises:
-            ValueError: If the model cannot be converted so, or was converted in another way.
+            ValueError: If the model cannot be converted or exported so, or was converted in another way.
         """
         self._apply(trainer, pl_module, state)
         if self.target is not None:
@@ -62,6 +64,7 @@ class Conversion:
         set_execution(state.model, self.execution)
         done = find_plan(state.model)
         if done is not None:
+            check_forms(done[1], self.export_forms)
             convert_averages(pl_module, *done)
 
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule, state: QuantState) -> None:
@@ -112,6 +115,7 @@ class Conversion:
             return
         inputs = find_forwards(trainer, pl_module, model, self.input_data, self.batch_to_input)
         plan = self._with_batches(self._first_plan(model, config, source, inputs))
+        check_forms(plan, self.export_forms)  # before anything is changed
         reshard(pl_module)
         convert_layers(model, plan)
         set_execution(model, self.execution)

@@ -68,7 +68,7 @@ def operator_of(site: Site) -> Operator:
     layer = site.layer
     if isinstance(layer, nn.Linear):
         # As in torch's own exporters: Gemm takes two axes and has a bias.
-        if site.call.rank == 2 and layer.bias is not None:
+        if site.call.rank == 2 and layer.bias is not None and not site.numbers.product.group_size:
             return Operator("Gemm", {"alpha": 1.0, "beta": 1.0, "transB": 0}, 0, (1, -1), 1)
         return Operator("MatMul", {}, 0, (1, -1) if site.call.rank > 1 else (-1,), 1)
     dims = len(layer.kernel_size)

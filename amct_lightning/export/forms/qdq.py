@@ -85,6 +85,10 @@ def dequantized_weight(site: Site, codes: Array, product: Product, axis: int, na
         name: Its name.
     """
     stored = site.edit.initializer(name, codes.astype(_TYPES[product.type]))
+    if product.group_size:
+        blocks = product.scale_w.reshape(codes.shape[axis], -1).T
+        scale = site.edit.initializer(f"{name}.scale", blocks)
+        return _once(site, (stored, scale), f"{name}.dequant", {"axis": 0, "block_size": product.group_size})
     by_channel = product.scale_w.size > 1
     scale = site.edit.initializer(f"{name}.scale", product.scale_w if by_channel else product.scale_w.reshape(()))
     return _once(site, (stored, scale), f"{name}.dequant", {"axis": axis} if by_channel else {})

@@ -41,6 +41,8 @@ def layer_outputs(
         ValueError: If the layer's numbers do not fit its input.
     """
     moved = _moved(layer.moves_codes, codes)
+    if layer.kind == "MatMul" and layer.scale.size > layer.weight.shape[-1]:
+        return _outputs_of_groups(layer, codes, moved - layer.quantizer.offset)
     try:
         sums = _sums(layer, moved - layer.quantizer.offset)
     except (RuntimeError, IndexError) as error:
@@ -55,6 +57,17 @@ def layer_outputs(
     result = dequantize(wrapped, scale, dtype)
     output = result if layer.float_bias is None else result + as_tensor(layer.float_bias)
     return LayerTrace(layer.name, codes.int(), wrapped, output, overflows), (result, output)
+
+
+def _outputs_of_groups(layer: IntegerLayer, codes: Tensor, x: Tensor) -> tuple[LayerTrace, tuple[Tensor, Tensor]]:
+    """Compute a product whose weight has a scale per group of inputs: integer sums in groups, float sums of groups."""
+    weight, outputs = as_tensor(layer.unpacked(x.shape[-1])), layer.weight.shape[-1]
+    scale = as_tensor(layer.scale).view(outputs, -1).T
+    parts = zip(x.chunk(len(scale), -1), weight.chunk(len(scale)), strict=True)
+    sums, overflows = int32_sums(torch.stack([matmul_sums(*part) for part in parts], -2))
+    result = (sums.float() * scale).sum(-2)
+    output = result if layer.float_bias is None else result + as_tensor(layer.float_bias)
+    return LayerTrace(layer.name, codes.int(), sums, output, overflows), (result, output)
 
 
 def recurrent_outputs(

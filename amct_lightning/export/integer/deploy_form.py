@@ -104,7 +104,7 @@ class FormReader(ABC):
         last = chain[-1] if chain else node
         scale, parameter = self.scale(last, quantizer)
         outputs = _channels(node, weight, attributes)
-        if scale.size not in (1, outputs):
+        if scale.size != 1 and (scale.size % outputs or (scale.size > outputs and parameter is not None)):
             raise self.unknown(last, f"it has {scale.size} scales for {outputs} output channels")
         self.take(node, *chain, *moves)
         float_bias, output = self.float_bias(node, last.output[0], outputs)

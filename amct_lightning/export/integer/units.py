@@ -56,7 +56,8 @@ class IntegerLayer:
         quantizer: What makes the codes of its input.
         weight: The integers of the weight as the file has them: INT4 may be packed two in a byte.
         bias: The integers that are added to the sums, 1-d, if there are any.
-        scale: By what the sums are multiplied, 1-d float32: one per output channel, or a single one.
+        scale: By what the sums are multiplied, 1-d float32: one per output channel, or a single one. Where there are
+            more, there is one for each group of inputs of a channel, and the products of the groups are added.
         float_bias: What is added to the outputs after that, float32, if a bias stands there as a float.
         dequantized: Name of the tensor of outputs, before ``float_bias`` is added.
         output: Name of the tensor of outputs.

@@ -27,7 +27,7 @@ class Product:
         codes: The integers of the weight, int8, as the float layer lays them out; gates in ONNX's order.
         scale: The scales of the sums, 1-d float32.
         weight_scale: Those of the weight alone: with the input's they make ``scale``.
-        bias: The integers of the bias, 1-d int64; ``None`` without one.
+        bias: The integers of the bias, 1-d int64; ``None`` without one, or if the weight has a scale per group.
         float_bias: The bias with its BatchNorm folded in, 1-d float32; ``None`` without one.
         flips: Per output channel, how many integers of the weight folding has rounded otherwise than training did.
     """
@@ -124,7 +124,7 @@ def _product(
         codes.to(torch.int8).cpu().numpy(),
         kept_total.cpu().numpy(),
         (scale if dequant_bits >= 32 else dequant_scale(given, scale, dequant_bits) / given).cpu().numpy(),
-        None if ordered is None else bias_codes(ordered, total).long().cpu().numpy(),
+        None if ordered is None or weights.layout.group_size else bias_codes(ordered, total).long().cpu().numpy(),
         None if ordered is None else ordered.cpu().numpy(),
         flips.flatten().cpu().numpy(),
     )

@@ -217,7 +217,9 @@ class QdqReader(_FloatFormReader):
         """Return the scale of a layer's sums, that of its weight times that of its input."""
         maker = self._constant_dequant(last.input[1])
         assert maker is not None
-        return self._factors(maker)[0].ravel() * np.float32(quantizer.factor), None
+        scale = self._factors(maker)[0]
+        # Those of groups lie as the weight does: output channels last.
+        return (scale.T if scale.ndim > 1 else scale).ravel() * np.float32(quantizer.factor), None
 
     def _constant_dequant(self, tensor: str) -> NodeProto | None:
         maker = self.file.maker(self._moves(tensor)[0])

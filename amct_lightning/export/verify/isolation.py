@@ -133,7 +133,7 @@ def _product_outputs(
     codes = given.trained
     shaped = codes.flatten(0, -2) if unit.kind == "Gemm" and codes.dim() != 2 else codes
     _, (before, after) = layer_outputs(unit, shaped, deq_bits)
-    found = before if expected.bias is None else after
+    found = before if expected.float_bias is None else after
     if found.numel() != call.y.numel() or (found.dim() == call.y.dim() and found.shape != call.y.shape):
         raise ValueError(f"its output has shape {list(found.shape)} instead of {list(call.y.shape)}")
     largest = float((codes - unit.quantizer.offset).abs().max()) if codes.numel() else 0.0

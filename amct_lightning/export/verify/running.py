@@ -68,7 +68,7 @@ def made_by_model(
     x = arrays[unit.quantizer.source]
     if unit.kind in ("Gemm", "MatMul") and x.ndim != y.ndim:
         y = y.reshape(*x.shape[:-1], y.shape[-1])
-    if unit.float_bias is not None and (expected is None or expected.input.bias is None):
+    if unit.float_bias is not None and (expected is None or expected.input.float_bias is None):
         # The model adds something of its own to the output of the layer, which the file adds at the same place.
         return {unit.dequantized: y, unit.output: y + unit.float_bias}
     return {unit.dequantized: y, unit.output: y}

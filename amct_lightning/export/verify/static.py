@@ -70,10 +70,12 @@ def _product(unit: IntegerLayer, expected: Product) -> Iterator[str]:
 
 
 def _bias(unit: IntegerLayer, expected: Product) -> Iterator[str]:
-    if expected.bias is None or expected.float_bias is None:
+    if expected.float_bias is None:
         if unit.bias is not None and unit.bias.any():
             yield "it has a bias, which the layer of the model has not"
-    elif unit.bias is not None:
+    elif unit.bias is not None and expected.bias is None:
+        yield "its bias stands there as integers, for which a weight in groups has no scale"
+    elif unit.bias is not None and expected.bias is not None:
         yield from _different("bias", unit.bias, expected.bias)
     elif unit.float_bias is not None:
         yield from _different("bias", unit.float_bias, expected.float_bias, _ROUNDING)

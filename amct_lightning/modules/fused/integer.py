@@ -25,6 +25,8 @@ def reason_against(layer: Any, device: torch.device) -> str | None:
     """
     if layer.deploy_grid:
         return "deploy_grid=True computes with its integers already"
+    if layer.weight_quantizer.layout.group_size:
+        return "its weight has a scale per group of inputs, integer operators take one per output channel"
     return why_not(layer, device, (layer.input_quantizer.num_bits, layer.weight_quantizer.num_bits))
 
 

@@ -12,6 +12,7 @@ from amct_lightning.quantizers.activation import ActivationQuantizer
 from amct_lightning.quantizers.executors.base import Executor
 from amct_lightning.quantizers.executors.factors import Factors, GridWeight, WeightFactors
 from amct_lightning.quantizers.executors.kernels import Kernel
+from amct_lightning.quantizers.functions.weight import ChannelLayout
 from amct_lightning.quantizers.weight import LearnedWeightQuantizer, WeightQuantizer
 
 Load = Callable[[Kernel], "Callable[[list[Tensor]], Sequence[Tensor]]"]
@@ -130,7 +131,7 @@ class CompiledExecutor(Executor):
     ) -> tuple[Tensor, WeightFactors, Sequence[Tensor]] | None:
         """Return what a kernel makes of a weight, from its own scale, or ``None`` if there is no kernel for it."""
         learned = isinstance(quantizer, LearnedWeightQuantizer)
-        if learned or quantizer.frozen or not _is_simple(weight, quantizer.layout.transposed):
+        if learned or quantizer.frozen or not _is_simple(weight, quantizer.layout):
             return None
         rows, restore = _as_rows(weight)
         values, scale, *rest = self._get(name, quantizer.num_bits, quantizer.channel_wise, weight)([rows, *numbers])
@@ -145,7 +146,7 @@ class CompiledExecutor(Executor):
             flat, restore = flattened(weight)
             kernel = self._get("rebuild", num_bits, False, weight)
             return restore(kernel([flat, scale.view(()), self._zero(weight.device)])[0])
-        if not _is_simple(weight, layout.transposed):
+        if not _is_simple(weight, layout):
             return super().rebuild_weight(weight, factors)
         rows, restore = _as_rows(weight)
         return restore(self._get("rebuild_weight", num_bits, True, weight)([rows, scale.view(-1, 1)])[0])
@@ -155,7 +156,7 @@ class CompiledExecutor(Executor):
         scale, layout, num_bits, factor = factors
         if grad.dtype.itemsize > weight.dtype.itemsize:  # the kernel would round it to the dtype of the weight
             weight = weight.to(grad.dtype)
-        if not _is_simple(weight, layout.transposed):
+        if not _is_simple(weight, layout):
             return super().scale_gradient(weight, grad, factors)
         if grad.stride() != weight.stride() or grad.dtype != weight.dtype or not is_dense(weight):
             grad = torch.empty_like(weight).copy_(grad)
@@ -208,10 +209,10 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
-def _is_simple(weight: Tensor, transposed: bool) -> bool:
+def _is_simple(weight: Tensor, layout: ChannelLayout) -> bool:
     """Tell whether a weight is a row for each output channel in memory."""
     rows = weight.shape[0]
-    if transposed or rows < 2 or weight.numel() < 2 * rows or not is_dense(weight):
+    if layout.transposed or layout.group_size or rows < 2 or weight.numel() < 2 * rows or not is_dense(weight):
         return False
     return weight.stride(0) * rows == weight.numel()
 

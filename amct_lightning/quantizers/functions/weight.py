@@ -24,20 +24,26 @@ class ChannelLayout:
         transposed: Whether the weight is stored input channel first, as transposed convolutions do. Output
             channel ``g * (cout/groups) + j`` is then ``weight[g*cin/groups:(g+1)*cin/groups, j]``.
         groups: Number of groups of the convolution.
+        group_size: How many inputs of an output channel of a matrix share a scale; 0 for all. What is said of output
+            channels is then said of these groups.
     """
 
     transposed: bool = False
     groups: int = 1
+    group_size: int = 0
 
     def view(self, weight: Tensor) -> Tensor:
         """Return a view of ``weight`` in which every axis is either all channel or all reduced."""
+        if self.group_size:
+            grouped: Tensor = weight.unflatten(1, (-1, self.group_size))
+            return grouped
         return weight.unflatten(0, (self.groups, -1)) if self.transposed else weight
 
     def reduced_dims(self, view: Tensor, channel_wise: bool) -> tuple[int, ...]:
         """Return the axes of :meth:`view` over which one scale is shared."""
         if not channel_wise:
             return tuple(range(view.dim()))
-        channel_dims = (0, 2) if self.transposed else (0,)
+        channel_dims = (0, 2) if self.transposed else (0, 1) if self.group_size else (0,)
         return tuple(dim for dim in range(view.dim()) if dim not in channel_dims)
 
     def spread(self, scale: Tensor, view: Tensor, channel_wise: bool) -> Tensor:

@@ -35,7 +35,8 @@ COMBINATIONS = [
     *((case, PER_TENSOR) for case in OF_CHANNEL if case.name in ("conv", "deconv")),
     *((case, LEARNED) for case in OF_CHANNEL if case.name in ("conv", "conv3d", "deconv")),
     *((case, Width()) for case in LINEAR),
-    *((case, Width(algo="ulq_retrain")) for case in LINEAR if case.name == "linear"),
+    *((case, PER_CHANNEL) for case in LINEAR),
+    *((case, width) for case in LINEAR for width in (Width(algo="ulq_retrain"), LEARNED) if case.name == "linear"),
 ]
 """Few widths and one dtype: each is some kernels more to compile."""
 
