@@ -344,3 +344,12 @@ def test_the_output_may_be_changed_in_place(name: str, execution: str) -> None:
     output[0] = 0
     output.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@executions
+@names
+def test_a_second_gradient_is_refused(name: str, execution: str) -> None:
+    model, x = made(name, execution)
+    (grad,) = torch.autograd.grad(model(x.requires_grad_()).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="refuses to differentiate twice"):
+        grad.sum().backward()

@@ -154,7 +154,7 @@ struct Needs {
 };
 
 struct Refuse : torch::autograd::Function<Refuse> {
-  static Tensor forward(AutogradContext* context, const Tensor& output, const variable_list& parts, std::string why) {
+  static Tensor forward(AutogradContext* context, const Tensor& output, const Tensor&, const Tensor&, std::string why) {
     context->saved_data["why"] = std::move(why);
     return output.view_as(output);
   }
@@ -244,7 +244,7 @@ struct QuantizedProduct : torch::autograd::Function<QuantizedProduct> {
     if (again && grads[0].defined() && (grads[0].requires_grad() || clip.requires_grad()))
       for (Tensor& gradient : found)
         if (gradient.defined())
-          gradient = Refuse::apply(gradient, variable_list{grads[0], clip}, context->saved_data["refusal"].toStringRef());
+          gradient = Refuse::apply(gradient, grads[0], clip, context->saved_data["refusal"].toStringRef());
     return found;
   }
 
