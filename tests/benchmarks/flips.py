@@ -25,6 +25,8 @@ from tests.benchmarks.networks import CLASSES, networks
 
 Codes = dict[str, list[Tensor]]
 EXECUTORS: tuple[Execution, ...] = ("composite", "compiled", "integer")
+NUDGED = "composite, weights nudged"
+"""The reference with weights that differ in the last bit, as rounded sums do: how far that alone leads away."""
 
 
 def codes_of(model: nn.Module, x: Tensor) -> Codes:
@@ -56,6 +58,16 @@ def train(model: nn.Module, x: Tensor, steps: int) -> None:
         optimizer.step()
 
 
+@torch.no_grad()
+def nudged(model: nn.Module) -> nn.Module:
+    """Return a copy whose quantized layers have weights that are larger by their last bit."""
+    model = copy.deepcopy(model)
+    for layer in quantized_layers(model).values():
+        weight: Any = layer.weight
+        weight.mul_(1 + 2**-23)
+    return model
+
+
 def flipped(codes: Codes, reference: Codes) -> list[str]:
     """Say for inputs and weights how many codes differ, out of how many, and by how much at the most."""
     cells = []
@@ -73,13 +85,15 @@ def compare(title: str, model: nn.Module, x: Tensor, steps: int) -> None:
     start = prepare_qat(model, None, x, execution="composite").train()
     start(x)  # calibrates
     models = {name: copy.deepcopy(start) for name in EXECUTORS}
+    for name, trained in models.items():
+        set_execution(trained, name)
+    models[NUDGED] = nudged(models["composite"])
     for after in (0, steps):
-        for name, trained in models.items():
-            set_execution(trained, name)
+        for trained in models.values():
             train(trained, x, after)
         codes = {name: codes_of(trained, x) for name, trained in models.items()}
         when = f"{after} steps" if after else "one forward"
-        for name in EXECUTORS[1:]:
+        for name in [*EXECUTORS[1:], NUDGED]:
             cells = flipped(codes[name], codes["composite"])
             print(f"| {title} | {name} | {when} | " + " | ".join(cells) + " |", flush=True)
 
