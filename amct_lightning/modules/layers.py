@@ -113,7 +113,11 @@ class QATLayer(nn.Module):
 
     @property
     def _lacks_range(self) -> bool:
-        return any(not (q.has_range or q.learns) for q in map(self.get_quantizer, self.activation_quantizers))
+        for name in self.activation_quantizers:  # in every step, so without a generator
+            quantizer = self.get_quantizer(name)
+            if not (quantizer.has_range or quantizer.learns):
+                return True
+        return False
 
     def _exports_float(self) -> bool:
         """Tell of a layer whose range is not known here that it is exported in float; nothing can be read now."""

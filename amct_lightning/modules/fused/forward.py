@@ -17,6 +17,8 @@ from amct_lightning.quantizers.executors import executor_for, resolved
 from amct_lightning.quantizers.kept import evaluates
 from amct_lightning.quantizers.transforms import differentiating_forward, transforming
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def runs_fused(layer: Any, input: Tensor, weight: Tensor) -> bool:
     """Tell whether a layer can be run as one operation now: graphs, transforms and subclasses of tensors take it apart.
@@ -28,12 +30,11 @@ def runs_fused(layer: Any, input: Tensor, weight: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or transforming() or is_exporting() or differentiating_forward():
         return False
-    plain = (Tensor, nn.Parameter)
-    if any(tensor is not None and type(tensor) not in plain for tensor in (input, weight, layer.bias)):
+    bias = layer.bias
+    plain = type(input) in _PLAIN and type(weight) in _PLAIN and (bias is None or type(bias) in _PLAIN)
+    if not plain or input.is_neg() or weight.is_neg():  # memory does not say that a tensor is the negative of it
         return False
-    if input.is_neg() or weight.is_neg():  # their memory does not say so
-        return False
-    return not any(_is_watched(quantizer) for quantizer in (layer.input_quantizer, layer.weight_quantizer))
+    return not (_is_watched(layer.input_quantizer) or _is_watched(layer.weight_quantizer))
 
 
 def run_fused(layer: Any, product: Product, x: Tensor, weight: Tensor, observed: Tensor | None) -> Tensor:
