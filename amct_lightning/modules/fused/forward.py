@@ -65,7 +65,12 @@ def run_fused(layer: Any, product: Product, x: Tensor, weight: Tensor, observed:
     grid = GridProduct(product, executor, follows) if layer.deploy_grid else None
     shares = not with_graph and evaluates(quantizers[1])
     call = Call(product, executor, *quantizers, layer.calibrates_input, observed, dtype, integer, grid, shares)
-    return quantized_product(call, x, weight, bias) if with_graph else call.forward(x, weight, bias)[0]
+    tensors = x, weight, bias
+    if with_graph and integer is not None and dtype is None and executor.attaches(quantizers, tensors):
+        with torch.no_grad():
+            output, factors, weight_factors = call.forward(*tensors)
+        return executor.attach(output, (factors, weight_factors), quantizers, tensors, product.geometry)
+    return quantized_product(call, *tensors) if with_graph else call.forward(*tensors)[0]
 
 
 @cache

@@ -72,6 +72,34 @@ class Executor:
         """
         return None
 
+    def attaches(self, quantizers: Quantizers, tensors: tuple[Tensor, Tensor, Tensor | None]) -> bool:
+        """Tell whether :meth:`attach` takes a layer.
+
+        Args:
+            quantizers: Those of input and weight.
+            tensors: Input, weight and bias.
+        """
+        return False
+
+    def attach(
+        self,
+        output: Tensor,
+        factors: tuple[Factors, WeightFactors],
+        quantizers: Quantizers,
+        tensors: tuple[Tensor, Tensor, Tensor | None],
+        geometry: tuple[int, ...],
+    ) -> Tensor:
+        """Return an output that was computed without a graph, with the backward of :meth:`product`.
+
+        Args:
+            output: The output.
+            factors: What input and weight were quantized with.
+            quantizers: Those of input and weight.
+            tensors: Input, weight and bias.
+            geometry: See :meth:`product`.
+        """
+        raise NotImplementedError(f"The executor '{self.name}' has no backward of its own for a layer.")
+
     def quantize_input(
         self, quantizer: ActivationQuantizer, x: Tensor, observe: bool = True, observed: Tensor | None = None
     ) -> tuple[Tensor, Factors]:

@@ -124,20 +124,21 @@ def test_other_dtypes_and_devices_have_no_kernels_in_cpp() -> None:
 
 
 def test_the_operator_is_registered_and_says_what_it_changes() -> None:
-    operator: Any = extension.product_operator()
+    operator: Any = extension.layer_operator("quantized_product")
     assert operator is torch.ops.amct_lightning.quantized_product.default
     changed = [a.name for a in operator._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     assert changed == ["clip_max", "clip_min", "previous_max", "previous_min", "poison", "scale"]
 
 
 def test_libraries_are_kept_with_their_digests() -> None:
-    extension.product_operator()
+    extension.layer_operator("quantized_product")
     for file in (library.library_file(), extension.extension_file()):
         assert file.parent == cache.cache_folder()
         assert file.with_name(f"{file.name}.sha256").read_text() == cache._digest(file)
 
 
-def test_without_the_operator_layers_compute_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("execution", ["compiled", "integer"])
+def test_without_the_operators_layers_compute_the_same(execution: str) -> None:
     """As where the headers of torch do not suit the compiler: each part is a kernel by itself."""
     script = (
         "import json, sys, torch\n"
@@ -145,16 +146,17 @@ def test_without_the_operator_layers_compute_the_same(tmp_path: Path) -> None:
         "from tests.modules.cases import Width\n"
         "from tests.modules.executors.cases import Step, alike, calibrated, case_named, same\n"
         "case = case_named('conv')\n"
-        "models = alike(calibrated(case, Width()), ['compiled', 'compiled'])\n"
+        "models = alike(calibrated(case, Width()), [sys.argv[1]] * 2)\n"
         "x = case.input()\n"
         "first = Step.of(models[0], x)\n"
-        "executor.product_operator = lambda: None\n"
+        "executor.layer_operator = lambda name: None\n"
         "second = Step.of(models[1], x)\n"
         "print(json.dumps([same(first.output, second.output), *(same(g, second.gradients[n]) for n, g in "
         "first.gradients.items())]))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", script, execution]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     told = json.loads(done.stdout)
     assert len(told) > 3
     assert all(told)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from amct_lightning.quantizers.executors.base import Quantizers
 from amct_lightning.quantizers.executors.compiled import CompiledExecutor
-from amct_lightning.quantizers.executors.factors import gradient_factor_of
-from amct_lightning.quantizers.executors.native.extension import product_operator
+from amct_lightning.quantizers.executors.factors import Factors, WeightFactors, gradient_factor_of
+from amct_lightning.quantizers.executors.native.extension import layer_operator
 from amct_lightning.quantizers.functions.weight import ChannelLayout
 from amct_lightning.quantizers.transforms import SECOND_GRADIENT
 from amct_lightning.quantizers.weight import LearnedWeightQuantizer
@@ -34,7 +34,7 @@ class NativeExecutor(CompiledExecutor):
         rows, clips = scale.numel(), inputs.clips
         if not (_is_plain(x) and _has_rows(weight, weights.layout, rows) and _is_float(bias)):
             return None
-        operator = product_operator() if clips[0].is_cpu and scale.is_cpu else None
+        operator = layer_operator("quantized_product") if clips[0].is_cpu and scale.is_cpu else None
         if operator is None:
             return None
         output: Tensor = operator(
@@ -44,6 +44,34 @@ class NativeExecutor(CompiledExecutor):
             *(geometry, SECOND_GRADIENT),
         )
         return output
+
+    def attaches(self, quantizers: Quantizers, tensors: tuple[Tensor, Tensor, Tensor | None]) -> bool:
+        """See :meth:`Executor.attaches`."""
+        (inputs, weights), (x, weight, bias) = quantizers, tensors
+        plain = _is_plain(x) and _has_rows(weight, weights.layout, weights.scale.numel()) and _is_float(bias)
+        return plain and inputs.clip_max.is_cpu and layer_operator("with_backward") is not None
+
+    def attach(
+        self,
+        output: Tensor,
+        factors: tuple[Factors, WeightFactors],
+        quantizers: Quantizers,
+        tensors: tuple[Tensor, Tensor, Tensor | None],
+        geometry: tuple[int, ...],
+    ) -> Tensor:
+        """See :meth:`Executor.attach`."""
+        (of_x, of_weight), (inputs, weights) = factors, quantizers
+        operator = layer_operator("with_backward")
+        assert operator is not None
+        numbers = torch.stack((of_x.upper, of_x.lower, of_x.scale, of_x.offset))
+        learned = weights.scale if isinstance(weights, LearnedWeightQuantizer) else None
+        scales = of_weight.scale.flatten()
+        done: Tensor = operator(
+            *(output, numbers, scales, *tensors, inputs.clip_max, inputs.clip_min, learned, of_weight.gradient_factor),
+            [of_x.num_bits, of_weight.num_bits, inputs.fixed_min, False, False, scales.numel()],
+            *(geometry, SECOND_GRADIENT),
+        )
+        return done
 
 
 def _is_plain(x: Tensor) -> bool:

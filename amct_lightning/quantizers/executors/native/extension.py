@@ -1,4 +1,4 @@
-"""The operator that runs a quantized layer: compiled against torch, and registered with it, when it is first needed."""
+"""The operators that run a quantized layer: compiled against torch, and registered with it, when first needed."""
 
 from __future__ import annotations
 
@@ -15,22 +15,33 @@ from torch.utils import cpp_extension
 from amct_lightning.quantizers.executors.cache import cache_folder, cached, digest_of
 from amct_lightning.quantizers.executors.native.library import FLAGS, compile_library, sources_of
 
-_SOURCES = sources_of("layer.cpp", "training.h", "activations.h", "weights.h", "numbers.h")
+_SOURCES = sources_of("layer.cpp", "product.h", "training.h", "activations.h", "weights.h", "numbers.h")
 
 _LOG = logging.getLogger(__name__)
 
 
 @cache
-def product_operator() -> Callable[..., Tensor] | None:
-    """Return the operator, or ``None`` if it cannot be compiled here: then each of its parts is run by itself."""
+def layer_operator(name: str) -> Callable[..., Tensor] | None:
+    """Return an operator, or ``None`` if it cannot be compiled here: then each of its parts is run by itself.
+
+    Args:
+        name: ``"quantized_product"``, or ``"with_backward"`` for an output that is there already.
+    """
+    if not _is_loaded():
+        return None
+    operator: Callable[..., Tensor] = getattr(torch.ops.amct_lightning, name).default
+    return operator
+
+
+@cache
+def _is_loaded() -> bool:
     try:
         torch.ops.load_library(str(cached(extension_file(), _compile)))
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
         line = str(error).strip().partition("\n")[0]
         _LOG.warning("Quantized layers run without their operator in C++ (%s: %s).", type(error).__name__, line)
-        return None
-    operator: Callable[..., Tensor] = torch.ops.amct_lightning.quantized_product.default
-    return operator
+        return False
+    return True
 
 
 def extension_file() -> Path:

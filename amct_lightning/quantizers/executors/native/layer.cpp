@@ -7,136 +7,24 @@
 #define TORCH_ASSERT_ONLY_METHOD_OPERATORS
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/Parallel.h>
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/div.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/linear.h>
+#include <ATen/ops/_unsafe_view.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "training.h"
+#include "product.h"
 
 namespace {
 
-using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Optional = std::optional<Tensor>;
 
 constexpr char kChanged[] =
     "The weight or the learned scale of a quantized layer was changed in place between its forward and its backward, "
     "which needs it as it was. Call backward before the optimizer steps.";
 
-float* floats(const Tensor& tensor) {
-  TORCH_CHECK(tensor.data_ptr() != nullptr, "A tensor of a quantized layer has no memory. Is it a sharded parameter?");
-  return static_cast<float*>(tensor.data_ptr());
-}
-
-// What is done with input and weight: a matrix product, or a convolution with its settings one after another.
-struct Product {
-  bool linear;
-  std::vector<int64_t> stride, padding, dilation, output_padding;
-  bool transposed = false;
-  int64_t groups = 1;
-
-  explicit Product(at::IntArrayRef settings) : linear(settings.empty()) {
-    if (linear) return;
-    const size_t dims = (settings.size() - 2) / 4;
-    std::vector<int64_t>* parts[] = {&stride, &padding, &dilation, &output_padding};
-    for (size_t i = 0; i < 4; ++i) *parts[i] = settings.slice(i * dims, dims).vec();
-    transposed = settings[settings.size() - 2];
-    groups = settings[settings.size() - 1];
-  }
-
-  Tensor forward(const Tensor& x, const Tensor& weight, const Optional& bias) const {
-    if (linear) return at::linear(x, weight, bias);
-    return at::convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
-  }
-
-  std::array<Tensor, 3> backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                 std::array<bool, 3> needs) const {
-    if (!linear) {
-      const std::vector<int64_t> channels = {grad.size(1)};
-      const at::OptionalIntArrayRef bias_sizes = needs[2] ? at::OptionalIntArrayRef(channels) : std::nullopt;
-      auto [of_x, of_weight, of_bias] =
-          at::convolution_backward(grad, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding,
-                                   groups, needs);
-      return {of_x, of_weight, of_bias};
-    }
-    const Tensor rows = grad.reshape({-1, grad.size(-1)});
-    std::array<Tensor, 3> found;
-    if (needs[0]) found[0] = rows.mm(weight).view(x.sizes());
-    if (needs[1]) found[1] = rows.t().mm(x.reshape({-1, x.size(-1)}));
-    if (needs[2]) found[2] = rows.sum(0);
-    return found;
-  }
-};
-
-// Numbers that a call comes with, in the order of native/layer.py.
-struct Settings {
-  int bits, weight_bits;
-  bool fixed_min, on_grid, bias_follows;
-  int64_t rows;
-
-  explicit Settings(at::IntArrayRef values)
-      : bits(values[0]), weight_bits(values[1]), fixed_min(values[2]), on_grid(values[3]), bias_follows(values[4]),
-        rows(values[5]) {}
-};
-
 struct Books {
   Tensor clip_max, clip_min, previous_max, previous_min, poison, scale;
 };
-
-bool is_dense(const Tensor& tensor) {
-  return tensor.is_contiguous() || tensor.is_contiguous(at::MemoryFormat::ChannelsLast) ||
-         tensor.is_contiguous(at::MemoryFormat::ChannelsLast3d);
-}
-
-// The tensor in the memory layout of another one.
-Tensor as_lies(const Tensor& tensor, const Tensor& like) {
-  if (tensor.strides() == like.strides() && tensor.scalar_type() == like.scalar_type()) return tensor;
-  return at::empty_like(like).copy_(tensor);
-}
-
-Tensor numbers(at::IntArrayRef shape) { return at::empty(shape, at::TensorOptions().dtype(at::kFloat)); }
-
-// Memory in the layout of a tensor for what is gone when the product is computed: the same for all layers. Memory that
-// is allocated and freed for each of them is given back to the system and zeroed by it again every time.
-Tensor passing(const Tensor& like, int which) {
-  thread_local Tensor memory[2];
-  Tensor& kept = memory[which];
-  if (!kept.defined() || kept.numel() < like.numel()) {
-    kept = Tensor();  // before there is another one
-    kept = numbers({like.numel()});
-  }
-  return kept.as_strided(like.sizes(), like.strides());
-}
-
-Tensor quantized_weight(const Tensor& weight, const Tensor& scales, const Settings& s) {
-  Tensor out = passing(weight, 1);
-  weight_values<false>(floats(weight), s.rows, weight.numel() / s.rows, s.weight_bits, floats(scales), floats(out),
-                       at::get_num_threads());
-  return out;
-}
-
-// The output on the device's grid, of codes.
-Tensor grid_output(const Product& product, const Tensor& codes, const Tensor& weight, const Optional& bias,
-                   const Tensor& scales, float input_scale, const Settings& s) {
-  Tensor weight_codes = passing(weight, 1), products = numbers({s.rows}), kept = numbers({s.rows});
-  weight_values<true>(floats(weight), s.rows, weight.numel() / s.rows, s.weight_bits, floats(scales),
-                      floats(weight_codes), at::get_num_threads());
-  product_scales(floats(scales), s.rows, input_scale, floats(products), floats(kept));
-  std::vector<int64_t> shape(weight.dim() - 1, 1);
-  shape[0] = -1;
-  Tensor output = product.forward(codes, weight_codes, std::nullopt);
-  if (bias && !s.bias_follows) output.add_(at::div(*bias, products).round_().view(shape));
-  output.mul_(kept.view(shape));
-  if (bias && s.bias_follows) output.add_(*bias);
-  return output;
-}
 
 // Which gradients are wanted; torch counts the tensors that there are.
 struct Needs {
@@ -163,38 +51,44 @@ struct Refuse : torch::autograd::Function<Refuse> {
   }
 };
 
+// What a forward has made: the output, upper and lower clip, scale and offset of the input, and scales of the weight.
+struct Made {
+  Tensor output, factors, scales;
+};
+
+Made compute(const Product& product, const Tensor& x, const Tensor& weight, const Optional& bias, const Books& books,
+             const Optional& given, const Settings& s) {
+  const int threads = at::get_num_threads();
+  Tensor factors = numbers({4}), values = passing(x, 0), scales = numbers({s.rows});
+  float* const clips[] = {floats(books.clip_max), floats(books.clip_min), floats(books.previous_max),
+                          floats(books.previous_min)};
+  if (train_and_keep(s.on_grid ? kGrid : kValues, floats(x), values.data_ptr(), x.numel(), clips, s.fixed_min,
+                     floats(books.poison), floats(factors), s.bits, threads))
+    for (const Tensor* clip : {&books.clip_max, &books.clip_min, &books.previous_max, &books.previous_min})
+      clip->unsafeGetTensorImpl()->bump_version();
+  if (given) {
+    for (int64_t row = 0; row < s.rows; ++row) {
+      const float scale = floats(*given)[row];  // on the device one that is too small is 1
+      floats(scales)[row] = s.on_grid && scale < kEps ? 1.f : scale;
+    }
+  } else {
+    weight_scales(floats(weight), s.rows, weight.numel() / s.rows, s.weight_bits, floats(scales), threads);
+    std::memcpy(floats(books.scale), floats(scales), s.rows * sizeof(float));
+  }
+  Tensor output = s.on_grid ? grid_output(product, values, weight, bias, scales, floats(factors)[2], s)
+                            : product.forward(values, quantized_weight(weight, scales, s), bias);
+  return {output, factors, scales};
+}
+
 struct QuantizedProduct : torch::autograd::Function<QuantizedProduct> {
   static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const Optional& bias,
-                        const Tensor& clip_max, const Tensor& clip_min, const Optional& learned, const Books& books,
-                        const Optional& given, double factor, at::IntArrayRef settings, at::IntArrayRef geometry,
+                        const Tensor& clip_max, const Tensor& clip_min, const Optional& learned, const Made& made,
+                        double factor, at::IntArrayRef settings, at::IntArrayRef geometry,
                         const std::string& refusal) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const Settings s(settings);
-    const Product product(geometry);
-    const int threads = at::get_num_threads();
-    Tensor factors = numbers({4}), values = passing(x, 0), scales = numbers({s.rows});
-    float* const clips[] = {floats(books.clip_max), floats(books.clip_min), floats(books.previous_max),
-                            floats(books.previous_min)};
-    if (train_and_keep(s.on_grid ? kGrid : kValues, floats(x), values.data_ptr(), x.numel(), clips, s.fixed_min,
-                       floats(books.poison), floats(factors), s.bits, threads))
-      for (const Tensor* clip : {&books.clip_max, &books.clip_min, &books.previous_max, &books.previous_min})
-        clip->unsafeGetTensorImpl()->bump_version();
-    if (given) {
-      for (int64_t row = 0; row < s.rows; ++row) {
-        const float scale = floats(*given)[row];  // on the device one that is too small is 1
-        floats(scales)[row] = s.on_grid && scale < kEps ? 1.f : scale;
-      }
-    } else {
-      weight_scales(floats(weight), s.rows, weight.numel() / s.rows, s.weight_bits, floats(scales), threads);
-      std::memcpy(floats(books.scale), floats(scales), s.rows * sizeof(float));
-    }
-    Tensor output = s.on_grid ? grid_output(product, values, weight, bias, scales, floats(factors)[2], s)
-                              : product.forward(values, quantized_weight(weight, scales, s), bias);
-    keep_for_backward(context, {x, weight, bias, clip_max, clip_min, learned}, product.linear);
+    keep_for_backward(context, {x, weight, bias, clip_max, clip_min, learned}, geometry.empty());
     auto& saved = context->saved_data;
-    saved["factors"] = factors;
-    saved["scales"] = scales;
+    saved["factors"] = made.factors;
+    saved["scales"] = made.scales;
     saved["settings"] = settings.vec();
     saved["geometry"] = geometry.vec();
     saved["factor"] = factor;
@@ -202,7 +96,7 @@ struct QuantizedProduct : torch::autograd::Function<QuantizedProduct> {
     saved["learns"] = learned.has_value();
     saved["clip"] = clip_max;
     saved["refusal"] = refusal;
-    return output;
+    return made.output;
   }
 
   // Factors are no saved tensors: they are single numbers that nobody else has, and no float layer keeps them. Nor are
@@ -249,7 +143,7 @@ struct QuantizedProduct : torch::autograd::Function<QuantizedProduct> {
   }
 
   static variable_list gradients_of(AutogradContext* context, const Tensor& grad, const variable_list& saved) {
-    variable_list found(12);
+    variable_list found(11);
     if (!grad.defined()) return found;
     auto& data = context->saved_data;
     const std::vector<int64_t> settings = data["settings"].toIntVector();
@@ -304,8 +198,28 @@ Tensor quantized_product(const Tensor& x, const Tensor& weight, const Optional& 
                          const Tensor& clip_min, const Tensor& previous_max, const Tensor& previous_min,
                          const Tensor& poison, const Optional& learned, const Optional& given, const Tensor& scale,
                          double factor, at::IntArrayRef settings, at::IntArrayRef geometry, const std::string& refusal) {
-  const Books books = {clip_max, clip_min, previous_max, previous_min, poison, scale};
-  return QuantizedProduct::apply(x, weight, bias, clip_max, clip_min, learned, books, given, factor, settings, geometry,
+  Made made;
+  {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const Books books = {clip_max, clip_min, previous_max, previous_min, poison, scale};
+    made = compute(Product(geometry), x, weight, bias, books, given, Settings(settings));
+  }
+  return QuantizedProduct::apply(x, weight, bias, clip_max, clip_min, learned, made, factor, settings, geometry,
+                                 refusal);
+}
+
+// The output that was computed elsewhere, with the same backward.
+Tensor with_backward(const Tensor& output, const Tensor& factors, const Tensor& scales, const Tensor& x,
+                     const Tensor& weight, const Optional& bias, const Tensor& clip_max, const Tensor& clip_min,
+                     const Optional& learned, double factor, at::IntArrayRef settings, at::IntArrayRef geometry,
+                     const std::string& refusal) {
+  Made made = {output, factors, scales};
+  if (output.is_view()) {  // what follows may change it in place, which autograd refuses for a view made without a graph
+    at::AutoDispatchBelowADInplaceOrView below;
+    made.output = at::_unsafe_view(output, output.sizes());
+  }
+  return QuantizedProduct::apply(x, weight, bias, clip_max, clip_min, learned, made, factor, settings, geometry,
                                  refusal);
 }
 
@@ -317,4 +231,9 @@ TORCH_LIBRARY_FRAGMENT(amct_lightning, library) {
       "Tensor(c!) previous_max, Tensor(d!) previous_min, Tensor(e!) poison, Tensor? learned, Tensor? given, "
       "Tensor(f!) scale, float factor, int[] settings, int[] geometry, str refusal) -> Tensor",
       &quantized_product);
+  library.def(
+      "with_backward(Tensor output, Tensor factors, Tensor scales, Tensor x, Tensor weight, Tensor? bias, "
+      "Tensor clip_max, Tensor clip_min, Tensor? learned, float factor, int[] settings, int[] geometry, str refusal) "
+      "-> Tensor",
+      &with_backward);
 }
