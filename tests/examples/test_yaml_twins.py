@@ -71,7 +71,7 @@ def test_a_model_with_dict_batches_is_quantized_from_its_checkpoint_and_its_twin
 
 
 def test_one_yaml_run_goes_from_float_to_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit(monkeypatch, tmp_path, "digits", "--trainer.max_epochs=5")
+    fit(monkeypatch, tmp_path, "digits", "--trainer.max_epochs=8")
     folder = tmp_path / "runs" / "digits_yaml"
     assert last_accuracy(folder) > 85
     assert len(QuantRecord.load(folder / "record.txt")) == 22
