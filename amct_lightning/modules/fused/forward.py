@@ -66,7 +66,7 @@ def run_fused(layer: Any, product: Product, x: Tensor, weight: Tensor, observed:
     shares = not with_graph and evaluates(quantizers[1])
     call = Call(product, executor, *quantizers, layer.calibrates_input, observed, dtype, integer, grid, shares)
     tensors = x, weight, bias
-    if with_graph and integer is not None and dtype is None and executor.attaches(quantizers, tensors):
+    if with_graph and grid is None and dtype is None and executor.attaches(quantizers, tensors):
         with torch.no_grad():
             output, factors, weight_factors = call.forward(*tensors)
         return executor.attach(output, (factors, weight_factors), quantizers, tensors, product.geometry)
