@@ -35,7 +35,7 @@ class FlaggedQuantizer(Quantizer):
         Args:
             device: Where they are from now on.
         """
-        self.poison = torch.zeros((), device=device)
+        self.poison = torch.zeros((), dtype=torch.float32, device=device)
         self.degenerate = self.below_zero = None
 
     @property

@@ -82,7 +82,7 @@ class ShiftSearch(Quantizer):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.register_buffer("errors", torch.zeros(MAX_SHIFT, channels))
+        self.register_buffer("errors", torch.zeros(MAX_SHIFT, channels, dtype=torch.float32))
         self.register_buffer("batches", torch.tensor(0))
         self._stale = False
         self.enabled = True

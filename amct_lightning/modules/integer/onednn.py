@@ -162,7 +162,7 @@ def obstacle(dims: int, num_bits: tuple[int, int]) -> str | None:
 def _is_exact(dims: int, num_bits: tuple[int, int]) -> bool:
     """Tell whether the largest codes give the sums that they have, in convolutions with and without groups."""
     highest, lowest = 2 ** num_bits[0] - 1, -half_range(num_bits[1])
-    one, zero = torch.ones(1, device="cpu"), torch.zeros(1, device="cpu")
+    one, zero = (torch.full((1,), value, dtype=torch.float32, device="cpu") for value in (1.0, 0.0))
     for channels, groups in ((64, 1), (64, 2), (64, 64)):
         sides = (3,) * dims
         x = torch.full((1, channels, *sides), highest, dtype=torch.uint8, device="cpu")

@@ -163,7 +163,7 @@ class CompiledExecutor(Executor):
         rows, grads = _as_rows(weight)[0], _as_rows(grad)[0]
         channel_wise = scale.numel() > 1
         shaped = scale.view(-1, 1) if channel_wise else scale.view(())
-        number = torch.full((), factor, device=weight.device)
+        number = torch.full((), factor, dtype=torch.float32, device=weight.device)
         return self._get("scale", num_bits, channel_wise, weight)([rows, grads, shaped, number])[0].view(-1)
 
     def _get(
@@ -177,7 +177,7 @@ class CompiledExecutor(Executor):
 
     def _zero(self, device: torch.device) -> Tensor:
         if device not in self._zeros:
-            self._zeros[device] = torch.zeros((), device=device)
+            self._zeros[device] = torch.zeros((), dtype=torch.float32, device=device)
         return self._zeros[device]
 
 

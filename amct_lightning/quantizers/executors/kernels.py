@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,8 +70,9 @@ class KernelModule(torch.nn.Module):
         kernel = self.kernel
         shape = (64, _ELEMENTS // 64) if kernel.name.endswith("weight") or kernel.name == "scale" else (_ELEMENTS,)
         values = torch.ones(shape, dtype=kernel.dtype, device=kernel.device)
-        numbers = [torch.ones((), device=kernel.device) for _ in range(4)]  # one tensor twice would stay one for good
-        scale = torch.ones((64, 1), device=kernel.device) if kernel.channel_wise else numbers[0]
+        factor = partial(torch.ones, dtype=torch.float32, device=kernel.device)  # whatever the default dtype is
+        numbers = [factor(()) for _ in range(4)]  # one tensor twice would stay one for good
+        scale = factor((64, 1)) if kernel.channel_wise else numbers[0]
         return {
             "train": (values, *numbers),
             "train_codes": (values, *numbers),

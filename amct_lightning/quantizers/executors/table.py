@@ -99,7 +99,7 @@ class FactorTable:
         alike = [m for m in waiting if m.clip_max.device == device and m.num_bits == num_bits]
         clips = [_clips(member) for member in alike]
         if device not in self._zeros:
-            self._zeros[device] = torch.zeros((), device=device)
+            self._zeros[device] = torch.zeros((), dtype=torch.float32, device=device)
         numbers = [
             self._zeros[device] if index == 1 and member.fixed_min else clip
             for member, four in zip(alike, clips, strict=True)

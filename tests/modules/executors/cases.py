@@ -85,7 +85,7 @@ class Step:
 
 def gradient_of(output: Tensor) -> Tensor:
     """A gradient of an output, the same for all that have its shape."""
-    values = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    values = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     return torch.empty_like(output).copy_(values)
 
 

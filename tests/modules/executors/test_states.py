@@ -16,7 +16,7 @@ from amct_lightning import prepare_qat
 from amct_lightning.modules.fused.choice import execution_of, set_execution
 from amct_lightning.modules.fused.integer import PACKED
 from amct_lightning.modules.integer.codes import unsigned_codes
-from amct_lightning.quantizers.executors import COMPOSITE, executor_for
+from amct_lightning.quantizers.executors import COMPOSITE, choice, executor_for
 from tests.modules.cases import Host, LayerCase, Width
 from tests.modules.executors.cases import (
     COMBINATIONS,
@@ -353,3 +353,20 @@ def test_a_second_gradient_is_refused(name: str, execution: str) -> None:
     (grad,) = torch.autograd.grad(model(x.requires_grad_()).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="refuses to differentiate twice"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("execution", ["composite", "compiled"])
+def test_double_precision_as_the_default_dtype_leaves_factors_in_single(execution: str) -> None:
+    """As under Lightning's ``precision="64-true"``, in which kernels may be compiled that later runs load."""
+    case = case_named("conv")
+    model, x = calibrated(case, PER_CHANNEL, execution).double(), case.input().double()
+    expected = Step.of(copy.deepcopy(model), x)
+    executor_for.cache_clear()
+    choice._kernel.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        step = Step.of(model, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(step.output, expected.output)
+    assert all(same(gradient, expected.gradients[name]) for name, gradient in step.gradients.items())
