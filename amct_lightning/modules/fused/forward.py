@@ -66,11 +66,13 @@ def run_fused(layer: Any, product: Product, x: Tensor, weight: Tensor, observed:
     shares = not with_graph and evaluates(quantizers[1])
     call = Call(product, executor, *quantizers, layer.calibrates_input, observed, dtype, integer, grid, shares)
     tensors = x, weight, bias
-    if with_graph and grid is None and dtype is None and executor.attaches(quantizers, tensors):
-        with torch.no_grad():
-            output, factors, weight_factors = call.forward(*tensors)
-        return executor.attach(output, (factors, weight_factors), quantizers, tensors, product.geometry)
-    return quantized_product(call, *tensors) if with_graph else call.forward(*tensors)[0]
+    if not with_graph:
+        return call.forward(*tensors)[0]
+    if grid is None and dtype is None:
+        output = executor.with_backward(lambda: call.forward(*tensors), quantizers, tensors, product.geometry)
+        if output is not None:
+            return output
+    return quantized_product(call, *tensors)
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -33,6 +33,12 @@ from amct_lightning.quantizers.weight import WeightQuantizer
 Quantizers = tuple[ActivationQuantizer, WeightQuantizer]
 """Those of input and weight."""
 
+Tensors = tuple[Tensor, Tensor, Tensor | None]
+"""Input, weight and bias of a layer."""
+
+Forward = tuple[Tensor, Factors, WeightFactors]
+"""The output of a layer, and what input and weight were quantized with."""
+
 
 class Executor:
     """Computes what a quantized layer needs besides its product, in forward and in backward; without a graph.
@@ -55,11 +61,7 @@ class Executor:
     name: ClassVar[str] = "composite"
 
     def product(
-        self,
-        quantizers: Quantizers,
-        tensors: tuple[Tensor, Tensor, Tensor | None],
-        geometry: tuple[int, ...],
-        grid: tuple[bool, bool],
+        self, quantizers: Quantizers, tensors: Tensors, geometry: tuple[int, ...], grid: tuple[bool, bool]
     ) -> Tensor | None:
         """Return the output of a layer in a training step with its graph, or ``None`` if that is not one operator.
 
@@ -72,33 +74,18 @@ class Executor:
         """
         return None
 
-    def attaches(self, quantizers: Quantizers, tensors: tuple[Tensor, Tensor, Tensor | None]) -> bool:
-        """Tell whether :meth:`attach` takes a layer.
+    def with_backward(
+        self, forward: Callable[[], Forward], quantizers: Quantizers, tensors: Tensors, geometry: tuple[int, ...]
+    ) -> Tensor | None:
+        """Return an output with the backward of :meth:`product`, or ``None`` if there is none for the layer.
 
         Args:
-            quantizers: Those of input and weight.
-            tensors: Input, weight and bias.
-        """
-        return False
-
-    def attach(
-        self,
-        output: Tensor,
-        factors: tuple[Factors, WeightFactors],
-        quantizers: Quantizers,
-        tensors: tuple[Tensor, Tensor, Tensor | None],
-        geometry: tuple[int, ...],
-    ) -> Tensor:
-        """Return an output that was computed without a graph, with the backward of :meth:`product`.
-
-        Args:
-            output: The output.
-            factors: What input and weight were quantized with.
+            forward: Gives the output and what input and weight were quantized with; called once, or not at all.
             quantizers: Those of input and weight.
             tensors: Input, weight and bias.
             geometry: See :meth:`product`.
         """
-        raise NotImplementedError(f"The executor '{self.name}' has no backward of its own for a layer.")
+        return None
 
     def quantize_input(
         self, quantizer: ActivationQuantizer, x: Tensor, observe: bool = True, observed: Tensor | None = None

@@ -82,8 +82,9 @@ def test_a_quantized_module_has_no_float_weights_to_teach_with(make_trainer: Tra
 
 
 def test_a_run_without_a_teacher_may_get_one(make_trainer: TrainerFactory, tmp_path: Path) -> None:
-    run(make_trainer, Net(), tmp_path, callback=QuantRetrainCallback())
-    run(make_trainer, Net(), tmp_path / "taught", tmp_path / "epoch=0.ckpt")
+    alone = run(make_trainer, Net(), tmp_path, callback=QuantRetrainCallback())
+    taught = run(make_trainer, Net(), tmp_path / "taught", tmp_path / "epoch=0.ckpt")
+    assert not equal(alone, taught)  # which the same epoch had begun
 
 
 def test_a_checkpoint_is_evaluated_without_a_teacher(make_trainer: TrainerFactory, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from amct_lightning.quantizers.executors.base import Quantizers
+from amct_lightning.quantizers.executors.base import Forward, Quantizers, Tensors
 from amct_lightning.quantizers.executors.compiled import CompiledExecutor
-from amct_lightning.quantizers.executors.factors import Factors, WeightFactors, gradient_factor_of
+from amct_lightning.quantizers.executors.factors import gradient_factor_of
 from amct_lightning.quantizers.executors.native.extension import layer_operator
 from amct_lightning.quantizers.functions.weight import ChannelLayout
 from amct_lightning.quantizers.transforms import SECOND_GRADIENT
@@ -20,11 +22,7 @@ class NativeExecutor(CompiledExecutor):
     """Runs the kernels in C++, and a layer in a training step as one operator; the rest as on any device."""
 
     def product(
-        self,
-        quantizers: Quantizers,
-        tensors: tuple[Tensor, Tensor, Tensor | None],
-        geometry: tuple[int, ...],
-        grid: tuple[bool, bool],
+        self, quantizers: Quantizers, tensors: Tensors, geometry: tuple[int, ...], grid: tuple[bool, bool]
     ) -> Tensor | None:
         """See :meth:`Executor.product`."""
         (inputs, weights), (x, weight, bias) = quantizers, tensors
@@ -45,27 +43,20 @@ class NativeExecutor(CompiledExecutor):
         )
         return output
 
-    def attaches(self, quantizers: Quantizers, tensors: tuple[Tensor, Tensor, Tensor | None]) -> bool:
-        """See :meth:`Executor.attaches`."""
+    def with_backward(
+        self, forward: Callable[[], Forward], quantizers: Quantizers, tensors: Tensors, geometry: tuple[int, ...]
+    ) -> Tensor | None:
+        """See :meth:`Executor.with_backward`."""
         (inputs, weights), (x, weight, bias) = quantizers, tensors
         plain = _is_plain(x) and _has_rows(weight, weights.layout, weights.scale.numel()) and _is_float(bias)
-        return plain and inputs.clip_max.is_cpu and layer_operator("with_backward") is not None
-
-    def attach(
-        self,
-        output: Tensor,
-        factors: tuple[Factors, WeightFactors],
-        quantizers: Quantizers,
-        tensors: tuple[Tensor, Tensor, Tensor | None],
-        geometry: tuple[int, ...],
-    ) -> Tensor:
-        """See :meth:`Executor.attach`."""
-        (of_x, of_weight), (inputs, weights) = factors, quantizers
-        operator = layer_operator("with_backward")
-        assert operator is not None
-        numbers = torch.stack((of_x.upper, of_x.lower, of_x.scale, of_x.offset))
+        operator = layer_operator("with_backward") if plain and inputs.clip_max.is_cpu else None
+        if operator is None:
+            return None
+        with torch.no_grad():
+            output, of_x, of_weight = forward()
+            numbers = torch.stack((of_x.upper, of_x.lower, of_x.scale, of_x.offset))
+            scales = of_weight.scale.flatten()
         learned = weights.scale if isinstance(weights, LearnedWeightQuantizer) else None
-        scales = of_weight.scale.flatten()
         done: Tensor = operator(
             *(output, numbers, scales, *tensors, inputs.clip_max, inputs.clip_min, learned, of_weight.gradient_factor),
             [of_x.num_bits, of_weight.num_bits, inputs.fixed_min, False, False, scales.numel()],
