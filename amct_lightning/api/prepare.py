@@ -68,7 +68,8 @@ def prepare_qat(
             ``"amct"`` it counts, the scale becomes 1 as in AMCT and a warning says so; with ``"wait"`` it does not
             count, and the layer calibrates on until a batch has values. It is no part of the state.
         target: The hardware that the network is meant for: ``"A2"`` or ``"A3"`` (Atlas), ``"950"`` or ``"310P"``
-            (Ascend). Its layers and types are checked, and what is doubtful is said. ``None`` checks nothing.
+            (Ascend); or ``"serving"``, servers of language models. Layers and types are checked, and what is doubtful
+            is said. ``None`` checks nothing.
         on_unsupported: What to do about layers that the target does not run: ``"error"`` refuses them; ``"fallback"``
             takes INT8, or float for layers that it does not quantize at all, and says so; ``"warn"`` goes on.
 

@@ -12,7 +12,8 @@ from amct_lightning.amct.data_parallel import unwrap, wrap_like
 from amct_lightning.amct.plain_hooks import install_hooks
 from amct_lightning.amct.restore import read_checkpoint, restore_state, select_state_dict
 from amct_lightning.api.prepare import prepare_qat
-from amct_lightning.config import RetrainConfig
+from amct_lightning.config import RetrainConfig, load_config
+from amct_lightning.config.fit import SimpleFile, fit_to_model
 from amct_lightning.conversion.on_target import TargetLike, TargetRules
 from amct_lightning.conversion.report import conversion_report
 from amct_lightning.files import check_writable, is_file, write_text
@@ -65,7 +66,8 @@ def create_quant_retrain_config(
     if config_defination is None:
         config = RetrainConfig.default(net, input_data)
     else:
-        config = RetrainConfig.from_simple_config(config_defination, net, input_data)
+        choices, by_channel = load_config(SimpleFile(config_defination)), rules is not None and rules.linear_by_channel
+        config = fit_to_model(choices, net, input_data, config_defination, by_channel)
     if rules is not None:
         config = rules.fitted(config, {name: net.get_submodule(name) for name in config}, config_defination or "config")
     config.to_json(config_file)

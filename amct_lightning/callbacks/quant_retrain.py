@@ -82,7 +82,7 @@ class QuantRetrainCallback(EvaluationHooks):
             state_dict (``.pt``, ``.pth``) or a ``.safetensors`` file. Ignored in a run that resumes with ``ckpt_path``.
         on_degenerate: What to do when only 0, or nearly so, reaches a layer in calibration: ``"amct"`` gives it scale 1
             as AMCT does, and warns; ``"wait"`` does not count the batch. See :func:`amct_lightning.prepare_qat`.
-        target: The hardware that the network is meant for: ``"A2"``, ``"A3"``, ``"950"`` or ``"310P"``. Before any
+        target: What the network is meant for: ``"A2"``, ``"A3"``, ``"950"``, ``"310P"`` or ``"serving"``. Before any
             training its layers and types are checked. ``None`` checks nothing.
         on_unsupported: What to do about layers that the target does not run: ``"error"``, ``"fallback"`` (INT8, or
             float where that is not enough) or ``"warn"``. See :func:`amct_lightning.prepare_qat`.

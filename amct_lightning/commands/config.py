@@ -54,7 +54,7 @@ class ConfigCommand(ParsedCommand):
             help="Begin with these choices (.yaml, .cfg, .json, or a preset such as A4W4), not with INT8 for all.",
         )
         parser.add_argument(
-            "--target", choices=[*TARGETS], help="Check that this hardware runs the layers with these types."
+            "--target", choices=[*TARGETS], help="Check that this hardware, or servers, run these types and layers."
         )
         parser.add_argument(
             "--on-unsupported",

@@ -20,6 +20,7 @@ from amct_lightning.conversion.plan import QuantPlan
 from amct_lightning.conversion.report import conversion_report
 from amct_lightning.graph.forward import Forward
 from amct_lightning.layer_types import LAYER_TYPES
+from amct_lightning.targets import find_target
 from amct_lightning.wording import cut_off
 
 
@@ -53,7 +54,7 @@ def _plan(options: Namespace) -> tuple[nn.Module, QuantPlan]:
 
 def _text(part: nn.Module, plan: QuantPlan, options: Namespace) -> str:
     layers = {name: part.get_submodule(name) for name in plan.config}
-    if options.format != "yaml":
+    if options.format != "yaml" and not (options.target and find_target(options.target).serves):
         _check_amct_can_say(plan, layers, options.format)
     config = _for_choices(plan) if options.format == "yaml" else _for_amct(plan, part)
     if options.format == "json":

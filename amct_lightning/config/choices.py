@@ -109,12 +109,15 @@ class QuantChoices:
         layers = {name: closed(layer) for name, layer in self.layers.items()}
         return replace(self, defaults=closed(self.defaults), types=types, layers=layers)
 
-    def resolve(self, eligible: Mapping[str, nn.Module], source: str = "config") -> RetrainConfig:
+    def resolve(
+        self, eligible: Mapping[str, nn.Module], source: str = "config", linear_by_channel: bool = False
+    ) -> RetrainConfig:
         """Work out the settings of every layer of a model.
 
         Args:
             eligible: The layers of the model that can be quantized, by name.
             source: What these choices are called in messages, for example the file name.
+            linear_by_channel: Whether they are for servers, see ``RetrainConfig.resolve``.
 
         Returns:
             A configuration that lists exactly the eligible layers, in their order.
@@ -127,7 +130,7 @@ class QuantChoices:
         _warn_repeated(self.skip_layers, source)
         skipped = _matches(self, self.skip_layers, eligible, f"{source}: cannot skip")
         by_name = _matches(self, self.layers, eligible, f"{source}: settings are given for")
-        defaults = _for_any_type(self.defaults) if self.amct_rules else self.defaults
+        defaults = _for_any_type(self.defaults) if self.amct_rules and not linear_by_channel else self.defaults
         layers = {}
         for name, module in eligible.items():
             kind = type(module).__name__
@@ -145,7 +148,7 @@ class QuantChoices:
             layers=layers,
             amct_rules=self.amct_rules,
         )
-        return config.resolve(eligible, source)
+        return config.resolve(eligible, source, linear_by_channel)
 
 
 def _check_settings(key: str, layer: object) -> None:

@@ -78,7 +78,9 @@ def config_source(config: object) -> str:
     return str(config) if isinstance(config, (str, Path, SimpleFile)) else "config"
 
 
-def fit_to_model(config: Any, model: nn.Module, input_data: InputData, source: str) -> Any:
+def fit_to_model(
+    config: Any, model: nn.Module, input_data: InputData, source: str, linear_by_channel: bool = False
+) -> Any:
     """Give the settings that a configuration of any form means for the layers of a model, and refuse one without any.
 
     Args:
@@ -86,6 +88,7 @@ def fit_to_model(config: Any, model: nn.Module, input_data: InputData, source: s
         model: The float model.
         input_data: Input for which the model works.
         source: What the configuration is called in messages.
+        linear_by_channel: Whether it is for servers, see ``RetrainConfig.resolve``.
     """
     candidates, _ = find_candidates(model, input_data)
     eligible = listed_layers(candidates)
@@ -95,7 +98,7 @@ def fit_to_model(config: Any, model: nn.Module, input_data: InputData, source: s
             "LSTM or GRU that runs exactly once on input_data and shares its weight with no other layer; check that "
             "input_data reaches such a layer."
         )
-    resolved = without_computed_weights(config, model, source).resolve(eligible, source)
+    resolved = without_computed_weights(config, model, source).resolve(eligible, source, linear_by_channel)
     layers = {name: _in_amct_words(name, layer, candidates[name], source) for name, layer in resolved.items()}
     return replace(resolved, layers=layers)
 
@@ -145,7 +148,11 @@ def without_computed_weights(config: Any, model: nn.Module, source: str, keep: C
 
 
 def resolve_layers(
-    layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str, amct_rules: bool
+    layers: Mapping[str, LayerConfig],
+    eligible: Mapping[str, nn.Module],
+    source: str,
+    amct_rules: bool,
+    linear_by_channel: bool = False,
 ) -> dict[str, LayerConfig]:
     """Do the work of ``RetrainConfig.resolve`` for its layers."""
     unknown = [name for name in layers if name not in eligible]
@@ -156,10 +163,11 @@ def resolve_layers(
             f"Layers that can be quantized: {abbreviated(list(eligible)) or 'none'}."
         )
     for name, layer in layers.items() if amct_rules else ():
-        if layer.retrain_weight_config.channel_wise and not LAYER_TYPES[type(eligible[name])].channel_wise:
+        can_be = linear_by_channel or LAYER_TYPES[type(eligible[name])].channel_wise
+        if layer.retrain_weight_config.channel_wise and not can_be:
             raise ValueError(
                 f"{source}: layer '{name}', key 'retrain_weight_config.channel_wise' must be false: "
-                f"a {type(eligible[name]).__name__} layer can not be channel-wise."
+                f"a {type(eligible[name]).__name__} layer can not be channel-wise, but for target serving."
             )
         if layer.retrain_weight_config.group_size is not None:
             raise ValueError(
@@ -169,10 +177,13 @@ def resolve_layers(
     if not any(layer.retrain_enable for layer in layers.values()):
         raise ValueError(f"{source}: {NOTHING_ENABLED}")
     _check_groups(layers, eligible, source)
-    return _packable(settings_as_written(layers, eligible), eligible, source)
+    written = settings_as_written(layers, eligible, linear_by_channel and not amct_rules)
+    return _packable(written, eligible, source)
 
 
-def settings_as_written(layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module]) -> dict[str, LayerConfig]:
+def settings_as_written(
+    layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], linear_by_channel: bool = False
+) -> dict[str, LayerConfig]:
     """Give every layer of a model its settings, INT4 weights that cannot be packed included.
 
     AMCT keeps them until it saves, and decides by them which layers share a quantizer.
@@ -180,6 +191,7 @@ def settings_as_written(layers: Mapping[str, LayerConfig], eligible: Mapping[str
     Args:
         layers: The settings of some layers; the others are disabled.
         eligible: The layers of the model that can be quantized, by name.
+        linear_by_channel: Whether a Linear has a weight scale per output channel unless its settings say otherwise.
 
     Example:
         >>> written = settings_as_written({"0": LayerConfig()}, {"0": nn.Linear(3, 2), "1": nn.Linear(2, 2)})
@@ -187,7 +199,10 @@ def settings_as_written(layers: Mapping[str, LayerConfig], eligible: Mapping[str
         (False, False)
     """
     disabled = LayerConfig(retrain_enable=False)
-    return {name: _with_channel_wise_default(layers.get(name, disabled), module) for name, module in eligible.items()}
+    return {
+        name: _with_channel_wise_default(layers.get(name, disabled), module, linear_by_channel)
+        for name, module in eligible.items()
+    }
 
 
 def without_int4(layer: LayerConfig) -> LayerConfig:
@@ -209,13 +224,13 @@ def without_int4(layer: LayerConfig) -> LayerConfig:
     )
 
 
-def _with_channel_wise_default(layer: LayerConfig, module: nn.Module) -> LayerConfig:
+def _with_channel_wise_default(layer: LayerConfig, module: nn.Module, linear_by_channel: bool) -> LayerConfig:
     weight, kind = layer.retrain_weight_config, LAYER_TYPES[type(module)]
     if weight.group_size is not None and not kind.has_groups:
         weight = replace(weight, group_size=None)
     channel_wise = weight.channel_wise
     if channel_wise is None:
-        channel_wise = kind.channel_wise or weight.group_size is not None
+        channel_wise = kind.channel_wise or linear_by_channel or weight.group_size is not None
     return replace(layer, retrain_weight_config=replace(weight, channel_wise=channel_wise))
 
 

@@ -74,7 +74,8 @@ class WeightConfig:
     Args:
         algo: ``"arq_retrain"`` (scales from the weights in each step) or ``"ulq_retrain"`` (learned scales).
         channel_wise: One scale per output channel; ``None`` means false for Linear and true for other layers. AMCT's
-            files cannot ask for it in a Linear, and the Ascend compiler (ATC) does not take such a layer.
+            files cannot ask for it in a Linear, and the Ascend compiler (ATC) does not take such a layer; servers
+            do (target serving), for which ``None`` means true in a Linear as well.
         dst_type: ``"INT4"`` or ``"INT8"``.
         group_size: In a Linear with INT4 weights, how many inputs of an output channel share a scale: 32, 64 or 128;
             ``None`` for all. Other layers and AMCT's files have no groups.

@@ -227,7 +227,9 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
             _logger.warning("Overwriting the existing quantization config '%s'.", path)
         write_text(path, self.to_text())
 
-    def resolve(self, eligible: Mapping[str, nn.Module], source: str = "config") -> RetrainConfig:
+    def resolve(
+        self, eligible: Mapping[str, nn.Module], source: str = "config", linear_by_channel: bool = False
+    ) -> RetrainConfig:
         """Fit the configuration to a model: fill in the defaults of its layer types, check what they allow.
 
         Layers that are not mentioned are disabled. INT4 weights that cannot be packed in pairs become INT8,
@@ -236,6 +238,7 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
         Args:
             eligible: The layers of the model that can be quantized, by name.
             source: What this configuration is called in messages, for example the file name.
+            linear_by_channel: Whether a Linear may have a scale per channel in AMCT's files, and has one in others.
 
         Returns:
             A new configuration that lists exactly the eligible layers, in their order.
@@ -250,7 +253,7 @@ class RetrainConfig(MutableMapping[str, LayerConfig]):
             >>> [(name, layer.retrain_enable) for name, layer in resolved.items()]
             [('0', False), ('3', True)]
         """
-        return replace(self, layers=resolve_layers(self.layers, eligible, source, self.amct_rules))
+        return replace(self, layers=resolve_layers(self, eligible, source, self.amct_rules, linear_by_channel))
 
     def __getitem__(self, name: str) -> LayerConfig:
         return self.layers[name]

@@ -44,7 +44,7 @@ def make_plan(
         allow_reuse: Whether layers that are called several times in one forward are quantized, with one set of
             factors for all calls.
         search_n: Whether the shifts of the int32 accumulators are searched.
-        target: The hardware that the network is meant for, and what to do about layers that it does not run.
+        target: What the network is meant for, and what to do about layers that it does not run.
         deploy_grid: Whether the layers compute with what the device computes with.
 
     Returns:
@@ -71,12 +71,14 @@ def make_plan(
     if not eligible.keys() - untrained:
         raise ValueError(_nothing_eligible(model, candidates))
     propagates = isinstance(config, QuantChoices) and config.propagates
-    resolved = disabled(untrained, _with_rules(config.resolve(eligible, source), propagates))
+    by_channel = target is not None and target.linear_by_channel
+    resolved = disabled(untrained, _with_rules(config.resolve(eligible, source, by_channel), propagates))
     _check_grid(resolved, deploy_grid, source)
     # Choices that are no complete configuration are written down as one first, in AMCT with INT4 already raised.
     written = resolved.layers
     if isinstance(config, RetrainConfig):
-        written = _with_rules(replace(config, layers=settings_as_written(config.layers, eligible)), False).layers
+        as_written = settings_as_written(config.layers, eligible, by_channel and not config.amct_rules)
+        written = _with_rules(replace(config, layers=as_written), False).layers
     if target is not None:
         avoided = target.check(resolved.layers, eligible, source)
         resolved = replace(resolved, layers=fall_back(resolved.layers, avoided))

@@ -1,4 +1,4 @@
-"""Whether the generation of hardware that a network is meant for runs it as configured; asked before any training."""
+"""Whether what a network is meant for, hardware or servers, runs it as configured; asked before any training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import nn
 
-from amct_lightning.config import LayerConfig, RetrainConfig
+from amct_lightning.config import DataConfig, LayerConfig, RetrainConfig, WeightConfig
 from amct_lightning.config.fit import without_int4
 from amct_lightning.layer_types import supported_class
 from amct_lightning.targets import Fact, OnUnsupported, Target, TargetName, find_target
@@ -46,7 +46,7 @@ class TargetRules:
     """What a target allows, and what is done about the rest.
 
     Attributes:
-        target: The generation.
+        target: The generation, or servers.
         on_unsupported: What to do about layers that it does not run.
 
     Example:
@@ -75,6 +75,11 @@ class TargetRules:
         if target is None:
             return None
         return cls(find_target(target, f"{where}: target"), on_unsupported)  # type: ignore[arg-type]
+
+    @property
+    def linear_by_channel(self) -> bool:
+        """Whether a Linear has a weight scale per output channel where nothing else is said."""
+        return self.target.serves
 
     def obstacles(self, layers: Mapping[str, LayerConfig], modules: Mapping[str, nn.Module]) -> list[Obstacle]:
         """Return what the target does not run as configured, or may not.
@@ -137,12 +142,18 @@ class TargetRules:
         of_kind = self.target.layers[kind]
         facts: list[tuple[Fact, Way]] = [(of_kind, "float")]
         if of_kind.verdict != "unsupported":
-            facts.append((self.target.pairs[data.dst_type, weight.dst_type], "INT8"))
+            facts.append((self._of_types(data, weight), "INT8"))
             if getattr(module, "groups", 1) > 1:
                 facts.append((self.target.grouped, "float"))
             if weight.channel_wise and kind == "Linear":
                 facts.append((self.target.linear_by_channel, "one scale"))
         return [Obstacle(name, kind, types, fact, way) for fact, way in facts if fact.verdict != "runs"]
+
+    def _of_types(self, data: DataConfig, weight: WeightConfig) -> Fact:
+        if data.algo == "none":
+            return self.target.weight_only[weight.dst_type]
+        of_types = self.target.pairs[data.dst_type, weight.dst_type]
+        return self.target.per_token if data.algo == "per_token" and of_types.verdict == "runs" else of_types
 
     def _allowed(self) -> str:
         pairs = ", ".join("/".join(pair) for pair, fact in self.target.pairs.items() if fact.verdict != "unsupported")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from amct_lightning.export.report import ExportReport
 from amct_lightning.files import location
-from amct_lightning.targets import TARGETS, Target, find_target
+from amct_lightning.targets import ATC_TARGETS, TARGETS, find_target
 
 _RANGE = re.compile(r"\d+~(\d+|-1)")
 _PLAIN = re.compile(r"[\w./:,;~@%+=-]*")  # as it is in double quotes, in any shell
@@ -60,7 +60,8 @@ def atc_command(
         The command, quoted for a shell, an option a line.
 
     Raises:
-        ValueError: If there is no such target, ``soc_version`` is none of its processors, or a shape is not valid.
+        ValueError: If there is no such target or it is none that ATC compiles for, ``soc_version`` is none of its
+            processors, or a shape is not valid.
 
     Example:
         >>> print(atc_command("net.onnx", "A2", soc_version="Ascend910B3", input_shapes={"x": (1, 3, 32, 32)}))
@@ -71,9 +72,9 @@ def atc_command(
             --input_format=ND \
             --input_shape="x:1,3,32,32"
     """
-    generation = None if target is None else find_target(target, "atc_command: target")
+    generation = None if target is None else _generation(target)
     _check_soc(soc_version, generation)
-    soc = soc_version or (None if generation is None else generation.soc_version)
+    soc = soc_version or (None if generation is None else ATC_TARGETS[generation].soc_version)
     shapes = {name: [_length(name, one) for one in shape] for name, shape in input_shapes.items()}
     _check_shapes(shapes, dynamic_batch_size)
     out = str(Path(onnx_path).with_suffix("") if output is None else output).removesuffix(".om")
@@ -120,14 +121,26 @@ def _file_name(report: ExportReport) -> str:
     return report.path.rpartition("/")[2]
 
 
-def _check_soc(soc_version: str | None, target: Target | None) -> None:
-    if soc_version is None or target is None or soc_version.startswith(target.soc_prefix):
+def _generation(target: str | int) -> str:
+    """Return the name of a generation, and refuse what ATC does not compile for."""
+    found = find_target(target, "atc_command: target")
+    if found.atc is None:
+        raise ValueError(
+            f"atc_command: target '{found.name}' ({found.products}) stands for servers, which load the checkpoint and "
+            f"no compiled network. ATC compiles for {', '.join(map(repr, ATC_TARGETS))}."
+        )
+    return found.name
+
+
+def _check_soc(soc_version: str | None, target: str | None) -> None:
+    if soc_version is None or target is None or soc_version.startswith(ATC_TARGETS[target].soc_prefix):
         return
-    others = [f"'{other.name}'" for other in TARGETS.values() if soc_version.startswith(other.soc_prefix)]
+    others = [f"'{name}'" for name, other in ATC_TARGETS.items() if soc_version.startswith(other.soc_prefix)]
     of_other = f"it belongs to target {others[0]}. " if others else ""
+    known = ATC_TARGETS[target]
     raise ValueError(
-        f"atc_command(soc_version='{soc_version}'): {of_other}Those of target '{target.name}' begin with "
-        f"{target.soc_prefix}, such as {', '.join(target.soc_examples)}; a device tells its own: {target.soc_query}."
+        f"atc_command(soc_version='{soc_version}'): {of_other}Those of target '{target}' begin with "
+        f"{known.soc_prefix}, such as {', '.join(known.soc_examples)}; a device tells its own: {known.soc_query}."
     )
 
 
@@ -174,13 +187,13 @@ def _quoted(text: str) -> str:
     return f'"{text}"' if _PLAIN.fullmatch(text) else shlex.quote(text)
 
 
-def _soc_notes(soc: str | None, target: Target | None) -> Iterator[str]:
+def _soc_notes(soc: str | None, target: str | None) -> Iterator[str]:
     if soc is not None:
         return
     yield "The processor of the device, which the offline model is made for:"
-    for one in TARGETS.values() if target is None else [target]:
-        name = f"{one.products}: " if target is None else ""
-        yield f"  {name}export SOC_VERSION={one.soc_examples[0]} or alike: {one.soc_query}"
+    for name, one in ATC_TARGETS.items() if target is None else [(target, ATC_TARGETS[target])]:
+        products = f"{TARGETS[name].products}: " if target is None else ""
+        yield f"  {products}export SOC_VERSION={one.soc_examples[0]} or alike: {one.soc_query}"
 
 
 def _notes(shapes: Mapping[str, list[str]], *paths: str) -> Iterator[str]:

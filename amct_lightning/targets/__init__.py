@@ -1,5 +1,16 @@
-"""What is known of the Ascend generations that a network is deployed to. Imports the standard library only."""
+"""What is known of what a network is deployed to: the Ascend generations, and servers. Standard library only."""
 
-from amct_lightning.targets.facts import TARGETS, Fact, OnUnsupported, Target, TargetName, Verdict, find_target
+from amct_lightning.targets.facts import ATC_TARGETS, TARGETS, find_target
+from amct_lightning.targets.kinds import Atc, Fact, OnUnsupported, Target, TargetName, Verdict
 
-__all__ = ["TARGETS", "Fact", "OnUnsupported", "Target", "TargetName", "Verdict", "find_target"]
+__all__ = [
+    "ATC_TARGETS",
+    "TARGETS",
+    "Atc",
+    "Fact",
+    "OnUnsupported",
+    "Target",
+    "TargetName",
+    "Verdict",
+    "find_target",
+]

@@ -1,4 +1,4 @@
-"""The one table of facts about the Ascend generations: which types and layers they run, and what ATC calls them.
+"""The one table of facts about what a network is meant for: the Ascend generations, and servers of language models.
 
 Nothing here was run on hardware. Each fact says where it comes from: [read] is source code, [doc] is documentation.
 What neither tells is doubtful, and says that it was not checked.
@@ -7,64 +7,10 @@ What neither tells is doubtful, and says that it was not checked.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
-TargetName = Literal["A2", "A3", "950", "310P"]
-"""Atlas A2 and A3, Ascend 950PR/950DT, and the inference cards with Ascend 310P."""
-
-Verdict = Literal["runs", "doubtful", "unsupported"]
-"""Whether the matrix unit computes with it; of what is doubtful there is no word, or one against another."""
-
-OnUnsupported = Literal["error", "fallback", "warn"]
-"""What to do about layers that the target does not run: refuse, take INT8 (or float where that is not enough), warn."""
-
-
-@dataclass(frozen=True)
-class Fact:
-    """What is known of a pair of types or of a layer on a generation.
-
-    Attributes:
-        verdict: Whether it runs as it is meant to.
-        why: A clause for messages, such as ``"the matrix unit has no INT4"``.
-        source: Where that is written.
-    """
-
-    verdict: Verdict
-    why: str
-    source: str
-
-
-@dataclass(frozen=True)
-class Target:
-    """A generation of Ascend hardware.
-
-    Attributes:
-        name: How it is chosen.
-        products: What it is called in the documentation of CANN.
-        pairs: What is known of pairs of activation and weight types, such as ``("INT8", "INT4")``.
-        layers: What is known of layers with a class of this name, whatever their types.
-        grouped: What is known of convolutions with groups, depthwise ones among them.
-        linear_by_channel: What is known of a Linear with a weight scale per output channel.
-        soc_prefix: What all values of ``atc --soc_version`` begin with.
-        soc_examples: Some of these values.
-        soc_version: The value that is meant if none is given; ``None`` where there are several, as an offline model
-            runs on that one only.
-        soc_query: How to find out the value of a device.
-    """
-
-    name: TargetName
-    products: str
-    pairs: Mapping[tuple[str, str], Fact]
-    layers: Mapping[str, Fact]
-    grouped: Fact
-    linear_by_channel: Fact
-    soc_prefix: str
-    soc_examples: tuple[str, ...]
-    soc_version: str | None
-    soc_query: str
-
+from amct_lightning.targets.kinds import Atc, Fact, Target, TargetName
+from amct_lightning.targets.serving import SERVING
 
 _INT8 = Fact(
     "runs",
@@ -96,6 +42,16 @@ _GROUPED = Fact(
     "npu_quant_conv2d of torch_npu takes groups=1 only, and how fast the compiler's depthwise and grouped "
     "convolutions are was not checked",
     "[doc] op-plugin, npu_quant_conv2d",
+)
+_PER_TOKEN = Fact(
+    "doubtful",
+    "AMCT's documentation knows activations with a fixed scale only",
+    "[doc] AMCT, create_quant_retrain_model (CANN 9.1)",
+)
+_WEIGHT_ONLY = Fact(
+    "doubtful",
+    "AMCT's documentation has no weights that are quantized alone in quantization-aware training",
+    "[doc] AMCT, create_quant_retrain_model (CANN 9.1)",
 )
 _LINEAR_BY_CHANNEL = Fact(
     "unsupported",
@@ -136,72 +92,68 @@ def _pairs(int4: Fact) -> Mapping[tuple[str, str], Fact]:
     )
 
 
+def _generation(name: TargetName, products: str, int4: Fact, atc: Atc) -> Target:
+    return Target(
+        name=name,
+        products=products,
+        pairs=_pairs(int4),
+        layers=_LAYERS,
+        grouped=_GROUPED,
+        linear_by_channel=_LINEAR_BY_CHANNEL,
+        per_token=_PER_TOKEN,
+        weight_only=MappingProxyType({"INT8": _WEIGHT_ONLY, "INT4": _WEIGHT_ONLY}),
+        atc=atc,
+    )
+
+
 _NAME = "'Ascend' and the Name that `npu-smi info` shows"
 _CHIP = "the Chip Name, '_' and the NPU Name that `npu-smi info -t board -i ID{chip}` shows"
+_OF_A2 = Atc(
+    soc_prefix="Ascend910B",
+    soc_examples=("Ascend910B1", "Ascend910B2", "Ascend910B3", "Ascend910B4"),
+    soc_version=None,
+    soc_query=_NAME,
+)
+_OF_A3 = Atc(
+    soc_prefix="Ascend910_93",
+    soc_examples=("Ascend910_9362", "Ascend910_9382", "Ascend910_9391", "Ascend910_9392"),
+    soc_version=None,
+    soc_query=_CHIP.format(chip=" -c CHIP"),
+)
+_OF_950 = Atc(
+    soc_prefix="Ascend950",
+    soc_examples=("Ascend950PR_9579", "Ascend950PR_9589", "Ascend950PR_9599"),
+    soc_version=None,
+    soc_query=_CHIP.format(chip=""),
+)
+_OF_310P = Atc(soc_prefix="Ascend310P", soc_examples=("Ascend310P3",), soc_version="Ascend310P3", soc_query=_NAME)
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         target.name: target
         for target in (
-            Target(
-                name="A2",
-                products="Atlas A2",
-                pairs=_pairs(_INT4_ON_A2_A3),
-                layers=_LAYERS,
-                grouped=_GROUPED,
-                linear_by_channel=_LINEAR_BY_CHANNEL,
-                soc_prefix="Ascend910B",
-                soc_examples=("Ascend910B1", "Ascend910B2", "Ascend910B3", "Ascend910B4"),
-                soc_version=None,
-                soc_query=_NAME,
-            ),
-            Target(
-                name="A3",
-                products="Atlas A3",
-                pairs=_pairs(_INT4_ON_A2_A3),
-                layers=_LAYERS,
-                grouped=_GROUPED,
-                linear_by_channel=_LINEAR_BY_CHANNEL,
-                soc_prefix="Ascend910_93",
-                soc_examples=("Ascend910_9362", "Ascend910_9382", "Ascend910_9391", "Ascend910_9392"),
-                soc_version=None,
-                soc_query=_CHIP.format(chip=" -c CHIP"),
-            ),
-            Target(
-                name="950",
-                products="Ascend 950PR/950DT",
-                pairs=_pairs(_INT4_ON_950),
-                layers=_LAYERS,
-                grouped=_GROUPED,
-                linear_by_channel=_LINEAR_BY_CHANNEL,
-                soc_prefix="Ascend950",
-                soc_examples=("Ascend950PR_9579", "Ascend950PR_9589", "Ascend950PR_9599"),
-                soc_version=None,
-                soc_query=_CHIP.format(chip=""),
-            ),
-            Target(
-                name="310P",
-                products="Atlas inference cards with Ascend 310P",
-                pairs=_pairs(_INT4_ON_310P),
-                layers=_LAYERS,
-                grouped=_GROUPED,
-                linear_by_channel=_LINEAR_BY_CHANNEL,
-                soc_prefix="Ascend310P",
-                soc_examples=("Ascend310P3",),
-                soc_version="Ascend310P3",
-                soc_query=_NAME,
-            ),
+            _generation("A2", "Atlas A2", _INT4_ON_A2_A3, _OF_A2),
+            _generation("A3", "Atlas A3", _INT4_ON_A2_A3, _OF_A3),
+            _generation("950", "Ascend 950PR/950DT", _INT4_ON_950, _OF_950),
+            _generation("310P", "Atlas inference cards with Ascend 310P", _INT4_ON_310P, _OF_310P),
+            *SERVING,
         )
     }
 )
 """Name -> :class:`Target`. The values of ``--soc_version`` are those of CANN 9.0 and 9.1."""
 
 
+ATC_TARGETS: Mapping[str, Atc] = MappingProxyType(
+    {name: target.atc for name, target in TARGETS.items() if target.atc is not None}
+)
+"""What ATC calls the generations that it compiles for."""
+
+
 def find_target(name: object, where: str = "target") -> Target:
-    """Return what is known of a generation.
+    """Return what is known of a generation or of servers.
 
     Args:
-        name: Its name; small letters and the number 950 are fine.
+        name: Its name; small or capital letters and the number 950 are fine.
         where: What the name is called in the message.
 
     Raises:
@@ -210,11 +162,14 @@ def find_target(name: object, where: str = "target") -> Target:
     Example:
         >>> find_target("950").pairs["INT8", "INT4"].verdict
         'unsupported'
-        >>> find_target("a2").soc_examples[0]
-        'Ascend910B1'
+        >>> find_target("a2").name, find_target("Serving").serves_in
+        ('A2', ('bfloat16', 'float16'))
     """
-    found = TARGETS.get(str(name).upper())
+    found = _BY_NAME.get(str(name).lower())
     if found is None:
         known = ", ".join(f"'{target.name}' ({target.products})" for target in TARGETS.values())
         raise ValueError(f"{where}={name!r}: there is no such target. Give one of {known}, or None for any.")
     return found
+
+
+_BY_NAME = {name.lower(): target for name, target in TARGETS.items()}

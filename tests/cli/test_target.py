@@ -29,7 +29,7 @@ def test_the_command_writes_what_the_target_runs(folder: Folder) -> None:
 
 def test_the_command_lists_the_targets(folder: Folder) -> None:
     assert folder("config", "--model", "demo_module.Classifier", "--target", "A7").status != 0
-    assert "{A2,A3,950,310P}" in folder("config", "--help").out
+    assert "{A2,A3,950,310P,serving,serving_bfloat16,serving_float16}" in folder("config", "--help").out
 
 
 @pytest.mark.parametrize("target", [950, "950"])

@@ -24,7 +24,7 @@ from amct_lightning.config import DataConfig, LayerConfig, WeightConfig
 from amct_lightning.conversion.make_plan import make_plan
 from amct_lightning.conversion.on_target import TargetRules
 from amct_lightning.conversion.plan import QuantPlan, find_plan
-from amct_lightning.targets import TARGETS
+from amct_lightning.targets import ATC_TARGETS, TARGETS
 
 BITS = {"A8W8": ("INT8", "INT8"), "A16W8": ("INT16", "INT8"), "A8W4": ("INT8", "INT4"), "A4W4": ("INT4", "INT4")}
 LAYERS = {
@@ -47,6 +47,8 @@ OF_KIND = {"Conv1d": "unsupported", "ConvTranspose1d": "unsupported", "GRU": "un
 def of_types(target: str, bits: str) -> str:
     if bits == "A8W8":
         return "runs"
+    if TARGETS[target].serves:
+        return "unsupported"
     return "unsupported" if target == "950" and bits.endswith("W4") else "doubtful"
 
 
@@ -63,6 +65,8 @@ def test_every_layer_type_with_every_pair_of_types(target: str, kind: str, bits:
     assert rules is not None
     found = rules.obstacles({"x": layer_config(bits)}, {"x": LAYERS[kind]})
     expected = [OF_KIND.get(kind, "runs")]
+    if TARGETS[target].serves:
+        expected = ["runs" if kind == "Linear" else "unsupported"]
     if expected != ["unsupported"]:  # of what does not run at all the types are not of interest
         expected.append(of_types(target, bits))
     assert [o.fact.verdict for o in found] == [verdict for verdict in expected if verdict != "runs"]
@@ -70,7 +74,7 @@ def test_every_layer_type_with_every_pair_of_types(target: str, kind: str, bits:
 
 
 @pytest.mark.parametrize("groups", [2, 4])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ATC_TARGETS)
 def test_grouped_and_depthwise_convolutions_are_doubtful(target: str, groups: int) -> None:
     with pytest.warns(UserWarning, match=r"worth a second look: '0' \(Conv2d, A8W8\): npu_quant_conv2d.*groups=1 only"):
         prepare_qat(nn.Sequential(nn.Conv2d(4, 4, 1, groups=groups)), None, torch.randn(1, 4, 2, 2), target=target)
@@ -165,7 +169,7 @@ def test_types_and_layers_fall_back_each_in_its_way() -> None:
 BY_CHANNEL = {"weights": {"channel_wise": True}, "types": {"Linear": {"activations": {"dst_type": "INT8"}}}}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ATC_TARGETS)
 def test_a_linear_layer_with_a_scale_per_channel_is_refused_and_falls_back_to_one(target: str) -> None:
     model, x = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Flatten(), nn.Linear(12, 2)), torch.randn(2, 2, 3, 1)
     with pytest.raises(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from amct_lightning.export.atc import atc_command
-from amct_lightning.targets import TARGETS
+from amct_lightning.targets import ATC_TARGETS, TARGETS
 
 IMAGE = {"image": (1, 3, 32, 32)}
 
@@ -61,9 +61,9 @@ def test_a_scalar_has_no_lengths(run: Any) -> None:
     assert run(atc_command("n.onnx", "310P", input_shapes={"t": (), "x": (1, 4)}))[5] == "--input_shape=t:;x:1,4"
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ATC_TARGETS)
 def test_the_processor_is_that_of_the_target_or_asked_of_the_environment(run: Any, target: str) -> None:
-    command, facts = atc_command("n.onnx", target, input_shapes=IMAGE), TARGETS[target]
+    command, facts = atc_command("n.onnx", target, input_shapes=IMAGE), ATC_TARGETS[target]
     if facts.soc_version is not None:
         assert run(command)[3] == f"--soc_version={facts.soc_version}"
         return
@@ -76,7 +76,13 @@ def test_the_processor_is_that_of_the_target_or_asked_of_the_environment(run: An
 
 def test_without_a_target_all_ways_to_the_processor_are_told() -> None:
     command = atc_command("n.onnx", input_shapes=IMAGE)
-    assert all(f"#   {target.products}: export SOC_VERSION=" in command for target in TARGETS.values())
+    assert all(f"#   {TARGETS[target].products}: export SOC_VERSION=" in command for target in ATC_TARGETS)
+    assert "vllm" not in command
+
+
+def test_servers_compile_nothing() -> None:
+    with pytest.raises(ValueError, match=r"^atc_command: target 'serving' \(vllm.*ATC compiles for 'A2', 'A3', "):
+        atc_command("n.onnx", "serving", input_shapes=IMAGE)
 
 
 def test_a_processor_of_another_target_is_refused() -> None:

@@ -14,13 +14,17 @@ import pytest
 import amct_lightning.targets
 from amct_lightning.config import DataConfig, LayerConfig, WeightConfig
 from amct_lightning.layer_types import LAYER_TYPES
-from amct_lightning.targets import TARGETS, Target, TargetName, find_target
+from amct_lightning.targets import ATC_TARGETS, TARGETS, Target, TargetName, find_target
 
 VERDICTS = {
     "A2": {"A8W8": "runs", "A16W8": "doubtful", "A8W4": "doubtful", "A4W4": "doubtful"},
     "A3": {"A8W8": "runs", "A16W8": "doubtful", "A8W4": "doubtful", "A4W4": "doubtful"},
     "950": {"A8W8": "runs", "A16W8": "doubtful", "A8W4": "unsupported", "A4W4": "unsupported"},
     "310P": {"A8W8": "runs", "A16W8": "doubtful", "A8W4": "doubtful", "A4W4": "doubtful"},
+}
+SERVERS = "serving", "serving_bfloat16", "serving_float16"
+VERDICTS |= {
+    name: {"A8W8": "runs", "A16W8": "unsupported", "A8W4": "unsupported", "A4W4": "unsupported"} for name in SERVERS
 }
 targets = pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
 
@@ -45,6 +49,10 @@ def test_each_layer_type_has_its_verdict(target: Target) -> None:
     by_verdict: dict[str, set[str]] = {}
     for kind, fact in target.layers.items():
         by_verdict.setdefault(fact.verdict, set()).add(kind)
+    if target.name in SERVERS:
+        others = {kind.__name__ for kind in LAYER_TYPES} - {"Linear"}
+        assert by_verdict == {"runs": {"Linear"}, "unsupported": others}
+        return
     assert by_verdict == {
         "runs": {"Linear", "Conv2d", "Conv3d", "ConvTranspose2d"},
         "unsupported": {"Conv1d", "ConvTranspose1d", "GRU"},
@@ -53,19 +61,47 @@ def test_each_layer_type_has_its_verdict(target: Target) -> None:
 
 
 @targets
-def test_a_fact_has_a_source_or_says_that_it_was_not_checked(target: Target) -> None:
-    for fact in [*target.pairs.values(), *target.layers.values(), target.grouped, target.linear_by_channel]:
-        assert fact.source.startswith(("[read]", "[doc]")) or (fact.source == "none" and "not checked" in fact.why)
+def test_a_target_is_a_generation_that_atc_compiles_for_or_servers_in_some_dtypes(target: Target) -> None:
+    assert (target.atc is None) == (target.name in SERVERS) == target.serves
+    assert (target.name in ATC_TARGETS) == (target.atc is not None)
+    servers = ("runs", "runs", "runs", "doubtful")
+    generation = ("unsupported", "doubtful", "doubtful", "doubtful")
+    facts = target.linear_by_channel, target.per_token, target.weight_only["INT8"], target.weight_only["INT4"]
+    assert tuple(fact.verdict for fact in facts) == (servers if target.serves else generation)
+
+
+def test_the_servers_take_the_dtype_of_the_model_or_a_given_one() -> None:
+    assert {name: TARGETS[name].serves_in for name in SERVERS} == {
+        "serving": ("bfloat16", "float16"),
+        "serving_bfloat16": ("bfloat16",),
+        "serving_float16": ("float16",),
+    }
 
 
 @targets
-def test_the_processors_belong_to_one_target_only(target: Target) -> None:
-    for example in (*target.soc_examples, *filter(None, [target.soc_version])):
-        assert [one.name for one in TARGETS.values() if example.startswith(one.soc_prefix)] == [target.name]
+def test_a_fact_has_a_source_or_says_that_it_was_not_checked(target: Target) -> None:
+    facts = [*target.pairs.values(), *target.layers.values(), target.grouped, target.linear_by_channel]
+    for fact in [*facts, target.per_token, *target.weight_only.values()]:
+        assert fact.source.startswith(("[read]", "[doc]")) or (fact.source == "none" and "not checked" in fact.why)
+
+
+@pytest.mark.parametrize("name", ATC_TARGETS)
+def test_the_processors_belong_to_one_target_only(name: str) -> None:
+    atc = ATC_TARGETS[name]
+    for example in (*atc.soc_examples, *filter(None, [atc.soc_version])):
+        assert [other for other, one in ATC_TARGETS.items() if example.startswith(one.soc_prefix)] == [name]
 
 
 @pytest.mark.parametrize(
-    ("name", "found"), [("A2", "A2"), ("a3", "A3"), ("950", "950"), (950, "950"), ("310p", "310P")]
+    ("name", "found"),
+    [
+        ("A2", "A2"),
+        ("a3", "A3"),
+        ("950", "950"),
+        (950, "950"),
+        ("310p", "310P"),
+        ("SERVING_float16", "serving_float16"),
+    ],
 )
 def test_a_name_may_be_in_small_letters_or_a_number(name: object, found: str) -> None:
     assert find_target(name).name == found
@@ -73,7 +109,9 @@ def test_a_name_may_be_in_small_letters_or_a_number(name: object, found: str) ->
 
 @pytest.mark.parametrize("name", ["A1", 910, "", None])
 def test_an_unknown_name_is_refused_with_those_that_there_are(name: object) -> None:
-    with pytest.raises(ValueError, match=r"^target=.*no such target. Give one of 'A2' \(Atlas A2\), .*'310P'"):
+    with pytest.raises(
+        ValueError, match=r"^target=.*no such target. Give one of 'A2' \(Atlas A2\), .*'310P'.*'serving'"
+    ):
         find_target(name)
 
 

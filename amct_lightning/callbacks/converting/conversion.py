@@ -153,11 +153,16 @@ class Conversion:
         if self.config is not None:
             source = config_source(self.config)
             config = without_computed_weights(load_config(self.config), root, source, keep=layers)
-            config = plan.undisputed(config.resolve(layers, source))
+            config = plan.undisputed(config.resolve(layers, source, self._by_channel(plan)))
         if self.target is not None:
             config = self.target.fitted(config, layers, source)
         wanted = replace(plan, config=config)
         return wanted if self.config is None else self._with_batches(wanted)
+
+    def _by_channel(self, plan: QuantPlan) -> bool:
+        """Tell whether a Linear has a weight scale per output channel by default, as when the plan was made."""
+        rules = self.target or TargetRules.of(plan.target, "error", "the checkpoint")
+        return rules is not None and rules.linear_by_channel
 
     def _with_batches(self, plan: QuantPlan) -> QuantPlan:
         """Let the calibrations of a plan take as many batches as the schedule says."""

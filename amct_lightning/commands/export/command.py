@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from amct_lightning.commands.base import ParsedCommand, UserError
 from amct_lightning.commands.model_options import add_model_options, spelled_out
-from amct_lightning.targets import TARGETS
+from amct_lightning.targets import ATC_TARGETS
 
 if TYPE_CHECKING:
     from amct_lightning.export.forms import Form
@@ -72,7 +72,7 @@ class ExportCommand(ParsedCommand):
         )
         parser.add_argument(
             "--target",
-            choices=list(TARGETS),
+            choices=list(ATC_TARGETS),
             help="The generation of the device, by default that of the training: for the command line of ATC, and to "
             "tell what it does not run.",
         )

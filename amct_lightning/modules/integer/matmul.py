@@ -16,7 +16,7 @@ from torch import Tensor
 from amct_lightning.modules.integer.codes import signed_codes
 from amct_lightning.modules.integer.numbers import Numbers
 from amct_lightning.quantizers.functional import quantize
-from amct_lightning.targets import TARGETS
+from amct_lightning.targets import ATC_TARGETS
 
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From the codes of input and weight, both with a row per sum, and an int32 per column to add: the sums, int32."""
@@ -84,7 +84,7 @@ def obstacle(device: torch.device, outputs: int) -> str | None:
 
 def _gives_int32(device: torch.device) -> bool:
     name = torch.get_device_module(device).get_device_name(device)
-    return any(name.startswith(TARGETS[generation].soc_prefix) for generation in GIVES_INT32)
+    return any(name.startswith(ATC_TARGETS[generation].soc_prefix) for generation in GIVES_INT32)
 
 
 @cache
