@@ -14,6 +14,7 @@ from amct_lightning.config.fit import settings_as_written, without_computed_weig
 from amct_lightning.config.layer import FixedMin, with_fixed_min
 from amct_lightning.conversion.on_target import TargetRules, fall_back
 from amct_lightning.conversion.plan import LayerPlan, QuantPlan, RefusedLayer, disabled
+from amct_lightning.conversion.served import check_fused, find_served, float_layers
 from amct_lightning.graph.eligibility import NOT_TRAINED, Candidate, find_candidates
 from amct_lightning.graph.forward import Forward, InputData
 from amct_lightning.graph.trace import Call, Trace
@@ -75,12 +76,14 @@ def make_plan(
     resolved = disabled(untrained, _with_rules(config.resolve(eligible, source, by_channel), propagates))
     _check_grid(resolved, deploy_grid, source)
     # Choices that are no complete configuration are written down as one first, in AMCT with INT4 already raised.
-    written = resolved.layers
+    written, served = resolved.layers, None
     if isinstance(config, RetrainConfig):
         as_written = settings_as_written(config.layers, eligible, by_channel and not config.amct_rules)
         written = _with_rules(replace(config, layers=as_written), False).layers
     if target is not None:
-        avoided = target.check(resolved.layers, eligible, source)
+        served = find_served(model, source) if target.target.serves else None
+        in_float = float_layers(model, served, eligible) if target.target.serves else {}
+        avoided = target.check(resolved.layers, eligible, source, in_float)
         resolved = replace(resolved, layers=fall_back(resolved.layers, avoided))
         written = fall_back(written, avoided)
         refused |= {
@@ -88,7 +91,10 @@ def make_plan(
             for o in avoided
             if o.way == "float"
         }
-    layers = _layer_plans(resolved, written, candidates, trace, dict(model.named_modules()))
+    modules = dict(model.named_modules())
+    layers = _layer_plans(resolved, written, candidates, trace, modules)
+    if served is not None:
+        check_fused(served, resolved, layers, modules, source)
     ends = (trace.calls[0].name, trace.calls[-1].name)
     aim, parts = None if target is None else target.target.name, _float_parts(trace, layers)
     return QuantPlan(resolved, layers, search_n, tuple(refused.values()), ends, parts, aim, deploy_grid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
 
 from torch import nn
@@ -18,6 +19,8 @@ from amct_lightning.wording import cut_off
 TargetLike = TargetName | int | None
 """A target as users give it; YAML reads 950 as a number."""
 
+
+NONE: Mapping[str, Fact] = MappingProxyType({})
 
 Way = Literal["INT8", "one scale", "float"]
 """What helps where a target does not run a layer as configured; float always does."""
@@ -81,26 +84,36 @@ class TargetRules:
         """Whether a Linear has a weight scale per output channel where nothing else is said."""
         return self.target.serves
 
-    def obstacles(self, layers: Mapping[str, LayerConfig], modules: Mapping[str, nn.Module]) -> list[Obstacle]:
+    def obstacles(
+        self, layers: Mapping[str, LayerConfig], modules: Mapping[str, nn.Module], in_float: Mapping[str, Fact] = NONE
+    ) -> list[Obstacle]:
         """Return what the target does not run as configured, or may not.
 
         Args:
             layers: The settings of all layers.
             modules: These layers.
+            in_float: What is known of layers that it runs in float only, for their place in the model.
         """
         found = []
         for name, layer in layers.items():
             if layer.retrain_enable:
-                found += self._of_layer(name, layer, modules[name])
+                found += self._of_layer(name, layer, modules[name], in_float.get(name))
         return found
 
-    def check(self, layers: Mapping[str, LayerConfig], modules: Mapping[str, nn.Module], source: str) -> list[Obstacle]:
+    def check(
+        self,
+        layers: Mapping[str, LayerConfig],
+        modules: Mapping[str, nn.Module],
+        source: str,
+        in_float: Mapping[str, Fact] = NONE,
+    ) -> list[Obstacle]:
         """Refuse what the target does not run, or warn of it, as the user chose; warn of what is doubtful.
 
         Args:
             layers: The settings of all layers.
             modules: These layers.
             source: What the configuration is called in messages.
+            in_float: What is known of layers that it runs in float only, for their place in the model.
 
         Returns:
             What has to be avoided by other settings, see :func:`fall_back`.
@@ -108,7 +121,7 @@ class TargetRules:
         Raises:
             ValueError: If the target does not run a layer and the user chose ``"error"``, or if it runs none.
         """
-        found = self.obstacles(layers, modules)
+        found = self.obstacles(layers, modules, in_float)
         doubtful = [obstacle for obstacle in found if obstacle.fact.verdict == "doubtful"]
         unsupported = [obstacle for obstacle in found if obstacle.fact.verdict == "unsupported"]
         head = f"{source}: target {self.target.name} ({self.target.products})"
@@ -135,11 +148,11 @@ class TargetRules:
         """
         return replace(config, layers=fall_back(config.layers, self.check(config.layers, modules, source)))
 
-    def _of_layer(self, name: str, layer: LayerConfig, module: nn.Module) -> list[Obstacle]:
+    def _of_layer(self, name: str, layer: LayerConfig, module: nn.Module, in_float: Fact | None) -> list[Obstacle]:
         data, weight = layer.retrain_data_config, layer.retrain_weight_config
         kind = supported_class(module).__name__
         types = f"A{data.num_bits}W{weight.num_bits}"
-        of_kind = self.target.layers[kind]
+        of_kind = in_float or self.target.layers[kind]
         facts: list[tuple[Fact, Way]] = [(of_kind, "float")]
         if of_kind.verdict != "unsupported":
             facts.append((self._of_types(data, weight), "INT8"))
