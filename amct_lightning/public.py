@@ -17,6 +17,7 @@ from amct_lightning.modules import quantized_layers
 from amct_lightning.modules.calibration import calibrate
 from amct_lightning.modules.convert import float_parameters
 from amct_lightning.record import QuantRecord
+from amct_lightning.serving import load_serving, save_serving, verify_serving
 
 __all__ = [
     "AscendFSDPStrategy",
@@ -38,9 +39,12 @@ __all__ = [
     "export_onnx",
     "float_parameters",
     "load_qat_checkpoint",
+    "load_serving",
     "prepare_qat",
     "quantized_layers",
     "restore_quant_retrain_model",
     "save_quant_retrain_model",
+    "save_serving",
     "verify_export",
+    "verify_serving",
 ]

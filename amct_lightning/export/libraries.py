@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 
-def need(*names: str) -> None:
+def need(*names: str, extra: str = "onnx") -> None:
     """Check that libraries are installed.
 
     Args:
         names: Names of their modules.
+        extra: Which extra of the package installs them.
 
     Raises:
         ModuleNotFoundError: If one is not, with how to install all of them.
@@ -31,7 +32,7 @@ def need(*names: str) -> None:
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 f"The export needs the package '{name}', which is not installed. "
-                "Install everything for ONNX with: pip install 'amct-lightning[onnx]'",
+                f"Install everything for it with: pip install 'amct-lightning[{extra}]'",
                 name=name,
             ) from error
 
