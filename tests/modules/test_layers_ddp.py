@@ -17,7 +17,10 @@ from amct_lightning.quantizers import ShiftSearch
 from tests.modules.cases import LAYERS, LayerCase, Width, converted
 
 WORLD = 2
+_LINEAR = next(case for case in LAYERS if case.name == "linear")
+_INPUTS = (Width(symmetric=True), *(Width(algo="ulq_retrain", input=algo) for algo in ("per_token", "none")))
 CASES = {f"{case.name}-{width}": (case, width) for case in LAYERS for width in (Width(), Width(algo="ulq_retrain"))}
+CASES |= {f"linear-{width}": (_LINEAR, width) for width in _INPUTS}
 
 
 def worker(rank: int, folder: str) -> None:

@@ -61,13 +61,15 @@ class Sampler:
             return []
         factors = [read_factors(row, drift).to(gathered.device, non_blocking=True) for row in self.rows]
         values = torch.cat((gathered, torch.stack(factors)), dim=1).tolist()
-        return [reading_of(row.name, row.quantizer.num_bits, line) for row, line in zip(self.rows, values, strict=True)]
+        return [reading_of(row.name, row.num_bits, line) for row, line in zip(self.rows, values, strict=True)]
 
     def _look(
         self, index: int, row: MonitoredLayer, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
     ) -> None:
         # Compiled code cannot be looked into: hooks that come later are not called in it, so none ever is.
-        if torch.compiler.is_compiling() or in_backward() or not row.quantizer.has_range:
+        if torch.compiler.is_compiling() or in_backward():
+            return
+        if row.quantizer is None or not row.quantizer.has_range:
             return
         with torch.no_grad():
             x = row.activations(args, kwargs, output)
