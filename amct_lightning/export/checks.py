@@ -81,7 +81,8 @@ def check_forms(plan: QuantPlan, forms: Collection[str]) -> None:
     Raises:
         ValueError: If it cannot, with the layers that are in the way.
     """
-    _check_ranges(plan)
+    if forms:
+        _check_ranges(plan)
     weights = {layer.name: plan.config[layer.name].retrain_weight_config for layer in plan.layers}
     grouped = [repr(name) for name, weight in weights.items() if weight.group_size]
     if grouped and set(forms) - {"qdq"}:

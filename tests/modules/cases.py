@@ -126,6 +126,14 @@ WIDTHS = [
 ]
 
 
+LINEAR_INPUTS = (
+    Width(symmetric=True),
+    Width(algo="ulq_retrain", input="per_token"),
+    Width(algo="ulq_retrain", input="none"),
+)
+"""What is known of a Linear only, or needs no other layer to be seen."""
+
+
 def fits(layer: LayerCase, width: Width) -> bool:
     """Whether the layer can have such weights, and has others by default: linear layers have a single scale."""
     return (layer.int4 or width.weights == 8) and width.channel_wise in (None, "linear" in layer.name)

@@ -149,8 +149,9 @@ class Drift:
             rows: The rows.
         """
         for row in rows:
-            if row.quantizer is None:  # whose weight is quantized from the first batch on
-                weight = row.weight if row.name not in self.weight_scales else None
+            if row.quantizer is None:  # which is quantized without a calibration
+                begins = row.name not in self.weight_scales and row.layer.quant_mode == "quantized"
+                weight = row.weight if begins else None
                 if weight is not None:
                     self.weight_scales[row.name] = row.weight_quantizer.compute_scale(weight)
             elif row.quantizer.calibrating:
