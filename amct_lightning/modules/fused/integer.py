@@ -23,8 +23,8 @@ def reason_against(layer: Any, device: torch.device) -> str | None:
         layer: The quantized layer.
         device: The device.
     """
-    if layer.deploy_grid:
-        return "deploy_grid=True computes with its integers already"
+    if layer.has_grid:
+        return f"{'deploy_grid=True' if layer.serving is None else 'target serving'} computes with its integers already"
     if layer.weight_quantizer.layout.group_size:
         return "its weight has a scale per group of inputs, integer operators take one per output channel"
     return why_not(layer, device, (layer.input_quantizer.num_bits, layer.weight_quantizer.num_bits))
