@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from amct_lightning.conversion.plan import LayerPlan, QuantPlan
 from amct_lightning.modules.layers import QATLayer
 from amct_lightning.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
-from amct_lightning.quantizers.functional import activation_scale_offset, repair_clips
+from amct_lightning.quantizers.functional import repair_clips
 
 State = Mapping[str, Tensor]
 
@@ -188,7 +188,7 @@ def _latest_factors(ours: str, amct: str, quantizer: ActivationQuantizer) -> lis
         usable = repair_clips(clip_max, clip_min, previous[0], previous[1], quantizer.fixed_min)
         if 0 <= int(state[f"{ours}.calibrated_batches"]) < quantizer.batch_num:
             return torch.tensor(torch.nan), torch.tensor(torch.nan)
-        return activation_scale_offset(*usable, quantizer.num_bits)
+        return quantizer.factors_of(*usable)
 
     return [Entry(f"{amct}_scale", lambda s: factors(s)[0]), Entry(f"{amct}_offset", lambda s: factors(s)[1])]
 

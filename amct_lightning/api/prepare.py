@@ -69,7 +69,9 @@ def prepare_qat(
             count, and the layer calibrates on until a batch has values. It is no part of the state.
         target: The hardware that the network is meant for: ``"A2"`` or ``"A3"`` (Atlas), ``"950"`` or ``"310P"``
             (Ascend); or ``"serving"``, servers of language models. Layers and types are checked, and what is doubtful
-            is said. ``None`` checks nothing.
+            is said. For servers Linear layers of INT8 have a weight scale per output channel by default, and compute
+            with what servers compute with, in the dtype of the model, or in bfloat16 if that is float32;
+            ``"serving_bfloat16"`` and ``"serving_float16"`` name the dtype. ``None`` checks nothing.
         on_unsupported: What to do about layers that the target does not run: ``"error"`` refuses them; ``"fallback"``
             takes INT8, or float for layers that it does not quantize at all, and says so; ``"warn"`` goes on.
 

@@ -132,7 +132,7 @@ def _settings(plan: QuantPlan) -> dict[str, dict[str, Any]]:
     config = plan.config
     run = {"batch_num": config.batch_num, "fakequant_precision_mode": config.fakequant_precision_mode}
     layers = {f"layer '{name}': ": _flat(asdict(layer)) for name, layer in config.items()}
-    return layers | {"": run | {"search_n": plan.search_n, "deploy_grid": plan.deploy_grid}}
+    return layers | {"": run | {"search_n": plan.search_n, "deploy_grid": plan.deploy_grid, "serving": plan.serving}}
 
 
 def _data_flow(plan: QuantPlan) -> dict[str, dict[str, Any]]:

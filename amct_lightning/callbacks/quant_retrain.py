@@ -24,7 +24,7 @@ from amct_lightning.callbacks.checks import (
     find_submodule,
     warn_spawned,
 )
-from amct_lightning.callbacks.converting.conversion import Conversion
+from amct_lightning.callbacks.converting.conversion import Conversion, rules_for
 from amct_lightning.callbacks.converting.inputs import BatchToInput
 from amct_lightning.callbacks.converting.module_setup import set_up_now
 from amct_lightning.callbacks.converting.watch import ModuleWatch
@@ -181,7 +181,7 @@ class QuantRetrainCallback(EvaluationHooks):
         if self._distillation is not None:
             self._distillation.prepare(trainer, pl_module, self.submodule, self.float_checkpoint, is_fitting)
         choices = self.config, self.schedule, self.input_data, self.batch_to_input
-        options = self.allow_reuse, self.search_n, self._rules, self.deploy_grid
+        options = self.allow_reuse, self.search_n, rules_for(trainer, self._rules), self.deploy_grid
         forms = self._exports.forms if is_fitting and self._exports is not None else ()
         Conversion(*choices, *options, self.execution, forms).apply(trainer, pl_module, state)
         if self._distillation is not None and is_fitting:

@@ -166,6 +166,7 @@ def _convert_layer(
     if data.has_clips:
         if plan.shares_input_of not in quantizers:
             quantizers[plan.shares_input_of] = _activation_quantizer(data, plan.fixed_min, *count)
+            quantizers[plan.shares_input_of].serving = _served_in(plan.shares_input_of, model_plan)
         own["input_quantizer"] = quantizers[plan.shares_input_of]
     else:
         own["input_quantizer"] = TokenQuantizer(data.num_bits) if data.is_quantized else FloatActivations()
@@ -177,6 +178,15 @@ def _convert_layer(
     converted = twin.convert(layer, own, plan.calibrates_input)
     if model_plan.deploy_grid:
         converted.deploy_grid = True
+
+
+def _served_in(owner: str, plan: QuantPlan) -> torch.dtype | None:
+    """Return the dtype in which servers have a quantizer, on which they have Linear layers of INT8 only."""
+    if plan.serving is None:
+        return None
+    layers = [(layer.type, plan.config[layer.name]) for layer in plan.layers if layer.shares_input_of == owner]
+    kinds = {(kind, one.retrain_data_config.dst_type, one.retrain_weight_config.dst_type) for kind, one in layers}
+    return getattr(torch, plan.serving) if kinds == {(nn.Linear.__name__, "INT8", "INT8")} else None
 
 
 def _activation_quantizer(config: DataConfig, fixed_min: bool, batch_num: int, calls: int) -> ActivationQuantizer:

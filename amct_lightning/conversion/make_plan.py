@@ -74,7 +74,7 @@ def make_plan(
     propagates = isinstance(config, QuantChoices) and config.propagates
     by_channel = target is not None and target.linear_by_channel
     resolved = disabled(untrained, _with_rules(config.resolve(eligible, source, by_channel), propagates))
-    _check_grid(resolved, deploy_grid, source)
+    _check_grid(resolved, deploy_grid, by_channel, source)
     # Choices that are no complete configuration are written down as one first, in AMCT with INT4 already raised.
     written, served = resolved.layers, None
     if isinstance(config, RetrainConfig):
@@ -97,7 +97,9 @@ def make_plan(
         check_fused(served, resolved, layers, modules, source)
     ends = (trace.calls[0].name, trace.calls[-1].name)
     aim, parts = None if target is None else target.target.name, _float_parts(trace, layers)
-    return QuantPlan(resolved, layers, search_n, tuple(refused.values()), ends, parts, aim, deploy_grid)
+    planned = [eligible[layer.name] for layer in layers]
+    serving = None if target is None else target.serving_dtype(planned, source)
+    return QuantPlan(resolved, layers, search_n, tuple(refused.values()), ends, parts, aim, deploy_grid, serving)
 
 
 def _with_rules(config: RetrainConfig, propagates: bool) -> RetrainConfig:
@@ -110,7 +112,12 @@ def _with_rules(config: RetrainConfig, propagates: bool) -> RetrainConfig:
     return replace(config, layers=layers)
 
 
-def _check_grid(config: RetrainConfig, deploy_grid: bool, source: str) -> None:
+def _check_grid(config: RetrainConfig, deploy_grid: bool, serving: bool, source: str) -> None:
+    if deploy_grid and serving:
+        raise ValueError(
+            f"{source}: deploy_grid=True computes as a network that ATC compiled, and target serving as a server does. "
+            "Use one of the two."
+        )
     enabled = {name: layer for name, layer in config.items() if layer.retrain_enable}
     grouped = [repr(name) for name, layer in enabled.items() if layer.retrain_weight_config.group_size]
     if deploy_grid and grouped:
@@ -125,10 +132,11 @@ def _check_grid(config: RetrainConfig, deploy_grid: bool, source: str) -> None:
             "deploy_grid=True the sums of a layer are those of integers, which have one scale for all inputs. Use one "
             "of the two."
         )
-    if deploy_grid and config.fakequant_precision_mode == "FORCE_FP16_QUANT":
+    if (deploy_grid or serving) and config.fakequant_precision_mode == "FORCE_FP16_QUANT":
         raise ValueError(
             f"{source} has fakequant_precision_mode 'FORCE_FP16_QUANT', which rounds the activation scales only when "
-            "they are recorded, so deploy_grid=True could not train with what is deployed. Use one of the two."
+            f"they are recorded, so {'target serving' if serving else 'deploy_grid=True'} could not train with what is "
+            "deployed. Use one of the two."
         )
 
 

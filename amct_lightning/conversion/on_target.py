@@ -51,6 +51,7 @@ class TargetRules:
     Attributes:
         target: The generation, or servers.
         on_unsupported: What to do about layers that it does not run.
+        dtype: The dtype that servers have where the model has none of theirs and nothing else is said.
 
     Example:
         >>> rules = TargetRules.of("950", "fallback", "prepare_qat")
@@ -60,6 +61,7 @@ class TargetRules:
 
     target: Target
     on_unsupported: OnUnsupported = "error"
+    dtype: str = "bfloat16"
 
     @classmethod
     def of(cls, target: object, on_unsupported: str, where: str) -> TargetRules | None:
@@ -83,6 +85,38 @@ class TargetRules:
     def linear_by_channel(self) -> bool:
         """Whether a Linear has a weight scale per output channel where nothing else is said."""
         return self.target.serves
+
+    def serving_dtype(self, layers: Iterable[nn.Module], source: str) -> str | None:
+        """Return the name of the dtype that servers have, or ``None`` if the target stands for none.
+
+        Args:
+            layers: The layers to quantize.
+            source: What the configuration is called in messages.
+
+        Raises:
+            ValueError: If they have several of the dtypes of servers, or none that the target allows.
+        """
+        allowed = self.target.serves_in
+        found = {str(layer.weight.dtype).removeprefix("torch.") for layer in layers} & {"bfloat16", "float16"}
+        if not self.target.serves:
+            return None
+        if len(found) > 1 or found - {*allowed}:
+            raise ValueError(
+                f"{source}: target {self.target.name} ({self.target.products}) has weights of one dtype, "
+                f"{' or '.join(allowed)}; those to be quantized are of {' and '.join(sorted(found))}. Convert the "
+                "model first, e.g. with model.bfloat16(), or give target='serving'."
+            )
+        return next(iter(found), self._usual_dtype)
+
+    def serving_as(self, before: str | None) -> str | None:
+        """Return the dtype that servers have of a model that was converted before, or ``None`` if there are none.
+
+        Args:
+            before: The one that it was converted for.
+        """
+        if not self.target.serves:
+            return None
+        return before if before in self.target.serves_in else self._usual_dtype
 
     def obstacles(
         self, layers: Mapping[str, LayerConfig], modules: Mapping[str, nn.Module], in_float: Mapping[str, Fact] = NONE
@@ -147,6 +181,10 @@ class TargetRules:
             source: What it is called in messages.
         """
         return replace(config, layers=fall_back(config.layers, self.check(config.layers, modules, source)))
+
+    @property
+    def _usual_dtype(self) -> str:
+        return self.dtype if self.dtype in self.target.serves_in else self.target.serves_in[0]
 
     def _of_layer(self, name: str, layer: LayerConfig, module: nn.Module, in_float: Fact | None) -> list[Obstacle]:
         data, weight = layer.retrain_data_config, layer.retrain_weight_config

@@ -78,6 +78,7 @@ class QuantPlan:
         float_parts: What else of the forward stays in float, see ``graph/float_parts.py``: kinds and how many of each.
         target: The generation of hardware that the settings were checked for, if that was asked for.
         deploy_grid: Whether the layers compute with what the device computes with.
+        serving: Name of the dtype that servers have, if the layers compute with what these compute with.
     """
 
     config: RetrainConfig
@@ -88,6 +89,7 @@ class QuantPlan:
     float_parts: tuple[tuple[str, int], ...] = field(default=(), compare=False)
     target: str | None = field(default=None, compare=False)
     deploy_grid: bool = False
+    serving: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain dicts, lists, strings and numbers, for a checkpoint."""
@@ -108,6 +110,7 @@ class QuantPlan:
             "float_parts": dict(self.float_parts),
             "target": self.target,
             "deploy_grid": self.deploy_grid,
+            "serving": self.serving,
         }
 
     def wastes_integers(self, layer: LayerPlan) -> bool:
@@ -232,6 +235,7 @@ class QuantPlan:
                 tuple({**data.get("float_parts", {})}.items()),
                 data.get("target"),
                 data.get("deploy_grid", False),
+                data.get("serving"),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(

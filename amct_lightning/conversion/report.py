@@ -26,6 +26,7 @@ _NOTES_WIDTH = 22
 _GAP = 2
 _TITLES = ("Layer", "Type", "Quantized", "Notes")
 _ON_GRID = "They compute with what the device computes with (deploy_grid=True)."
+_SERVED = "Linear layers of INT8 compute with what servers compute with, in {} (target serving)."
 _EXECUTED = {
     "compiled": "Their quantizers run as compiled kernels",
     "integer": "Their products are computed in integers in forward",
@@ -83,6 +84,7 @@ class ConversionReport:
             and how many of each.
         target: The generation of hardware that the settings were checked for, if that was asked for.
         deploy_grid: Whether the layers compute with what the device computes with.
+        serving: The dtype that servers have, if the layers compute with what these compute with.
         execution: What runs their quantizers, where the model was when the report was made.
     """
 
@@ -91,6 +93,7 @@ class ConversionReport:
     float_parts: tuple[tuple[str, int], ...] = ()
     target: str | None = None
     deploy_grid: bool = False
+    serving: str | None = None
     execution: str = "composite"
 
     def __rich__(self) -> RenderableType:
@@ -113,7 +116,7 @@ class ConversionReport:
     def _head(self) -> str:
         aim = "" if self.target is None else f" for target {self.target}"
         head = f"{sum(row.quantized for row in self.rows)} of {len(self.rows)} layers are quantized{aim} ({_LEGEND})."
-        grid = [_ON_GRID] if self.deploy_grid else []
+        grid = [_ON_GRID] if self.deploy_grid else [_SERVED.format(self.serving)] if self.serving else []
         if self.execution in _EXECUTED:
             grid.append(f"{_EXECUTED[self.execution]} (execution='{self.execution}').")
         return "\n".join([head, *grid, *([f"{beside(self.float_parts)}."] if self.float_parts else [])])
@@ -164,7 +167,8 @@ def conversion_report(model: nn.Module) -> ConversionReport:
         )
     ordered = tuple(rows[name] for name in modules if name in rows)
     notes = *_warnings(ordered, plan, modules), *_in_float(root)
-    return ConversionReport(ordered, notes, plan.float_parts, plan.target, plan.deploy_grid, execution_of(root))
+    computes_as = plan.deploy_grid, plan.serving, execution_of(root)
+    return ConversionReport(ordered, notes, plan.float_parts, plan.target, *computes_as)
 
 
 def quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan, sharing: Mapping[str, Sequence[str]]) -> ReportRow:

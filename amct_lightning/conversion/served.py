@@ -107,7 +107,8 @@ def check_fused(
                 f"{head}, which has one type, but they are to be quantized differently ({listed}). Give all of them "
                 "the same settings, or name all of them in skip_layers."
             )
-        if len({owners[name] for name in names if name in owners}) > 1:
+        shared = {owners[name] for name in names if name in owners and config[name].retrain_data_config.has_clips}
+        if len(shared) > 1:
             raise ValueError(
                 f"{head}, which has one input_scale, but they do not read the same tensor, or not with the same "
                 "settings, so that each would learn its own. Name all of them in skip_layers."
@@ -127,7 +128,8 @@ def _fused_groups(served: Served, modules: Mapping[str, nn.Module]) -> Iterator[
 
 def _way(layer: LayerConfig) -> str:
     data, weight = layer.retrain_data_config, layer.retrain_weight_config
-    text = f"A{data.num_bits}W{weight.num_bits}"
+    text = f"A{data.num_bits}W{weight.num_bits}" if data.is_quantized else f"float activations, W{weight.num_bits}"
+    text += "" if data.has_clips or not data.is_quantized else " per token"
     return f"{text} in groups of {weight.group_size}" if weight.group_size else text
 
 

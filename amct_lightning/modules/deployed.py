@@ -18,6 +18,9 @@ from amct_lightning.quantizers.functional import kept_bits, quantize
 DEVICE_BITS = 19
 """Bits of a float32 dequantization scale that the hardware keeps."""
 
+LARGEST_BIAS = 2**30
+"""The largest integer bias on a server; with sums of up to 2**15 products of INT8 its 32 bits hold what comes of it."""
+
 
 @torch.no_grad()
 def folded_weight(weight: Tensor, batch_norm: nn.Module | None) -> Tensor:
@@ -86,18 +89,36 @@ def weight_codes(weight: Tensor, scale: Tensor, layout: ChannelLayout, num_bits:
 
 
 @torch.no_grad()
-def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:
+def bias_codes(bias: Tensor, scale: Tensor, served: bool = False) -> Tensor:
     """Return the integers of a bias, ``round(bias / s)``, in float32.
 
     Args:
         bias: The bias with the BatchNorm folded in, 1-d float32.
         scale: The dequantization scale, see :func:`dequant_scale`, of 32 bits.
+        served: Whether it is for a server, which adds it in 32 bits: it is kept within :data:`LARGEST_BIAS`.
 
     Example:
         >>> bias_codes(torch.tensor([1.2, -0.7]), torch.tensor([0.5]))
         tensor([ 2., -1.])
     """
-    return torch.round(bias / scale)
+    codes = torch.round(bias / scale)
+    return codes.clamp_(-LARGEST_BIAS, LARGEST_BIAS) if served else codes
+
+
+def scales_of_sums(scale: Tensor, kept: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Return by what a bias is divided to become integers, and by what sums are multiplied.
+
+    A compiled network divides by the number as it is. A server divides by what it multiplies with: the number as it is
+    for bfloat16, and what the hardware keeps of it for float16.
+
+    Args:
+        scale: The product of the scales of input and weight, float32.
+        kept: What the hardware keeps of it.
+        dtype: Dtype that a server computes with; ``None`` for a compiled network.
+    """
+    if dtype is None:
+        return scale, kept
+    return (kept, kept) if dtype == torch.float16 else (scale, scale)
 
 
 @torch.no_grad()

@@ -113,8 +113,7 @@ class QATLayer(nn.Module):
 
     @property
     def _lacks_range(self) -> bool:
-        for name in self.activation_quantizers:  # in every step, so without a generator
-            quantizer = self.get_quantizer(name)
+        for quantizer in map(self.get_quantizer, self.activation_quantizers):  # in every step, so without a generator
             if not (quantizer.has_range or quantizer.learns):
                 return True
         return False
@@ -175,7 +174,18 @@ class QATLayer(nn.Module):
     @property
     def on_grid(self) -> bool:
         """Whether it computes as the device does, if it is quantized; what is exported says itself what it computes."""
-        return self.deploy_grid and not is_exporting()
+        return self.has_grid and not is_exporting()
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether it is to compute as a device or a server does."""
+        return self.deploy_grid or self.serving is not None
+
+    @property
+    def serving(self) -> torch.dtype | None:
+        """The dtype in which it computes as a server does; ``None`` if it does not."""
+        quantizer = self.input_quantizer
+        return quantizer.serving if isinstance(quantizer, ActivationQuantizer) else None
 
     def folded_norm(self) -> FoldedNorm | None:
         """Return the BatchNorm whose output is that of this layer at present, if there is one.
@@ -214,6 +224,7 @@ class QATLayer(nn.Module):
     def extra_repr(self) -> str:
         """Show the settings in ``print(model)``."""
         settings: str = super().extra_repr()
+        settings += f", serving={str(self.serving).removeprefix('torch.')}" if self.serving is not None else ""
         return f"{settings}, deploy_grid=True" if self.deploy_grid else settings
 
     def bias_follows(self, input: Tensor) -> bool:
@@ -260,8 +271,8 @@ class QATLinear(QATLayer, nn.Linear):
     keeps_input: ClassVar[bool] = False
 
     def bias_follows(self, input: Tensor) -> bool:
-        """Tell so for all inputs but those of two axes: MatMul takes no bias."""
-        return input.dim() != 2
+        """Tell so for all inputs but those of two axes: MatMul takes no bias. A server adds it to the sums."""
+        return self.serving is None and input.dim() != 2
 
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

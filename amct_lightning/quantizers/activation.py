@@ -40,6 +40,8 @@ class ActivationQuantizer(CalibratingQuantizer):
         frozen: Whether training leaves the stored clips alone.
         table: A ``FactorTable``, where the clips of all quantizers of a model are made usable together; ``None`` if
             each does it for itself.
+        serving: Dtype in which a server has the scale and its reciprocal, see :func:`amct_lightning.prepare_qat`; then
+            the scale is one of its numbers. ``None`` for a scale of float32.
         uses: Number of times that a forward of the model uses it: layers may share it, or be called several times.
 
     Example:
@@ -50,6 +52,7 @@ class ActivationQuantizer(CalibratingQuantizer):
 
     clip_max_previous: Tensor
     clip_min_previous: Tensor
+    serving: torch.dtype | None = None
 
     def __init__(
         self,
@@ -203,7 +206,22 @@ class ActivationQuantizer(CalibratingQuantizer):
 
     @torch.no_grad()
     def _factors(self) -> tuple[Tensor, Tensor]:
-        return activation_scale_offset(*self.usable_clips(), self.num_bits)
+        return self.factors_of(*self.usable_clips())
+
+    def factors_of(self, upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scale and the offset that it has with a range, 0-d float32.
+
+        Args:
+            upper: Upper clip, 0-d float32.
+            lower: Lower clip.
+
+        Example:
+            >>> quantizer = ActivationQuantizer()
+            >>> quantizer.serving = torch.bfloat16
+            >>> quantizer.factors_of(torch.tensor(2.55), torch.tensor(0.0))
+            (tensor(0.0100), tensor(-128.))
+        """
+        return activation_scale_offset(upper, lower, self.num_bits, self.serving)
 
     @torch.no_grad()
     def usable_clips(self) -> tuple[Tensor, Tensor]:

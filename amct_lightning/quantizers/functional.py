@@ -90,21 +90,28 @@ def quantize_tokens(x: Tensor, num_bits: int) -> Tensor:
     return dequantize_(quantize(x.float(), scale, num_bits), scale).to(x.dtype)
 
 
-def device_codes(values: Tensor, scale: Tensor, num_bits: int, offset: Tensor) -> Tensor:
-    """Return ``clamp(round(x * (1/s)) + o, -h, h-1) - o``: the device multiplies by the float32 reciprocal.
+def device_codes(
+    values: Tensor, scale: Tensor, num_bits: int, offset: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return ``clamp(round(x * (1/s)) + o, -h, h-1) - o``: the device multiplies by the reciprocal.
 
     Args:
         values: Values ``x``, float32.
         scale: Scale ``s``, 0-d.
         num_bits: Number of bits ``b``.
         offset: Offset ``o``, 0-d.
+        dtype: Dtype that values and reciprocal are rounded to first, in which a server has them; their product is exact
+            in float32. ``None`` for float32.
 
     Example:
         >>> device_codes(torch.tensor([0.014, 9.0]), torch.tensor(0.01), 8, torch.tensor(-128.0))
         tensor([  1., 255.])
     """
     h = half_range(num_bits)
-    return torch.mul(values, torch.reciprocal(scale)).round_().add_(offset).clamp_(-h, h - 1).sub_(offset)
+    reciprocal = torch.reciprocal(scale)
+    if dtype is not None:
+        values, reciprocal = values.to(dtype).float(), reciprocal.to(dtype).float()
+    return torch.mul(values, reciprocal).round_().add_(offset).clamp_(-h, h - 1).sub_(offset)
 
 
 def dequantize_(codes: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
@@ -183,7 +190,27 @@ def range_around_zero(clip_max: Tensor, clip_min: Tensor, num_bits: int) -> tupl
     return scale * (h - 1), scale * -h
 
 
-def activation_scale_offset(clip_max: Tensor, clip_min: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
+def scale_in(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the nearest scale that a dtype holds, as it does the reciprocal: neither of them is 0 or infinite.
+
+    Args:
+        scale: Scales, float32 of any shape, at least :data:`EPS`.
+        dtype: bfloat16 or float16; the latter has nothing above 65504, and no reciprocal of less than 1.53e-5.
+
+    Example:
+        >>> scale_in(torch.tensor([0.1, 1e-6]), torch.float16)
+        tensor([9.9976e-02, 1.5318e-05])
+    """
+    lowest, highest = _SCALES_IN[dtype]
+    return scale.clamp(lowest, highest).to(dtype).float()
+
+
+_SCALES_IN = {torch.float16: (2.0**-16 + 2.0**-24, 65504.0), torch.bfloat16: (EPS, 2.0**126)}
+
+
+def activation_scale_offset(
+    clip_max: Tensor, clip_min: Tensor, num_bits: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Map a clip range to the scale and offset (zero point) of asymmetric quantization.
 
     ``s = (max(M,0) - min(m,0)) / (2^b - 1)`` and ``o = round(-h - min(m,0)/s)``; a scale below :data:`EPS`
@@ -193,6 +220,7 @@ def activation_scale_offset(clip_max: Tensor, clip_min: Tensor, num_bits: int) -
         clip_max: Upper clip ``M``, float32 of any shape.
         clip_min: Lower clip ``m``, same shape.
         num_bits: 4, 8 or 16.
+        dtype: Dtype whose numbers the scale is rounded to, see :func:`scale_in`; ``None`` for float32.
 
     Returns:
         Scale and offset, float32, same shape; the offset holds an integer.
@@ -203,7 +231,12 @@ def activation_scale_offset(clip_max: Tensor, clip_min: Tensor, num_bits: int) -
     """
     lower = clip_min.clamp(max=0)
     scale = (clip_max.clamp(min=0) - lower) / (2**num_bits - 1)
-    return guard_scale(scale, torch.round(-half_range(num_bits) - lower / scale), num_bits)
+    h, used = half_range(num_bits), scale if dtype is None else scale_in(scale, dtype)
+    offset = torch.round(-h - lower / used)
+    if dtype is None:
+        return guard_scale(scale, offset, num_bits)
+    tiny = scale < EPS  # as it is before it is rounded
+    return used.masked_fill(tiny, 1.0), offset.clamp(-h, h - 1).masked_fill(tiny, float(-h))
 
 
 def guard_scale(scale: Tensor, offset: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:

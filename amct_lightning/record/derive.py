@@ -21,7 +21,7 @@ from amct_lightning.modules.degenerate import warn_degenerate
 from amct_lightning.modules.folding import current_weight, deployed_scale
 from amct_lightning.modules.layers import QATLayer
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, ShiftSearch, WeightQuantizer
-from amct_lightning.quantizers.functional import EPS, activation_scale_offset, half_range
+from amct_lightning.quantizers.functional import EPS, half_range
 from amct_lightning.quantizers.shift_search import best_shifts
 from amct_lightning.record.checks import PER_TOKEN
 from amct_lightning.record.layer_record import LayerRecord
@@ -106,7 +106,7 @@ def _read_at_once(wanted: Mapping[_Key, Mapping[str, Tensor]]) -> dict[_Key, dic
 @torch.no_grad()
 def _range_of(quantizer: ActivationQuantizer) -> dict[str, Tensor]:
     upper, lower = quantizer.usable_clips()
-    scale, offset = activation_scale_offset(upper, lower, quantizer.num_bits)
+    scale, offset = quantizer.factors_of(upper, lower)
     return {"upper": upper, "lower": lower, "scale": scale, "offset": offset}
 
 
@@ -115,7 +115,7 @@ def _warn_small_ranges(ranges: Mapping[str, Mapping[str, _Array]]) -> None:
     found = []
     for name, numbers in ranges.items():
         upper, lower, scale = (numbers[key].item() for key in ("upper", "lower", "scale"))
-        if max(upper, -lower) < scale:  # a scale of its own is smaller than the range
+        if max(upper, -lower) < scale == 1:  # a scale of its own is smaller than the range
             found.append(f"'{name}' ({lower:.2g} to {upper:.2g})")
     if found:
         warnings.warn(

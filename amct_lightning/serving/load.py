@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from amct_lightning.export.libraries import need
 from amct_lightning.serving.read import Checkpoint, read_checkpoint
-from amct_lightning.serving.server import SERVER_LAYERS
+from amct_lightning.serving.server import SERVER_LAYERS, ServerLinear
 from amct_lightning.serving.source import CONFIG
 from amct_lightning.wording import closest, cut_off
 
@@ -59,11 +59,12 @@ def _from_config(folder: Path) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415  (an optional library)
 
     config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    network: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    make: Any = AutoModelForCausalLM.from_config
+    network: nn.Module = make(config, trust_remote_code=False)
     return network
 
 
-def _put(network: nn.Module, name: str, layer: nn.Module, checkpoint: Checkpoint) -> None:
+def _put(network: nn.Module, name: str, layer: ServerLinear, checkpoint: Checkpoint) -> None:
     modules = dict(network.named_modules())
     found = modules.get(name)
     if not isinstance(found, nn.Linear):

@@ -55,7 +55,7 @@ def served_model(model: nn.Module) -> ServedModel:
     network = _network_of_transformers(root) or _network_of_transformers(model)
     if network is None:
         network = root
-    layers = dict(quantized_layers(network))
+    layers = {name: layer for name, layer in quantized_layers(network).items() if isinstance(layer, QATLayer)}
     if not layers:
         raise ValueError(f"The network {type(network).__name__} inside {type(model).__name__} has no quantized layers.")
     _check_layers(layers)

@@ -108,7 +108,9 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     content = read_config(file)
     version = content.get("version")
     if version != _VERSION:
-        raise ValueError(f"'{file}': key 'version' must be '{_VERSION}', found {version!r}. Write it again with this one.")
+        raise ValueError(
+            f"'{file}': key 'version' must be '{_VERSION}', found {version!r}. Write it again with this one."
+        )
     kinds = {name: kind for name, kind in content.items() if name not in _SETTINGS}
     wrong = [f"'{name}': {kind!r}" for name, kind in kinds.items() if kind not in SERVED_TYPES]
     if wrong:
@@ -153,4 +155,3 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"'{file}' is damaged ({error}). Take an undamaged copy.") from error
-

@@ -29,7 +29,8 @@ class ServerLinear(nn.Module):
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.out_features, self.in_features = tensors["weight"].shape
+        self.out_features: int = tensors["weight"].shape[0]
+        self.in_features: int = tensors["weight"].shape[1]
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", tensors.get("bias"))
@@ -123,7 +124,7 @@ class WeightOnlyLinear(ServerLinear):
 
     def codes(self, x: Tensor) -> None:
         """See :meth:`ServerLinear.codes`."""
-        return None
+        return
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output in the dtype of the server."""

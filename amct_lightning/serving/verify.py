@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from amct_lightning.graph.forward import InputData
 from amct_lightning.modules.grid.codes import activation_codes
 from amct_lightning.modules.layers import QATLayer
-from amct_lightning.serving.load import loaded, put_into
 from amct_lightning.quantizers.base import Quantizer
+from amct_lightning.serving.load import loaded, put_into
 from amct_lightning.serving.model import ServedModel, served_model
 from amct_lightning.serving.read import read_checkpoint
 from amct_lightning.serving.report import ServedDeparture, ServedLayerReport, ServedLogits, ServingReport
@@ -37,12 +37,12 @@ class _Row:
             quantizer = layer.input_quantizer
             codes = activation_codes(quantizer, x, *quantizer.usable_clips()).values + quantizer.offset
             self.codes += codes.numel()
-            self.codes_wrong += _count(codes != server.codes(x))
+            self.codes_wrong += int((codes != server.codes(x)).sum())
         found = server(x).float()
         difference = (found - output.float()).abs()
         allowed = 0.0 if layer.serving is not None else _rounding(server, x)
         self.outputs += difference.numel()
-        self.outputs_wrong += _count(~(difference <= allowed))
+        self.outputs_wrong += difference.numel() - int((difference <= allowed).sum())
         self.largest = max(self.largest, float(difference.max())) if difference.numel() else self.largest
 
 
@@ -70,9 +70,7 @@ def compare(model: nn.Module, folder: str | Path, batches: Iterable[InputData]) 
         found = [ServedDeparture("", "its float parts compute something else than those of the model")]
     run = sorted(layers, key=lambda name: order[name])
     name = str(served.dtype).removeprefix("torch.")
-    return ServingReport(
-        str(folder), name, count, tuple(layers[n] for n in run), logits.report(), tuple(found)
-    )
+    return ServingReport(str(folder), name, count, tuple(layers[n] for n in run), logits.report(), tuple(found))
 
 
 def _run(network: nn.Module, batch: InputData) -> Any:
@@ -93,8 +91,8 @@ class _Logits:
         first, second = _scores(ours).float(), _scores(theirs).float()
         first, second = first.reshape(-1, first.shape[-1]), second.reshape(-1, second.shape[-1])
         self.rows += len(first)
-        self.equal += _count((first == second).all(-1))
-        self.same_top += _count(first.argmax(-1) == second.argmax(-1))
+        self.equal += int((first == second).all(-1).sum())
+        self.same_top += int((first.argmax(-1) == second.argmax(-1)).sum())
         self.largest = max(self.largest, float((first - second).abs().max()))
 
     def report(self) -> ServedLogits:
@@ -188,10 +186,7 @@ def _rounding(server: ServerLinear, x: Tensor) -> Tensor:
     """Return by how much the output may differ: each product and each sum is rounded to the dtype once or twice."""
     scale: Any = server.weight_scale
     weight: Any = server.weight
-    bias = None if server.bias is None else server.bias.float().abs()
+    added: Any = server.bias
+    bias = None if added is None else added.float().abs()
     largest = nn.functional.linear(x.float().abs(), (weight.float() * scale).abs(), bias)
     return 4 * torch.finfo(server.dtype).eps * largest
-
-
-def _count(flags: Tensor) -> int:
-    return int(flags.sum())

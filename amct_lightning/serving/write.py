@@ -56,7 +56,7 @@ class ShardWriter:
         """Write what is left, the index if there are several files, and the description."""
         self._flush()
         names = [WEIGHTS] if len(self.files) == 1 else [self._numbered(n) for n in range(1, len(self.files) + 1)]
-        where = {}
+        where: dict[str, str] = {}
         for name, (file, tensors) in zip(names, self.files, strict=True):
             file.rename(file.with_name(f"{name}.safetensors"))
             where |= dict.fromkeys(tensors, f"{name}.safetensors")

@@ -54,7 +54,9 @@ def test_a_layer_that_the_format_does_not_have(tmp_path: Path) -> None:
 
 def test_the_folder_of_another_network(tmp_path: Path, served: tuple[nn.Module, Path]) -> None:
     other = source(decoder(hidden_size=32), tmp_path / "other")
-    with pytest.raises(ValueError, match=r"folder of another network: its config\.json has hidden_size 32 where the mo"):
+    with pytest.raises(
+        ValueError, match=r"folder of another network: its config\.json has hidden_size 32 where the mo"
+    ):
         save_serving(served[0], tmp_path / "served", hf_source=other)
     with pytest.raises(ValueError, match=r"model_type 'llama' where the model has 'qwen2'"):
         save_serving(served[0], tmp_path / "served", hf_source=source(decoder("Llama"), tmp_path / "llama"))
@@ -108,7 +110,10 @@ def test_a_write_that_fails_leaves_the_earlier_checkpoint(
 
 @pytest.mark.parametrize(
     ("form", "size", "message"),
-    [("gguf", 10, r"form='gguf'\): must be 'ascend_v1'"), ("ascend_v1", 0, r"largest_file=0\): must be a number of byt")],
+    [
+        ("gguf", 10, r"form='gguf'\): must be 'ascend_v1'"),
+        ("ascend_v1", 0, r"largest_file=0\): must be a number of byt"),
+    ],
 )
 def test_arguments(form: Any, size: int, message: str, tmp_path: Path, served: tuple[nn.Module, Path]) -> None:
     with pytest.raises(ValueError, match=message):
@@ -159,10 +164,22 @@ Q = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].int()}), rf"'{Q}\.weight' must be int8 of shape \(16, 16\)"),
-        (lambda t: t.update({f"{Q}.deq_scale": t[f"{Q}.deq_scale"][:3].clone()}), rf"'{Q}\.deq_scale' must be float32 or"),
-        (lambda t: t.update({f"{Q}.input_scale": torch.ones(2)}), rf"'{Q}\.input_scale' must be float32 of shape \(1,\)"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"'model\.norm\.weight' has the shape \(3,\), in the"),
+        (
+            lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].int()}),
+            rf"'{Q}\.weight' must be int8 of shape \(16, 16\)",
+        ),
+        (
+            lambda t: t.update({f"{Q}.deq_scale": t[f"{Q}.deq_scale"][:3].clone()}),
+            rf"'{Q}\.deq_scale' must be float32 or",
+        ),
+        (
+            lambda t: t.update({f"{Q}.input_scale": torch.ones(2)}),
+            rf"'{Q}\.input_scale' must be float32 of shape \(1,\)",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(3)}),
+            r"'model\.norm\.weight' has the shape \(3,\), in the",
+        ),
         (lambda t: t.pop("lm_head.weight"), r"lists 'lm_head\.weight', which no file has"),
         (lambda t: t.update({"more": torch.ones(1)}), "does not list 'more', which the files have"),
     ],
@@ -175,7 +192,9 @@ def test_tensors_that_do_not_fit(
 
 
 def test_a_float_network_of_another_shape(served: tuple[nn.Module, Path]) -> None:
-    with pytest.raises(ValueError, match=r"layer '.*q_proj' has the shape \(16, 16\), in Qwen2ForCausalLM it is \(32, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"layer '.*q_proj' has the shape \(16, 16\), in Qwen2ForCausalLM it is \(32, 32\)"
+    ):
         load_serving(served[1], decoder(hidden_size=32))
     with pytest.raises(ValueError, match=r"quantized layer 'model\.layers\.1\..*has no such layer"):
         load_serving(served[1], decoder(num_hidden_layers=1))

@@ -145,7 +145,8 @@ class Conversion:
 
     def _wanted(self, root: nn.Module, plan: QuantPlan) -> QuantPlan:
         """Return the plan with the settings of the configuration, or its own, as the target allows them."""
-        plan = replace(plan, deploy_grid=plan.deploy_grid or self.deploy_grid)
+        serving = plan.serving if self.target is None else self.target.serving_as(plan.serving)
+        plan = replace(plan, deploy_grid=plan.deploy_grid or self.deploy_grid, serving=serving)
         if self.config is None and self.target is None:
             return plan
         layers = {layer: _as_float(root.get_submodule(layer)) for layer in plan.config}
@@ -169,6 +170,17 @@ class Conversion:
         if self.schedule is None or self.schedule.calibrate_batches is None:
             return plan
         return replace(plan, config=replace(plan.config, batch_num=self.schedule.calibrate_batches))
+
+
+def rules_for(trainer: pl.Trainer, rules: TargetRules | None) -> TargetRules | None:
+    """Let the model of servers have the half precision of a Trainer, where its own is float32 and none was named.
+
+    Args:
+        trainer: The Trainer, whose precision may convert the model later.
+        rules: What the target allows.
+    """
+    half = "float16" if str(trainer.precision).startswith("16") else "bfloat16"
+    return None if rules is None else replace(rules, dtype=half)
 
 
 def _planned(model: nn.Module) -> tuple[nn.Module, QuantPlan]:

@@ -14,7 +14,6 @@ from amct_lightning.conversion.plan import find_plan
 from amct_lightning.modules import QATLayer, quantized_layers
 from amct_lightning.modules.folding import current_weight, is_sharded
 from amct_lightning.quantizers import ActivationQuantizer, WeightQuantizer
-from amct_lightning.quantizers.functional import activation_scale_offset
 from amct_lightning.quantizers.functions.weight import fake_quantize_weight
 
 FACTORS = (
@@ -234,7 +233,7 @@ def read_factors(row: MonitoredLayer, drift: Drift) -> Tensor:
     data = [unknown] * 5
     if row.source is not None and quantizer is not None and quantizer.has_range:
         clips = quantizer.usable_clips()
-        factors = activation_scale_offset(*clips, quantizer.num_bits)
+        factors = quantizer.factors_of(*clips)
         data = [*clips, *factors, drift.of_clips(row.name, torch.stack(clips))]
     weight = row.weight
     if weight is None:

@@ -7,8 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from amct_lightning.quantizers import ActivationQuantizer
-from amct_lightning.quantizers.functional import activation_scale_offset, half_range
-from amct_lightning.quantizers.functions.activation import fake_quantize_activation
+from amct_lightning.quantizers.functional import dequantize_, half_range, quantize
 
 SUMS = ("elements", "below", "above", "signal", "noise")
 """What is summed up per layer: elements, those below and above the range, squares of values and of their errors."""
@@ -102,11 +101,10 @@ def measure(x: Tensor, quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor, 
         >>> measure(torch.tensor([-2.0, 1.27]), quantizer)[1:]
         (tensor(-128.), tensor(127.))
     """
-    upper, lower = quantizer.usable_clips()
-    scale, offset = activation_scale_offset(upper, lower, quantizer.num_bits)
+    scale, offset = quantizer.factors_of(*quantizer.usable_clips())
     h = half_range(quantizer.num_bits)
     values = x.detach().float()
-    quantized = fake_quantize_activation(values, upper, lower, upper, lower, quantizer.num_bits)
+    quantized = dequantize_(quantize(values, scale, quantizer.num_bits, offset), scale, offset)
     sums = (
         values.new_full((), values.numel()),
         (values < scale * (-h - offset)).sum().float(),

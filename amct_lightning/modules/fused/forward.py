@@ -12,6 +12,7 @@ from amct_lightning.modules.fused.function import Call, quantized_product
 from amct_lightning.modules.fused.grid import GridProduct
 from amct_lightning.modules.fused.integer import IntegerProduct, reason_against
 from amct_lightning.modules.fused.products import Product
+from amct_lightning.modules.grid.forward import check_served
 from amct_lightning.quantizers import is_exporting
 from amct_lightning.quantizers.executors import executor_for, resolved
 from amct_lightning.quantizers.kept import evaluates
@@ -55,17 +56,19 @@ def run_fused(layer: Any, product: Product, x: Tensor, weight: Tensor, observed:
     if isinstance(layer.input_quantizer, RangelessQuantizer):
         executor = RangelessExecutor(executor, layer.input_quantizer)
     quantizers, with_graph = (layer.input_quantizer, layer.weight_quantizer), torch.is_grad_enabled()
-    follows, integer = layer.deploy_grid and layer.bias_follows(x), None
+    check_served(layer)
+    on_grid, integer = layer.has_grid, None
+    follows = on_grid and layer.bias_follows(x)
     if _in_integers(layer.execution, x.device.type) and not reason_against(layer, x.device):
         integer = IntegerProduct(layer, dtype)
     if with_graph:
         quantizers[1].forget(unless_evaluated=True)
-        if integer is None and dtype is None:
-            grid_or_not = layer.deploy_grid, follows
+        if integer is None and dtype is None and layer.serving is None:
+            grid_or_not = on_grid, follows
             output = executor.product(quantizers, (x, weight, bias), product.geometry, grid_or_not)
             if output is not None:
                 return output
-    grid = GridProduct(product, executor, follows) if layer.deploy_grid else None
+    grid = GridProduct(product, executor, follows) if on_grid else None
     shares = not with_graph and evaluates(quantizers[1])
     call = Call(product, executor, *quantizers, layer.calibrates_input, observed, dtype, integer, grid, shares)
     tensors = x, weight, bias

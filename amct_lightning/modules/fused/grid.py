@@ -1,4 +1,4 @@
-"""A product on the device's grid, as one operation for autograd: codes forward, what they stand for backward."""
+"""A product on the grid of device or server, as one operation for autograd: codes forward, their values backward."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from amct_lightning.modules.deployed import bias_codes
+from amct_lightning.modules.deployed import bias_codes, scales_of_sums
 from amct_lightning.modules.fused.products import Gradients, Needs, Product
 from amct_lightning.modules.grid.sums import in_float32
 from amct_lightning.quantizers import ActivationQuantizer, WeightQuantizer
@@ -34,7 +34,9 @@ class GridProduct:
         observe: bool,
         observed: Tensor | None,
     ) -> tuple[Tensor, Factors, WeightFactors]:
-        """Return the output in float32, and what input and weight were quantized with.
+        """Return the output, and what input and weight were quantized with.
+
+        It is in float32, or in the dtype of a server that computes it.
 
         Args:
             quantizers: Those of input and weight.
@@ -45,15 +47,16 @@ class GridProduct:
         x, weight, bias = tensors
         codes, factors = self.executor.grid_input(quantizers[0], x, observe, observed)
         grid = self.executor.grid_weight(quantizers[1], weight, factors.scale)
+        scale, kept = scales_of_sums(grid.scale, grid.kept, factors.dtype)
         shape = -1, *[1] * (weight.dim() - 2)
         with in_float32(x.device.type):
             output = self.product.forward(codes, grid.codes, None)
         if bias is not None and not self.bias_follows:
-            output.add_(bias_codes(bias.float(), grid.scale).view(shape))
-        output.mul_(grid.kept.view(shape))
+            output.add_(bias_codes(bias.float(), scale, factors.dtype is not None).view(shape))
+        output.mul_(kept.view(shape))
         if bias is not None and self.bias_follows:
             output.add_(bias.float())
-        return output, factors, grid.factors
+        return output if factors.dtype is None else output.to(factors.dtype), factors, grid.factors
 
     def backward(
         self, grad: Tensor, tensors: tuple[Tensor, Tensor], factors: tuple[Factors, WeightFactors], needs: Needs

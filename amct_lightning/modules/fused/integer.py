@@ -24,8 +24,8 @@ def reason_against(layer: Any, device: torch.device) -> str | None:
         layer: The quantized layer.
         device: The device.
     """
-    if layer.deploy_grid:
-        return "deploy_grid=True computes with its integers already"
+    if layer.has_grid:
+        return f"{'deploy_grid=True' if layer.serving is None else 'target serving'} computes with its integers already"
     if isinstance(layer.input_quantizer, RangelessQuantizer):
         return layer.input_quantizer.why_no_integers
     if layer.weight_quantizer.layout.group_size:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amct_lightning.quantizers import ActivationQuantizer, ChannelLayout, LearnedWeightQuantizer, WeightQuantizer
 from amct_lightning.quantizers.executors import Factors
-from amct_lightning.quantizers.functional import activation_scale_offset, device_codes, quantize, usable_scale
+from amct_lightning.quantizers.functional import device_codes, quantize, usable_scale
 from amct_lightning.quantizers.functions.activation import activation_gradients, activation_tangent
 from amct_lightning.quantizers.functions.weight import gradient_of_scale, slope_of_scale
 from amct_lightning.quantizers.transforms import call, differentiable_once, direct_form, transforming
@@ -26,11 +26,13 @@ class Codes(NamedTuple):
         values: The integers, less their offset, float32; with a gradient.
         scale: The scale, float32: 0-d of activations, 1-d of weights, where it is a single one or one per channel.
         num_bits: Number of bits.
+        dtype: Dtype that a server computes with, of activations; ``None`` for the device of a compiled network.
     """
 
     values: Tensor
     scale: Tensor
     num_bits: int
+    dtype: torch.dtype | None = None
 
 
 def activation_codes(quantizer: ActivationQuantizer, x: Tensor, upper: Tensor, lower: Tensor) -> Codes:
@@ -48,8 +50,8 @@ def activation_codes(quantizer: ActivationQuantizer, x: Tensor, upper: Tensor, l
         tensor([  1., 255.])
     """
     with torch.no_grad():
-        scale, offset = activation_scale_offset(upper, lower, quantizer.num_bits)
-    return input_codes(quantizer, x, Factors(upper, lower, scale, offset, quantizer.num_bits))
+        scale, offset = quantizer.factors_of(upper, lower)
+    return input_codes(quantizer, x, Factors(upper, lower, scale, offset, quantizer.num_bits, dtype=quantizer.serving))
 
 
 def input_codes(quantizer: ActivationQuantizer, x: Tensor, factors: Factors) -> Codes:
@@ -61,8 +63,9 @@ def input_codes(quantizer: ActivationQuantizer, x: Tensor, factors: Factors) -> 
         factors: What they are quantized with.
     """
     upper, lower, scale, offset, num_bits = factors[:5]
-    clips, settings = (*quantizer.learned_clips, upper, lower), (num_bits, torch.float32)
-    return Codes(call(_ActivationCodes, _DIRECT, x, *clips, scale, offset, settings), scale, num_bits)
+    clips, settings = (*quantizer.learned_clips, upper, lower), (num_bits, torch.float32, factors.dtype)
+    codes = call(_ActivationCodes, _DIRECT, x, *clips, scale, offset, settings)
+    return Codes(codes, scale, num_bits, factors.dtype)
 
 
 def weight_codes(quantizer: WeightQuantizer, weight: Tensor) -> Codes:
@@ -101,10 +104,10 @@ class _ActivationCodes(torch.autograd.Function):
         _lower: Tensor,
         scale: Tensor,
         offset: Tensor,
-        settings: tuple[int, torch.dtype],
+        settings: tuple[int, torch.dtype, torch.dtype | None],
     ) -> Tensor:
-        num_bits, dtype = settings
-        return device_codes(x.to(dtype), scale, num_bits, offset)
+        num_bits, dtype, served_in = settings
+        return device_codes(x.to(dtype), scale, num_bits, offset, served_in)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -118,14 +121,14 @@ class _ActivationCodes(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        gradients = activation_gradients(saved, ctx.settings, ctx.needs_input_grad[:3], grad / saved[3])
+        gradients = activation_gradients(saved, ctx.settings[:2], ctx.needs_input_grad[:3], grad / saved[3])
         return (*gradients, None, None, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor | None, clip_max: Tensor | None, clip_min: Tensor | None, *_: Any) -> Tensor:
         saved = ctx.saved_tensors
         scale: Tensor = saved[3]
-        return activation_tangent(saved, ctx.settings, (x, clip_max, clip_min)) / scale
+        return activation_tangent(saved, ctx.settings[:2], (x, clip_max, clip_min)) / scale
 
 
 _DIRECT = direct_form(_ActivationCodes)

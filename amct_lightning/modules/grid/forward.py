@@ -1,4 +1,4 @@
-"""The forward of a layer that has one product, on the device's grid, and of the BatchNorm that is folded into it."""
+"""The forward of a layer that has one product, on the grid of device or server, and of the BatchNorm folded into it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def forward_on_grid(layer: Any, norm: FoldedNorm | None, input: Tensor, operate:
     Returns:
         The output, in the dtype that the float layer would give it.
     """
+    check_served(layer)
     dtype, terms = output_dtype(input), _terms(layer.weight, layer.weight_quantizer.layout)
     x = input_codes(layer.input_quantizer, input, input_factors(layer.input_quantizer, input, layer.calibrates_input))
     layer.weight_quantizer.forget(unless_evaluated=True)
@@ -44,8 +45,24 @@ def forward_on_grid(layer: Any, norm: FoldedNorm | None, input: Tensor, operate:
     weight = _weight_codes(layer)
     follows = layer.bias is not None and layer.bias_follows(input)
     output = integer_product(operate, x, weight, None if follows else layer.bias, terms, exact)
-    output = (output + layer.bias.float() if follows else output).to(dtype)
+    output = output + layer.bias.float() if follows else output
+    output = (output if x.dtype is None else output.to(x.dtype)).to(dtype)
     return output if norm is None or folded is None else replaced(norm.float_forward(output), folded)
+
+
+def check_served(layer: Any) -> None:
+    """Refuse a layer that computes as a server does in one half precision and has become of the other.
+
+    Args:
+        layer: The layer.
+    """
+    dtype = layer.weight.dtype
+    if layer.serving is not None and dtype != layer.serving and dtype.itemsize == layer.serving.itemsize:
+        names = [str(one).removeprefix("torch.") for one in (layer.serving, dtype)]
+        raise RuntimeError(
+            f"A layer that was converted for servers in {names[0]} has weights of {names[1]}, so it is no longer what "
+            f"they compute. Convert with target='serving_{names[1]}', or keep the model in {names[0]} or float32."
+        )
 
 
 @torch.no_grad()

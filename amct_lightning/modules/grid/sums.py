@@ -1,4 +1,4 @@
-"""The product of a layer on the device's grid: exact integer sums, an integer bias, a scale of 19 bits."""
+"""The product of a layer on the grid of device or server: exact integer sums, an integer bias, a scale of 19 bits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amct_lightning.modules.deployed import bias_codes
+from amct_lightning.modules.deployed import bias_codes, scales_of_sums
 from amct_lightning.modules.grid.codes import Codes
 from amct_lightning.quantizers.functional import half_range, kept_bits
 from amct_lightning.quantizers.transforms import call, differentiable_once, direct_form, transforming
@@ -39,6 +39,8 @@ def output_dtype(x: Tensor) -> torch.dtype:
 def integer_product(operate: Operate, x: Codes, weight: Codes, bias: Tensor | None, terms: int, exact: bool) -> Tensor:
     """Return ``(sum(x * w) + round(bias / s)) * s19`` in float32, where ``s`` is the product of both scales.
 
+    Servers have other scales there, see :func:`amct_lightning.modules.deployed.scales_of_sums`.
+
     Gradients are those of ``sum((x * s_x) * (w * s_w)) + bias``.
 
     Args:
@@ -59,16 +61,17 @@ def integer_product(operate: Operate, x: Codes, weight: Codes, bias: Tensor | No
     with torch.no_grad():
         scale = weight.scale * x.scale
         scale = scale.view(-1, *[1] * (weight.values.dim() - 2))
-        kept = kept_bits(scale)
+        scale, kept = scales_of_sums(scale, kept_bits(scale), x.dtype)
+        served = x.dtype is not None
     bias = None if bias is None else bias.float().view(-1, *[1] * (weight.values.dim() - 2))
     with in_float32(x.values.device.type):
         if not exact:
-            return _dequantize(operate(x.values, weight.values), bias, scale, kept, None)
-        whole = _exact_sums(operate, x, weight, None if bias is None else bias_codes(bias, scale), terms)
+            return _dequantize(operate(x.values, weight.values), bias, scale, kept, None, served)
+        whole = _exact_sums(operate, x, weight, None if bias is None else bias_codes(bias, scale, served), terms)
         tensors = (x.values, weight.values, *([] if bias is None else [bias]))
         if not (transforming() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))):
             return whole * kept
-        return _dequantize(operate(x.values, weight.values), bias, scale, kept, whole)
+        return _dequantize(operate(x.values, weight.values), bias, scale, kept, whole, served)
 
 
 def replaced(output: Tensor, values: Tensor) -> Tensor:
@@ -124,7 +127,9 @@ def in_float32(kind: str) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if _is_autocast(kind) else nullcontext()
 
 
-def _dequantize(sums: Tensor, bias: Tensor | None, scale: Tensor, kept: Tensor, whole: Tensor | None) -> Tensor:
+def _dequantize(
+    sums: Tensor, bias: Tensor | None, scale: Tensor, kept: Tensor, whole: Tensor | None, served: bool
+) -> Tensor:
     """Return ``(sums + round(bias / scale)) * kept``.
 
     Args:
@@ -133,17 +138,20 @@ def _dequantize(sums: Tensor, bias: Tensor | None, scale: Tensor, kept: Tensor, 
         scale: The scale for the bias and all gradients.
         kept: What the hardware keeps of it.
         whole: The sums with the bias, if they are known better than as the sum of both.
+        served: Whether they are those of a server.
     """
-    return call(_Dequantize, _DEQUANTIZE, sums, bias, scale, kept, whole)
+    return call(_Dequantize, _DEQUANTIZE, sums, bias, scale, kept, whole, served)
 
 
 class _Dequantize(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(sums: Tensor, bias: Tensor | None, scale: Tensor, kept: Tensor, whole: Tensor | None) -> Tensor:
+    def forward(
+        sums: Tensor, bias: Tensor | None, scale: Tensor, kept: Tensor, whole: Tensor | None, served: bool
+    ) -> Tensor:
         if whole is None:
-            whole = sums if bias is None else sums + bias_codes(bias, scale)
+            whole = sums if bias is None else sums + bias_codes(bias, scale, served)
         return whole * kept
 
     @staticmethod
@@ -158,7 +166,7 @@ class _Dequantize(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_bias = grad.sum_to_size(ctx.shape) if ctx.needs_input_grad[1] else None
-        return grad * ctx.saved_tensors[0], of_bias, None, None, None
+        return grad * ctx.saved_tensors[0], of_bias, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, sums: Tensor | None, bias: Tensor | None, *_: Any) -> Tensor | None:

@@ -18,7 +18,6 @@ from amct_lightning.quantizers.executors.factors import (
 )
 from amct_lightning.quantizers.executors.table import has_row
 from amct_lightning.quantizers.functional import (
-    activation_scale_offset,
     dequantize_,
     device_codes,
     kept_bits,
@@ -178,7 +177,7 @@ class Executor:
     ) -> tuple[Tensor, Factors]:
         """Return the codes on the device's grid, less their offset, float32, and factors; as :meth:`quantize_input`."""
         factors = input_factors(quantizer, x if observed is None else observed, observe)
-        return device_codes(x.float(), factors.scale, factors.num_bits, factors.offset), factors
+        return device_codes(x.float(), factors.scale, factors.num_bits, factors.offset, factors.dtype), factors
 
     def rebuild_grid_input(self, x: Tensor, factors: Factors) -> Tensor:
         """Return what the codes of the input on the device's grid stand for, float32.
@@ -187,7 +186,8 @@ class Executor:
             x: The input.
             factors: What :meth:`grid_input` gave for it.
         """
-        return device_codes(x.float(), factors.scale, factors.num_bits, factors.offset).mul_(factors.scale)
+        codes = device_codes(x.float(), factors.scale, factors.num_bits, factors.offset, factors.dtype)
+        return codes.mul_(factors.scale)
 
     def grid_weight(self, quantizer: WeightQuantizer, weight: Tensor, input_scale: Tensor) -> GridWeight:
         """Return the weight on the device's grid; keep the quantizer's books.
@@ -229,16 +229,18 @@ def input_factors(quantizer: ActivationQuantizer, x: Tensor, observe: bool) -> F
     if table is not None and quantizer.moves and has_row(quantizer):
         row = table.take(quantizer)
         quantizer.watch(x, row.width)
-        return Factors(row.upper, row.lower, row.scale, row.offset, quantizer.num_bits, row.ends, table)
+        numbers = row.upper, row.lower, row.scale, row.offset
+        return Factors(*numbers, quantizer.num_bits, row.ends, table, quantizer.serving)
     if not evaluates(quantizer):
         return _computed_factors(quantizer, *quantizer.update_range(x, observe))
-    key = quantizer.num_bits, quantizer.fixed_min, quantizer.frozen
+    key = quantizer.num_bits, quantizer.fixed_min, quantizer.frozen, quantizer.serving
     return kept(quantizer, quantizer.clips, key, lambda: _computed_factors(quantizer, *quantizer.usable_clips()))
 
 
 @torch.no_grad()
 def _computed_factors(quantizer: ActivationQuantizer, upper: Tensor, lower: Tensor) -> Factors:
-    return Factors(upper, lower, *activation_scale_offset(upper, lower, quantizer.num_bits), quantizer.num_bits)
+    numbers = upper, lower, *quantizer.factors_of(upper, lower)
+    return Factors(*numbers, quantizer.num_bits, dtype=quantizer.serving)
 
 
 COMPOSITE = Executor()

@@ -63,6 +63,8 @@ class CompiledExecutor(Executor):
         self, quantizer: ActivationQuantizer, x: Tensor, observe: bool = True, observed: Tensor | None = None
     ) -> tuple[Tensor, Factors]:
         """See :meth:`Executor.grid_input`."""
+        if quantizer.serving is not None:  # of which there is no kernel
+            return super().grid_input(quantizer, x, observe, observed)
         self._prepare("grid_train", quantizer, x, rebuild="grid_rebuild")
         if x.numel() < 2 or not _learns_both(quantizer):
             return super().grid_input(quantizer, x, observe, observed)
@@ -70,7 +72,9 @@ class CompiledExecutor(Executor):
 
     def rebuild_grid_input(self, x: Tensor, factors: Factors) -> Tensor:
         """See :meth:`Executor.rebuild_grid_input`."""
-        return super().rebuild_grid_input(x, factors) if x.numel() < 2 else self._rebuild("grid_rebuild", x, factors)
+        if x.numel() < 2 or factors.dtype is not None:
+            return super().rebuild_grid_input(x, factors)
+        return self._rebuild("grid_rebuild", x, factors)
 
     def _prepare(self, name: str, quantizer: ActivationQuantizer, x: Tensor, rebuild: str = "rebuild") -> None:
         """Get the kernels for the input while it is calibrated, so that training then goes on without a halt."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from amct_lightning.quantizers.executors.table import FactorTable
@@ -24,6 +25,7 @@ class Factors(NamedTuple):
         num_bits: Number of bits.
         ends: What the gradients need beside them, if it is known.
         table: Where they come from, if that is a table.
+        dtype: Dtype in which a server quantizes with them, ``None`` if none does.
     """
 
     upper: Tensor
@@ -33,6 +35,7 @@ class Factors(NamedTuple):
     num_bits: int
     ends: Ends | None = None
     table: FactorTable | None = None
+    dtype: torch.dtype | None = None
 
 
 class WeightFactors(NamedTuple):

@@ -96,7 +96,8 @@ class FactorTable:
             self._members = [weakref.ref(member) for member in members]
         device, num_bits = quantizer.clip_max.device, quantizer.num_bits
         waiting = [m for m in members if m is quantizer or self._taken[id(m)] < m.uses]
-        alike = [m for m in waiting if m.clip_max.device == device and m.num_bits == num_bits]
+        key = device, num_bits, quantizer.serving
+        alike = [m for m in waiting if (m.clip_max.device, m.num_bits, m.serving) == key]
         clips = [_clips(member) for member in alike]
         if device not in self._zeros:
             self._zeros[device] = torch.zeros((), dtype=torch.float32, device=device)
@@ -107,7 +108,7 @@ class FactorTable:
         ]
         clip_max, clip_min, previous_max, previous_min = torch.stack(numbers).view(-1, 4).unbind(1)
         upper, lower = repair_clips(clip_max, clip_min, previous_max, previous_min, fixed_min=False)
-        scale, offset = activation_scale_offset(upper, lower, num_bits)
+        scale, offset = activation_scale_offset(upper, lower, num_bits, quantizer.serving)
         columns = upper, lower, scale, offset, *Ends.of(upper, lower, scale, offset, num_bits), upper - lower
         cells = torch.stack(columns, 1).view(-1).unbind()
         for index, (member, four) in enumerate(zip(alike, clips, strict=True)):
