@@ -28,8 +28,8 @@ def checked_folder(folder: str | Path) -> Path:
         raise ValueError(f"'{folder}' is a file; a checkpoint for servers is a folder. Give another name.")
     if path.is_dir() and any(path.iterdir()) and not (path / DESCRIPTION).is_file():
         raise ValueError(
-            f"'{folder}' holds other files and no {DESCRIPTION}: it is no earlier checkpoint for servers, which would be "
-            "replaced. Give a new folder."
+            f"'{folder}' holds other files and no {DESCRIPTION}: it is no earlier checkpoint for servers, which would "
+            "be replaced. Give a new folder."
         )
     return path
 

@@ -1,4 +1,4 @@
-"""The functions that users call. The libraries are imported by them, because only a checkpoint for servers needs them."""
+"""The functions that users call. They import the libraries, because only a checkpoint for servers needs them."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ def verify_serving(model: nn.Module, folder: str | Path, batches: Iterable[Input
     """Run a model and the checkpoint that was written of it side by side, and say which layer departs first.
 
     Every quantized layer of the server is given the very input that the model's layer had; its codes and outputs have
-    to be the same (outputs of other types than ``W8A8`` within the rounding of float sums). The tensors of the checkpoint
-    are compared with the model's, and so are the scores that both networks give.
+    to be the same (outputs of other types than ``W8A8`` within the rounding of float sums). The tensors of the
+    checkpoint are compared with the model's, and so are the scores that both networks give.
 
     Args:
         model: The model that was saved. It is evaluated; one in float32 is copied into the dtype of the server.

@@ -97,7 +97,8 @@ def _load_floats(network: nn.Module, tensors: dict[str, Tensor], checkpoint: Che
         what = f"lacks {cut_off(missing)}, which the network has" if missing else ""
         also = f"has {cut_off(extra)}, which the network lacks" if extra else ""
         raise ValueError(
-            f"'{checkpoint.folder}' {' and '.join(filter(None, (what, also)))}. Give the float network that was converted."
+            f"'{checkpoint.folder}' {' and '.join(filter(None, (what, also)))}. Give the float network that was "
+            "converted."
         )
     for name, tensor in tensors.items():
         if tensor.shape != ours[name].shape:

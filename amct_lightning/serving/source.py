@@ -1,4 +1,4 @@
-"""What of the float network's own folder goes into the served one: its configuration, tokenizer and generation files."""
+"""What of the float network's folder goes into the served one: configuration, tokenizer and generation files."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def checked_source(folder: str | Path, config: Any) -> Path:
     ]
     if wrong:
         raise ValueError(
-            f"hf_source '{path}' is the folder of another network: its {CONFIG} has {cut_off(wrong)}. Give the folder of "
-            "the float network that was converted."
+            f"hf_source '{path}' is the folder of another network: its {CONFIG} has {cut_off(wrong)}. Give the folder "
+            "of the float network that was converted."
         )
     return path
 
@@ -127,9 +127,6 @@ def copied_files(source: Path) -> Iterator[Path]:
 
     Args:
         source: The folder of the float network.
-
-    Raises:
-        ValueError: If one is a link that leads out of the folder and is no file that a hub's cache keeps.
     """
     found = {file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()}
     yield from sorted(found)

@@ -36,8 +36,9 @@ class _Row:
         if layer.serving is not None:
             quantizer = layer.input_quantizer
             codes = activation_codes(quantizer, x, *quantizer.usable_clips()).values + quantizer.offset
+            theirs: Any = server.codes(x)
             self.codes += codes.numel()
-            self.codes_wrong += int((codes != server.codes(x)).sum())
+            self.codes_wrong += int((codes != theirs).sum())
         found = server(x).float()
         difference = (found - output.float()).abs()
         allowed = 0.0 if layer.serving is not None else _rounding(server, x)
@@ -66,7 +67,8 @@ def compare(model: nn.Module, folder: str | Path, batches: Iterable[InputData]) 
     departures |= {name: report.fault for name, report in layers.items() if report.fault is not None}
     in_order = sorted(departures, key=lambda name: order.get(name, len(order)))
     found = [ServedDeparture(name, departures[name]) for name in in_order]
-    if not found and logits.largest > 0:
+    exact = all(report.kind == "W8A8" for report in layers.values())
+    if not found and exact and logits.largest > 0:
         found = [ServedDeparture("", "its float parts compute something else than those of the model")]
     run = sorted(layers, key=lambda name: order[name])
     name = str(served.dtype).removeprefix("torch.")

@@ -116,8 +116,8 @@ def noted_buffers(served: ServedModel) -> dict[str, str]:
         return {}
     dtype = str(served.dtype).removeprefix("torch.")
     warnings.warn(
-        f"The model computes with {cut_off([repr(name) for name in rounded])} in {dtype}, as model.to() leaves it; a server "
-        "keeps it in float32, so its outputs will differ in the last bits. Load the float network in its dtype "
+        f"The model computes with {cut_off([repr(name) for name in rounded])} in {dtype}, as model.to() leaves it; a "
+        "server keeps it in float32, so its outputs will differ in the last bits. Load the float network in its dtype "
         f"(from_pretrained(..., dtype=torch.{dtype})) in place of casting it.",
         stacklevel=3,
     )
