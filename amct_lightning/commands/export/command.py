@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from amct_lightning.export.forms import Form
 
 _FORMS: tuple[Form, ...] = ("deploy", "fake_quant", "qdq")
+_FOR_SERVERS = "ascend_v1"
 _EPILOG = """\
 examples:
   amct-lightning export last.ckpt --model run.yaml --input-shape 1,3,32,32
   amct-lightning export last.ckpt --model my_module.Classifier --form deploy fake_quant qdq --output out/
   amct-lightning export last.ckpt --model my_module.Classifier --target A2 --soc-version Ascend910B3
   amct-lightning export last.ckpt --model my_module.Classifier --batches test_images.pt
+  amct-lightning export last.ckpt --model run.yaml --form ascend_v1 --hf-source Qwen2-0.5B/ -o served/
   amct-lightning export last.ckpt --model my_module.Bert --dynamic-batch \\
       --input-shape input_ids=1,128:int64 --input-shape attention_mask=1,128:int64
 
@@ -35,6 +37,9 @@ The files; PREFIX is the name of the checkpoint unless --output says otherwise:
 The networks appear together, or none does; files of these names are replaced. With --batches or --verify they are
 compared with the model, layer by layer, and the exit status is 1 if one departs from it; 'amct-lightning verify' does
 the same later, and its help says what is in the file of batches.
+
+With --form ascend_v1 one folder is written, which servers of language models load (vllm-ascend, SGLang, MindIE), from
+a model that was converted with target 'serving': --output, or PREFIX_ascend_v1.
 """
 
 
@@ -42,11 +47,12 @@ class ExportCommand(ParsedCommand):
     """Export a checkpoint."""
 
     name = "export"
-    summary = "Write the quantized network of a checkpoint as ONNX files."
+    summary = "Write the quantized network of a checkpoint as ONNX files, or for servers."
     description = (
         "Write the quantized network of a checkpoint as ONNX files: for the Ascend compiler, for onnxruntime, for\n"
-        "other compilers. The model is made from its class, with the arguments that the checkpoint has. Nothing in\n"
-        "the checkpoint is executed. Needs: pip install 'amct-lightning[onnx]'"
+        "other compilers; or as a folder for servers. The model is made from its class, with the arguments that the\n"
+        "checkpoint has. Nothing in the checkpoint is executed. Needs: pip install 'amct-lightning[onnx]', for servers\n"
+        "'amct-lightning[serving]'"
     )
     epilog = _EPILOG
 
@@ -56,7 +62,17 @@ class ExportCommand(ParsedCommand):
         parser.add_argument("checkpoint", metavar="CKPT", help="A checkpoint of QuantRetrainCallback.")
         add_model_options(parser, "Export this part of the model only; shapes and batches are for it.")
         parser.add_argument(
-            "--form", nargs="+", choices=_FORMS, default=["deploy", "fake_quant"], help="The forms to write."
+            "--form",
+            nargs="+",
+            choices=[*_FORMS, _FOR_SERVERS],
+            default=["deploy", "fake_quant"],
+            help="The forms to write.",
+        )
+        parser.add_argument(
+            "--hf-source",
+            metavar="FOLDER",
+            help="For ascend_v1: where transformers keeps the float network; its configuration, tokenizer and "
+            "generation files are copied.",
         )
         parser.add_argument(
             "-o", "--output", metavar="PREFIX|FOLDER", help="What the names of the files begin with, or their folder."
@@ -95,6 +111,12 @@ class ExportCommand(ParsedCommand):
         """Export the checkpoint."""
         if options.verify is not None and options.verify < 1:
             raise UserError(f"--verify {options.verify}: must be a number of batches, 1 or more.")
+        if _FOR_SERVERS in options.form:
+            from amct_lightning.commands.export.serving import export_for_servers  # noqa: PLC0415
+
+            return export_for_servers(options)
+        if options.hf_source is not None:
+            raise UserError("--hf-source goes with --form ascend_v1 only.")
         from amct_lightning.commands.export.exporting import export  # noqa: PLC0415  (torch; not for help and errors)
 
         return export(options, [form for form in _FORMS if form in options.form])

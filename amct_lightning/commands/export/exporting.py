@@ -18,7 +18,9 @@ from amct_lightning.commands.export.inputs import batch_axes, example_input
 from amct_lightning.commands.export.table import remarks, written_table
 from amct_lightning.commands.export.verification import verify
 from amct_lightning.commands.output import short_warnings, show
+from amct_lightning.conversion.plan import find_plan
 from amct_lightning.export.atc import compile_command, compile_script
+from amct_lightning.export.checks import check_forms
 from amct_lightning.files import check_writable, location, write_text
 from amct_lightning.graph.forward import InputData
 from amct_lightning.record import QuantRecord
@@ -49,6 +51,9 @@ def export(options: Namespace, forms: Sequence[Form]) -> int:
     check_writable(_record_file(prefix), "record")
     with short_warnings():
         model = load_part(options)
+        found = find_plan(model)
+        if found is not None:
+            check_forms(found[1], forms)
         input_data = example_input(options.input_shape or [], model, options.dynamic_batch)
         batches = [] if options.batches is None else read_batches(options.batches, model)
         target = find_device(model, options.target, options.soc_version)
