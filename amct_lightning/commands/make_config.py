@@ -101,6 +101,13 @@ def _check_amct_can_say(plan: QuantPlan, layers: Mapping[str, nn.Module], form: 
             f"--format {form}: AMCT's formats have no weight scale per output channel (channel_wise) for a Linear: "
             f"{cut_off(linear)}. Give --format yaml, or choices with channel_wise: false for Linear."
         )
+    weights = {name: layer.retrain_weight_config for name, layer in plan.config.items()}
+    started = [f"weights.init of '{name}'" for name, weight in weights.items() if weight.init is not None]
+    if started:
+        raise UserError(
+            f"--format {form}: AMCT's formats have no choice of where scales and ranges start: {cut_off(started)}. "
+            "Give --format yaml, or choices without init."
+        )
 
 
 def _explanation(part: nn.Module, plan: QuantPlan) -> str:

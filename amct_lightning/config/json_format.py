@@ -95,7 +95,8 @@ def layer_to_dict(layer: LayerConfig) -> dict[str, object]:
         {'algo': 'arq_retrain', 'dst_type': 'INT8'}
     """
     data, weight = layer.retrain_data_config, layer.retrain_weight_config
-    weight_keys = WEIGHT_KEYS if weight.algo == "arq_retrain" else ("algo", "dst_type", "channel_wise", "group_size")
+    learned = ("algo", "dst_type", "channel_wise", "group_size", "init")
+    weight_keys = WEIGHT_KEYS if weight.algo == "arq_retrain" else learned
     return {
         "retrain_enable": layer.retrain_enable,
         "retrain_data_config": _given(data, [key for key in DATA_KEYS if getattr(data, key) != "after_relu"]),

@@ -78,6 +78,9 @@ class WeightConfig:
         dst_type: ``"INT4"`` or ``"INT8"``.
         group_size: In a Linear with INT4 weights, how many inputs of an output channel share a scale: 32, 64 or 128;
             ``None`` for all. Other layers and AMCT's files have no groups.
+        init: Where scales start: ``"max_abs"``, which ``None`` means, or ``"mse"``, the scale with the least squared
+            error for the weight at the start. Scales of ``"arq_retrain"`` stay that share of the max-abs ones. AMCT's
+            files cannot ask for it.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -92,6 +95,7 @@ class WeightConfig:
     channel_wise: bool | None = None
     dst_type: str = "INT8"
     group_size: int | None = None
+    init: str | None = None
 
     @found_in("WeightConfig.", "")
     def __post_init__(self) -> None:
@@ -101,6 +105,8 @@ class WeightConfig:
         check_choice("dst_type", self.dst_type, ("INT4", "INT8"))
         if self.group_size is not None:
             check_group_size(self.group_size, self.dst_type, self.channel_wise)
+        if self.init is not None:
+            check_choice("init", self.init, ("max_abs", "mse"))
 
     @property
     def num_bits(self) -> int:

@@ -22,7 +22,14 @@ from amct_lightning.modules.folding import whole_tensor
 from amct_lightning.modules.grid.norm import FoldedNorm, fold_norm
 from amct_lightning.modules.registry import QAT_CLASSES, channel_layout
 from amct_lightning.modules.shift_hook import install_shift_search, remove_shift_search
-from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, Quantizer, WeightQuantizer
+from amct_lightning.quantizers import (
+    ActivationQuantizer,
+    LearnedWeightQuantizer,
+    Quantizer,
+    RatioWeightQuantizer,
+    SearchedLearnedWeightQuantizer,
+    WeightQuantizer,
+)
 from amct_lightning.quantizers.executors.table import FactorTable
 
 STAYS_FLOAT = "_amct_stays_float"
@@ -185,8 +192,10 @@ def _weight_quantizer(layer: nn.Module, parameter: str, config: WeightConfig) ->
         layout = replace(layout, group_size=config.group_size)
     if config.algo == "ulq_retrain":
         elements = config.group_size or LAYER_TYPES[type(layer)].scale_elements(layer, weight, channel_wise)
-        return LearnedWeightQuantizer(config.num_bits, channel_wise, layout, weight, elements)
-    return WeightQuantizer(config.num_bits, channel_wise, layout, weight)
+        learned = SearchedLearnedWeightQuantizer if config.init == "mse" else LearnedWeightQuantizer
+        return learned(config.num_bits, channel_wise, layout, weight, elements)
+    kind = RatioWeightQuantizer if config.init == "mse" else WeightQuantizer
+    return kind(config.num_bits, channel_wise, layout, weight)
 
 
 def _planned_layer(model: nn.Module, name: str) -> nn.Module:
