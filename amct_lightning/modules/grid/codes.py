@@ -61,7 +61,7 @@ def input_codes(quantizer: ActivationQuantizer, x: Tensor, factors: Factors) -> 
         factors: What they are quantized with.
     """
     upper, lower, scale, offset, num_bits = factors[:5]
-    clips, settings = (quantizer.clip_max, quantizer.clip_min, upper, lower), (num_bits, torch.float32)
+    clips, settings = (*quantizer.learned_clips, upper, lower), (num_bits, torch.float32)
     return Codes(call(_ActivationCodes, _DIRECT, x, *clips, scale, offset, settings), scale, num_bits)
 
 
