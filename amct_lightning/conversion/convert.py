@@ -30,6 +30,7 @@ from amct_lightning.quantizers import (
     SearchedLearnedWeightQuantizer,
     WeightQuantizer,
 )
+from amct_lightning.quantizers.calibrating import PERCENTILE
 from amct_lightning.quantizers.executors.table import FactorTable
 from amct_lightning.quantizers.rangeless import FloatActivations, TokenQuantizer
 
@@ -188,7 +189,9 @@ def _convert_layer(
 
 def _activation_quantizer(config: DataConfig, fixed_min: bool, batch_num: int, calls: int) -> ActivationQuantizer:
     clip = None if config.clip_max is None or config.clip_min is None else (config.clip_max, config.clip_min)
-    return ActivationQuantizer(config.num_bits, fixed_min, clip, batch_num, calls, config.symmetric)
+    quantizer = ActivationQuantizer(config.num_bits, fixed_min, clip, batch_num, calls, config.symmetric)
+    quantizer.start = config.init, config.percentile or PERCENTILE
+    return quantizer
 
 
 def _weight_quantizer(layer: nn.Module, parameter: str, config: WeightConfig) -> WeightQuantizer:
