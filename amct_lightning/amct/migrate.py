@@ -24,7 +24,7 @@ from amct_lightning.amct.layout import (
 )
 from amct_lightning.conversion.plan import QuantPlan, find_plan
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
-from amct_lightning.quantizers import LearnedWeightQuantizer, ShiftSearch, WeightQuantizer
+from amct_lightning.quantizers import LearnedWeightQuantizer, RatioWeightQuantizer, ShiftSearch, WeightQuantizer
 from amct_lightning.wording import abbreviated
 
 
@@ -151,6 +151,8 @@ def _refuse_unknown_layers(root: nn.Module, plan: QuantPlan) -> None:
             reason = f"it is a {type(module).__name__}"
         elif isinstance(module, nn.RNNBase) and not module.bias:
             reason = "it has no bias"
+        if isinstance(getattr(module, "weight_quantizer", None), RatioWeightQuantizer):
+            reason = "its weight scales start from the least squared error (init: mse) and follow the largest value"
         if reason is not None:
             raise ValueError(
                 f"AMCT cannot quantize layer '{layer.name}' ({reason}), so its state has no place for this layer. Set "

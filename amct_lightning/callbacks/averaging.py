@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from amct_lightning.callbacks.schedule.phases import BATCH_NORMS, PhaseRunner
 from amct_lightning.conversion.copies import averaged_copies
-from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, Quantizer
+from amct_lightning.quantizers import ActivationQuantizer, Quantizer, WeightQuantizer
 
 _BOOKS = ("calibrated_batches", "initialized", "scale_frozen")
 # Buffers that say what a quantizer's tensors mean. Their average means nothing: 0.9 * 3 + 0.1 * 3 is not quite 3, and
@@ -81,4 +81,4 @@ def _is_beginning(module: nn.Module) -> bool:
     """Tell whether the factors of a quantizer are placeholders, or not agreed on among the processes."""
     if isinstance(module, ActivationQuantizer):
         return module.calibrating or module.fresh
-    return isinstance(module, LearnedWeightQuantizer) and module.starting
+    return isinstance(module, WeightQuantizer) and module.starting

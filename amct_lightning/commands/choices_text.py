@@ -17,7 +17,7 @@ from amct_lightning.config.simple_schema import SIMPLE_SCHEMA
 from amct_lightning.layer_types import LAYER_TYPES
 
 _PARTS = {"activations": DATA_KEYS, "weights": WEIGHT_KEYS}
-_USUAL = (("activations", "algo", "ulq_quantize"), ("activations", "symmetric", False))
+_USUAL = (("activations", "algo", "ulq_quantize"), ("activations", "symmetric", False), ("activations", "init", "mse"))
 _ATTRIBUTES = {"activations": "retrain_data_config", "weights": "retrain_weight_config"}
 _Plain = dict[str, Any]
 

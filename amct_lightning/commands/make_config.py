@@ -102,7 +102,16 @@ def _check_amct_can_say(plan: QuantPlan, layers: Mapping[str, nn.Module], form: 
             f"--format {form}: AMCT's formats have no weight scale per output channel (channel_wise) for a Linear: "
             f"{cut_off(linear)}. Give --format yaml, or choices with channel_wise: false for Linear."
         )
-    beyond = [repr(n) for n, c in plan.config.items() if c.retrain_data_config.in_amct != c.retrain_data_config]
+    weights = {name: layer.retrain_weight_config for name, layer in plan.config.items()}
+    data = {name: layer.retrain_data_config for name, layer in plan.config.items()}
+    started = [f"weights.init of '{name}'" for name, weight in weights.items() if weight.init is not None]
+    started += [f"activations.init of '{name}'" for name, given in data.items() if given.init != "mse"]
+    if started:
+        raise UserError(
+            f"--format {form}: AMCT's formats have no choice of where scales and ranges start: {cut_off(started)}. "
+            "Give --format yaml, or choices without init."
+        )
+    beyond = [repr(name) for name, given in data.items() if given.beyond_amct]
     if beyond:
         raise UserError(
             f"--format {form}: AMCT's formats have no activations that are symmetric, per token or in float: "

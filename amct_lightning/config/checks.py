@@ -134,6 +134,23 @@ def check_activations(algo: str, settings: Mapping[str, Any], fixed_min: object,
         raise RuleError(ValueError, "clip_min", text)
 
 
+def check_start(init: object, percentile: object, clip_max: object) -> None:
+    """Refuse a choice of where ranges start that there is none of, and what contradicts it."""
+    check_choice("init", init, ("mse", "percentile"))
+    if clip_max is not None and init != "mse":
+        text = f"says what a calibration finds, found {found(init)}, and clip_max is given; leave one of the two out"
+        raise RuleError(ValueError, "init", text)
+    if percentile is None:
+        return
+    if isinstance(percentile, bool) or not isinstance(percentile, (int, float)):
+        raise wrong_type("percentile", "a number such as 99.99", percentile)
+    if not 50 < percentile <= 100:
+        raise RuleError(ValueError, "percentile", f"must be above 50 and at most 100, found {found(percentile)}")
+    if init != "percentile":
+        text = f"is for init: percentile, and init is '{init}'; set that, or leave percentile out"
+        raise RuleError(ValueError, "percentile", text)
+
+
 def check_group_size(size: object, dst_type: str, channel_wise: bool | None) -> None:
     """Refuse groups of a length that nobody has, and where they have no place."""
     if isinstance(size, bool) or not isinstance(size, int):

@@ -174,6 +174,11 @@ def resolve_layers(
                 f"{source}: layer '{name}', key 'retrain_weight_config.group_size': AMCT's files have no groups of "
                 "weights. Leave it out, or give choices as YAML or as a dict."
             )
+        if layer.retrain_weight_config.init is not None:
+            raise ValueError(
+                f"{source}: layer '{name}', key 'retrain_weight_config.init': AMCT's files have no choice of where "
+                "weight scales start. Leave it out, or give choices as YAML or as a dict."
+            )
     if not any(layer.retrain_enable for layer in layers.values()):
         raise ValueError(f"{source}: {NOTHING_ENABLED}")
     _check_algorithms(layers, eligible, source)
@@ -232,7 +237,8 @@ def _with_channel_wise_default(layer: LayerConfig, module: nn.Module, linear_by_
     channel_wise = weight.channel_wise
     if channel_wise is None:
         channel_wise = kind.channel_wise or linear_by_channel or weight.group_size is not None
-    return replace(layer, retrain_weight_config=replace(weight, channel_wise=channel_wise))
+    init = None if weight.init == "max_abs" else weight.init  # the same, however it was said
+    return replace(layer, retrain_weight_config=replace(weight, channel_wise=channel_wise, init=init))
 
 
 def _check_algorithms(layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str) -> None:

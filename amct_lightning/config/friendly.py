@@ -158,6 +158,10 @@ def _merged(defaults: _Settings, entry: _Settings) -> _Settings:
             _drop_inherited(of_clips, entry["activations"], ("dst_type",))
     elif entry["activations"].get("symmetric"):
         _drop_inherited(of_clips, entry["activations"], ("fixed_min",))
+    if of_clips.get("algo", LEARNED_CLIPS) != LEARNED_CLIPS or entry["activations"].get("clip_max") is not None:
+        _drop_inherited(of_clips, entry["activations"], ("init",))  # at the top it is for what is calibrated
+    if of_clips.get("init") != "percentile":
+        _drop_inherited(of_clips, entry["activations"], ("percentile",))
     return merged
 
 

@@ -34,7 +34,8 @@ LAYER_KEYS, DATA_KEYS, WEIGHT_KEYS = (
 )
 SECTIONS = ("retrain_data_config", "retrain_weight_config")
 _IN_CHOICES = "AMCT's files have no such setting; delete it, or give choices as YAML or as a dict: activations: {{{}}}"
-_AMCT_DATA_KEYS = tuple(key for key in DATA_KEYS if key != "symmetric")
+_BEYOND_AMCT = {"symmetric": "symmetric: true", "init": "init: percentile", "percentile": "init: percentile"}
+_AMCT_DATA_KEYS = tuple(key for key in DATA_KEYS if key not in _BEYOND_AMCT)
 PRUNE_KEYS = ("regular_prune_enable", "regular_prune_config")
 
 REMEDY = "make one with create_quant_retrain_config(config_file, model, input_data)"
@@ -107,7 +108,8 @@ def layer_to_dict(layer: LayerConfig) -> dict[str, object]:
         {'algo': 'arq_retrain', 'dst_type': 'INT8'}
     """
     data, weight = layer.retrain_data_config, layer.retrain_weight_config
-    weight_keys = WEIGHT_KEYS if weight.algo == "arq_retrain" else ("algo", "dst_type", "channel_wise", "group_size")
+    learned = ("algo", "dst_type", "channel_wise", "group_size", "init")
+    weight_keys = WEIGHT_KEYS if weight.algo == "arq_retrain" else learned
     return {
         "retrain_enable": layer.retrain_enable,
         "retrain_data_config": _given(data, [key for key in _AMCT_DATA_KEYS if getattr(data, key) != "after_relu"]),
@@ -120,7 +122,7 @@ def layers_to_dict(layers: Mapping[str, LayerConfig]) -> dict[str, object]:
 
     Raises:
         ValueError: If AMCT's format has no word for a setting: ``fixed_min="propagate"``, or activations that are
-            symmetric, per token or in float.
+            symmetric, per token or in float, or with another ``init`` than AMCT's.
 
     Example:
         >>> list(layers_to_dict({"fc": LayerConfig()}))
@@ -133,11 +135,11 @@ def layers_to_dict(layers: Mapping[str, LayerConfig]) -> dict[str, object]:
             "it to true or false there, or make the configuration with RetrainConfig.from_choices, which finds out "
             "for a model which it is."
         )
-    beyond = [name for name, layer in layers.items() if layer.retrain_data_config.in_amct != layer.retrain_data_config]
+    beyond = [name for name, layer in layers.items() if layer.retrain_data_config.beyond_amct]
     if beyond:
         raise ValueError(
-            f"The activations of {abbreviated(beyond)} are symmetric, or their algo is not '{LEARNED_CLIPS}': a JSON "
-            "configuration has no word for that. Keep these choices as YAML or as a dict."
+            f"The activations of {abbreviated(beyond)} are symmetric, or their algo is not '{LEARNED_CLIPS}' or their "
+            "init not 'mse': a JSON configuration has no word for that. Keep these choices as YAML or as a dict."
         )
     return {name: layer_to_dict(layer) for name, layer in layers.items()}
 
@@ -204,8 +206,9 @@ def _check_section(raw: object, section: str, keys: tuple[str, ...], before: str
 def _refuse_choices(raw: Mapping[Any, Any], section: str) -> None:
     """Refuse settings of activations that only choices can have, and AMCT's files cannot."""
     algo = raw.get("algo")
-    if section == SECTIONS[0] and "symmetric" in raw:
-        raise RuleError(ValueError, "symmetric", f"is not expected: {_IN_CHOICES.format('symmetric: true')}")
+    for key, choice in _BEYOND_AMCT.items() if section == SECTIONS[0] else ():
+        if key in raw:
+            raise RuleError(ValueError, key, f"is not expected: {_IN_CHOICES.format(choice)}")
     if section == SECTIONS[0] and algo in ACTIVATION_ALGORITHMS and algo != LEARNED_CLIPS:
         text = f"must be '{LEARNED_CLIPS}', found {found(algo)}: {_IN_CHOICES.format(f'algo: {algo}')}"
         raise RuleError(ValueError, "algo", text)

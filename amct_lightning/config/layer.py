@@ -18,6 +18,7 @@ from amct_lightning.config.checks import (
     check_fixed_min,
     check_flag,
     check_group_size,
+    check_start,
     check_type_pair,
     found_in,
     wrong_type,
@@ -44,6 +45,9 @@ class DataConfig:
         dst_type: ``"INT4"``, ``"INT8"`` or ``"INT16"``; not for activations in float.
         symmetric: Whether learned clips keep the range around 0, so that the offset is always 0; not in AMCT's files.
             Such a range cannot begin with 0, whatever ``fixed_min`` would find out.
+        init: What range a calibration finds: ``"mse"``, that with the least squared error of the values, as AMCT; or
+            ``"percentile"``. AMCT's files cannot ask for another than AMCT's.
+        percentile: Which share of the values is inside of the range, for ``init="percentile"``; ``None`` for 99.99.
 
     Raises:
         TypeError: If a value has the wrong type; clip values must be floats.
@@ -60,6 +64,8 @@ class DataConfig:
     fixed_min: FixedMin = None
     dst_type: str = "INT8"
     symmetric: bool = False
+    init: str = "mse"
+    percentile: float | None = None
 
     @found_in("DataConfig.", "")
     def __post_init__(self) -> None:
@@ -69,11 +75,13 @@ class DataConfig:
             check_fixed_min(self.fixed_min)
         check_choice("dst_type", self.dst_type, tuple(_NUM_BITS))
         check_flag("symmetric", self.symmetric)
+        check_start(self.init, self.percentile, self.clip_max)
         of_clips: dict[str, tuple[Any, Any]] = {
             "clip_max": (self.clip_max, None),
             "clip_min": (self.clip_min, None),
             "fixed_min": (self.fixed_min, None),
             "symmetric": (self.symmetric, False),
+            "init": (self.init, "mse"),
         }
         if not self.is_quantized:
             of_clips["dst_type"] = self.dst_type, "INT8"
@@ -104,7 +112,14 @@ class DataConfig:
         """What AMCT's files can say of it."""
         if not self.has_clips:
             return DataConfig(dst_type=self.dst_type)
-        return replace(self, symmetric=False) if self.symmetric else self
+        return replace(self, symmetric=False, init="mse", percentile=None)
+
+    @property
+    def beyond_amct(self) -> dict[str, Any]:
+        """What they cannot say, by key; empty if that is nothing."""
+        said = self.in_amct
+        keys = ("algo", "symmetric", "init", "percentile")
+        return {key: getattr(self, key) for key in keys if getattr(self, key) != getattr(said, key)}
 
 
 @dataclass(frozen=True)
@@ -119,6 +134,9 @@ class WeightConfig:
         dst_type: ``"INT4"`` or ``"INT8"``.
         group_size: In a Linear with INT4 weights, how many inputs of an output channel share a scale: 32, 64 or 128;
             ``None`` for all. Other layers and AMCT's files have no groups.
+        init: Where scales start: ``"max_abs"``, which ``None`` means, or ``"mse"``, the scale with the least squared
+            error for the weight at the start. Scales of ``"arq_retrain"`` stay that share of the max-abs ones. AMCT's
+            files cannot ask for it.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -133,6 +151,7 @@ class WeightConfig:
     channel_wise: bool | None = None
     dst_type: str = "INT8"
     group_size: int | None = None
+    init: str | None = None
 
     @found_in("WeightConfig.", "")
     def __post_init__(self) -> None:
@@ -142,6 +161,8 @@ class WeightConfig:
         check_choice("dst_type", self.dst_type, ("INT4", "INT8"))
         if self.group_size is not None:
             check_group_size(self.group_size, self.dst_type, self.channel_wise)
+        if self.init is not None:
+            check_choice("init", self.init, ("max_abs", "mse"))
 
     @property
     def num_bits(self) -> int:

@@ -22,7 +22,15 @@ from amct_lightning.modules.folding import whole_tensor
 from amct_lightning.modules.grid.norm import FoldedNorm, fold_norm
 from amct_lightning.modules.registry import QAT_CLASSES, channel_layout, qat_class
 from amct_lightning.modules.shift_hook import install_shift_search, remove_shift_search
-from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, Quantizer, WeightQuantizer
+from amct_lightning.quantizers import (
+    ActivationQuantizer,
+    LearnedWeightQuantizer,
+    Quantizer,
+    RatioWeightQuantizer,
+    SearchedLearnedWeightQuantizer,
+    WeightQuantizer,
+)
+from amct_lightning.quantizers.calibrating import PERCENTILE
 from amct_lightning.quantizers.executors.table import FactorTable
 from amct_lightning.quantizers.rangeless import FloatActivations, TokenQuantizer
 
@@ -191,7 +199,9 @@ def _served_in(owner: str, plan: QuantPlan) -> torch.dtype | None:
 
 def _activation_quantizer(config: DataConfig, fixed_min: bool, batch_num: int, calls: int) -> ActivationQuantizer:
     clip = None if config.clip_max is None or config.clip_min is None else (config.clip_max, config.clip_min)
-    return ActivationQuantizer(config.num_bits, fixed_min, clip, batch_num, calls, config.symmetric)
+    quantizer = ActivationQuantizer(config.num_bits, fixed_min, clip, batch_num, calls, config.symmetric)
+    quantizer.start = config.init, config.percentile or PERCENTILE
+    return quantizer
 
 
 def _weight_quantizer(layer: nn.Module, parameter: str, config: WeightConfig) -> WeightQuantizer:
@@ -202,8 +212,10 @@ def _weight_quantizer(layer: nn.Module, parameter: str, config: WeightConfig) ->
         layout = replace(layout, group_size=config.group_size)
     if config.algo == "ulq_retrain":
         elements = config.group_size or LAYER_TYPES[type(layer)].scale_elements(layer, weight, channel_wise)
-        return LearnedWeightQuantizer(config.num_bits, channel_wise, layout, weight, elements)
-    return WeightQuantizer(config.num_bits, channel_wise, layout, weight)
+        learned = SearchedLearnedWeightQuantizer if config.init == "mse" else LearnedWeightQuantizer
+        return learned(config.num_bits, channel_wise, layout, weight, elements)
+    kind = RatioWeightQuantizer if config.init == "mse" else WeightQuantizer
+    return kind(config.num_bits, channel_wise, layout, weight)
 
 
 def _planned_layer(model: nn.Module, name: str) -> nn.Module:

@@ -98,11 +98,7 @@ class QuantPlan:
         return {
             "config": _with_data(_by_rule(self.config, propagating), lambda name, data: data.in_amct).to_dict(),
             "propagating": propagating,
-            "activations": {
-                name: {"algo": given.algo, "symmetric": given.symmetric}
-                for name, given in data.items()
-                if given.in_amct != given
-            },
+            "activations": {name: given.beyond_amct for name, given in data.items() if given.beyond_amct},
             "layers": [asdict(layer) for layer in self.layers],
             "search_n": self.search_n,
             "refused": [asdict(layer) for layer in self.refused],

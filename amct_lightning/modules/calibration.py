@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from amct_lightning.modules.convert import activation_quantizers, quantized_layers
 from amct_lightning.modules.degenerate import warn_degenerate
+from amct_lightning.modules.folding import current_weight
 from amct_lightning.modules.layers import QATLayer
-from amct_lightning.quantizers import ActivationQuantizer
+from amct_lightning.quantizers import ActivationQuantizer, WeightQuantizer
 from amct_lightning.quantizers.base import several_processes
 from amct_lightning.wording import abbreviated, cut_off
 
@@ -50,6 +51,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     flags = [(module, module.training) for module in model.modules()]
     gates = [(quantizer, quantizer.gate) for quantizer in quantizers.values()]
     waiting = {name: quantizer for name, quantizer in quantizers.items() if quantizer.calibrating}
+    begin_searched_weights(model)
     try:
         model.eval()
         for quantizer in waiting.values():
@@ -81,6 +83,22 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             f"The batches ended before these layers were calibrated: {cut_off(left)}. Give at least `batch_num` "
             "batches that reach every quantized layer (with on_degenerate='wait': in which it gets more than zeros)."
         )
+
+
+@torch.no_grad()
+def begin_searched_weights(model: nn.Module) -> None:
+    """Let weight scales that are searched (``init: mse``) start from the weights as they are, where none have yet.
+
+    Of sharded weights the whole is gathered, so that all ranks have to call this.
+
+    Args:
+        model: A converted model.
+    """
+    for layer in quantized_layers(model).values():
+        for name, parameter in cast(QATLayer, layer).weight_quantizers.items():
+            quantizer = cast(WeightQuantizer, getattr(layer, name))
+            if quantizer.searches and quantizer.starting:
+                quantizer.begin(current_weight(layer, parameter))
 
 
 def take_nonfinite(quantizers: Mapping[str, ActivationQuantizer]) -> list[str]:

@@ -11,14 +11,14 @@ from torch.distributed.tensor import DTensor
 
 from amct_lightning.modules.folding import current_weight
 from amct_lightning.modules.layers import QATLayer
-from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer
+from amct_lightning.quantizers import ActivationQuantizer
 
 
 class SkippedLayers:
     """Does before an optimizer step what the forward of a layer would have done, if this process did not run it.
 
-    A training forward repairs the clips and keeps them for later repairs, and the first one sets learned weight scales
-    to those of the weight. The optimizer moves the factors in all processes alike, so those that skipped the layer, as
+    A training forward repairs the clips and keeps them for later repairs, and the first one sets what weight scales
+    start from. The optimizer moves the factors in all processes alike, so those that skipped the layer, as
     the experts of a mixture may be, have to do the same. Alone there is nothing to agree with.
 
     Args:
@@ -53,7 +53,7 @@ class SkippedLayers:
 def _begin(layer: QATLayer) -> None:
     for name, parameter in layer.weight_quantizers.items():
         quantizer = getattr(layer, name)
-        if isinstance(quantizer, LearnedWeightQuantizer) and quantizer.starting:
+        if quantizer.starting:
             weight = cast(Tensor, getattr(layer, parameter))
             if not isinstance(weight, DTensor):  # the processes have to run layers with sharded weights together
                 quantizer.begin(current_weight(layer, parameter))

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from amct_lightning.quantizers.base import Quantizer
 from amct_lightning.quantizers.ifmr import has_values, ifmr
+from amct_lightning.quantizers.starting.percentile import percentile_range
 from amct_lightning.quantizers.transforms import transforming
+
+PERCENTILE = 99.99
+"""Share of the values, in percent, that are inside of a range if nothing else is said."""
 
 
 class FlaggedQuantizer(Quantizer):
@@ -84,6 +88,7 @@ class CalibratingQuantizer(FlaggedQuantizer):
         is_told: Whether somebody was told that it is missed.
         waits: Whether batches without values (see :func:`~amct_lightning.quantizers.ifmr.has_values`) are not counted,
             which the host then waits to hear.
+        start: What range a calibration finds: ``"mse"`` or ``"percentile"``, and the percentile for that.
     """
 
     num_bits: int
@@ -92,6 +97,8 @@ class CalibratingQuantizer(FlaggedQuantizer):
     calls: int
     clip: tuple[float, float] | None
     waits: bool
+    symmetric: bool
+    start: tuple[str, float] = ("mse", PERCENTILE)
     observed: list[Tensor]
     calibrated_batches: Tensor
     missed: bool = False
@@ -193,11 +200,18 @@ class CalibratingQuantizer(FlaggedQuantizer):
 
     def _end_calibration(self) -> None:
         if self.calibrating:
-            result = ifmr(self.observed, self.num_bits)
+            found = self._found_range()
             if self.fixed_min:
                 lowest = torch.stack([batch.amin() for batch in self.observed if batch.numel()])
                 self.below_zero = (lowest.amin() < 0).float()
-            self.finish_calibration(result.clip_max, result.clip_min, result.degenerate)
+            self.finish_calibration(*found)
+
+    def _found_range(self) -> tuple[Tensor, Tensor, Tensor]:
+        init, share = self.start
+        if init == "percentile":
+            return percentile_range(self.observed, self.num_bits, share, self.fixed_min, self.symmetric)
+        result = ifmr(self.observed, self.num_bits)
+        return result.clip_max, result.clip_min, result.degenerate
 
     def _move_extra(self, move: Callable[[Tensor], Tensor]) -> None:
         super()._move_extra(move)

@@ -111,11 +111,11 @@ def ifmr(
     values = [batch.detach().reshape(-1) for batch in batches if batch.numel()]
     if not values:
         raise ValueError("Calibration got no values: every observed batch is empty.")
-    upper, lower = _ends(values, max_percentile, min_percentile)
+    upper, lower = ends(values, max_percentile, min_percentile)
     if symmetric:
-        ends = upper.abs(), lower.abs()
-        high = _scaled(torch.maximum(*ends), search)
-        low, scale = -high, usable_scale(high / symmetric_divisor(*ends, num_bits))
+        sizes = upper.abs(), lower.abs()
+        high = _scaled(torch.maximum(*sizes), search)
+        low, scale = -high, usable_scale(high / symmetric_divisor(*sizes, num_bits))
         losses = _symmetric_losses(values, high, scale, num_bits)
     else:
         high = _scaled(upper, search)
@@ -141,12 +141,22 @@ def has_values(values: Tensor, num_bits: int) -> bool:
         >>> has_values(torch.zeros(3), 8), has_values(torch.full((3,), 1e-8), 8), has_values(torch.ones(3), 8)
         (False, False, True)
     """
-    upper, lower = _ends([values.detach().reshape(-1)], _PERCENTILE, _PERCENTILE)
+    upper, lower = ends([values.detach().reshape(-1)], _PERCENTILE, _PERCENTILE)
     return bool(torch.maximum(upper, -lower) >= half_range(num_bits) * EPS)
 
 
-def _ends(values: Sequence[Tensor], max_percentile: float, min_percentile: float) -> tuple[Tensor, Tensor]:
-    """Return the upper and the lower end of the values, not below and not above 0."""
+def ends(values: Sequence[Tensor], max_percentile: float, min_percentile: float) -> tuple[Tensor, Tensor]:
+    """Return the upper and the lower end of the values, not below and not above 0.
+
+    Args:
+        values: The values, 1-d tensors that are not empty.
+        max_percentile: Share of the values that the upper end reaches.
+        min_percentile: Share of the values that the lower end reaches.
+
+    Example:
+        >>> ends([torch.tensor([-2.0, 0.5, 3.0])], 1.0, 1.0)
+        (tensor(3.), tensor(-2.))
+    """
     upper = _kth(values, max_percentile, largest=True)
     return upper.clamp(min=0), _kth(values, min_percentile, largest=False).clamp(max=0)
 

@@ -84,11 +84,12 @@ def kept_weight(quantizer: WeightQuantizer, weight: Tensor, key: Hashable, make:
         make: Makes it, in a forward of the quantizer.
     """
     given = quantizer.given_scale()
-    if not _are_comparable((weight, given)):
+    sources = weight, *quantizer.scale_sources()
+    if not _are_comparable(sources):
         quantizer.forget()
         return make()  # without one operator more
     key = key, quantizer.settings, given is None
-    result, scale = kept(quantizer, (weight, given), key, lambda: (make(), quantizer.scale.detach().clone()))
+    result, scale = kept(quantizer, sources, key, lambda: (make(), quantizer.scale.detach().clone()))
     if given is None:
         with torch.no_grad():
             quantizer.scale.copy_(scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ class WeightQuantizer(Quantizer):
         scale: Scales of the last forward, 1-d float32: one per output channel, or a single one.
         offset: Their offsets, always 0, 1-d float32.
         frozen: Whether the scales are kept, whatever becomes of the weight.
+        starting: Whether the first training forward, which sets what is kept from then on, is still to come.
+        searches: Whether a search finds what is set then (``init: mse``).
+        is_max_abs: Whether the scales of a forward are the max-abs ones, unless some are given.
 
     Example:
         >>> weight = torch.tensor([[1.27, 0.014], [0.127, 0.02]])
@@ -46,6 +50,9 @@ class WeightQuantizer(Quantizer):
     scale: Tensor
     offset: Tensor
     scale_frozen: Tensor
+    starting: bool = False
+    searches: ClassVar[bool] = False
+    is_max_abs: ClassVar[bool] = True
 
     def __init__(self, num_bits: int, channel_wise: bool, layout: ChannelLayout, weight: Tensor) -> None:
         super().__init__()
@@ -90,7 +97,10 @@ class WeightQuantizer(Quantizer):
         Args:
             weight: The weight of the layer.
         """
-        self.scale.copy_(self.max_abs_scale(weight))
+        self.scale.copy_(self.own_scale(weight))
+
+    def begin(self, weight: Tensor) -> None:
+        """Set what is kept from the first training forward on: of max-abs scales, nothing."""
 
     @torch.no_grad()
     def unfreeze(self) -> None:
@@ -109,12 +119,19 @@ class WeightQuantizer(Quantizer):
             The fake-quantized weight.
         """
         if takes_operators():
-            return weight_operator(weight, self.given_scale(), self.layout, self.num_bits, self.channel_wise)
+            given = self.given_scale()
+            if given is None and self.searches:
+                given = self.own_scale(weight)
+            return weight_operator(weight, given, self.layout, self.num_bits, self.channel_wise)
         return self._quantize(weight.float()).to(weight.dtype)
 
     def given_scale(self) -> Tensor | None:
         """Return the scales if they are not to be computed from the weight."""
         return self.scale if self.frozen else None
+
+    def scale_sources(self) -> tuple[Tensor | None, ...]:
+        """Return the tensors that the scales depend on besides the weight."""
+        return (self.given_scale(),)
 
     @property
     def settings(self) -> Hashable:
@@ -141,7 +158,11 @@ class WeightQuantizer(Quantizer):
     @torch.no_grad()
     def compute_scale(self, weight: Tensor) -> Tensor:
         """Return the scales that belong to ``weight`` as it is now, or those that are kept; 1-d float32."""
-        return self.scale.clone() if self.frozen else self.max_abs_scale(weight)
+        return self.scale.clone() if self.frozen else self.own_scale(weight)
+
+    def own_scale(self, weight: Tensor) -> Tensor:
+        """Return the scales that belong to ``weight``, 1-d float32."""
+        return self.max_abs_scale(weight)
 
     def max_abs_scale(self, weight: Tensor) -> Tensor:
         """Return the max-abs scales of ``weight``, 1-d float32."""
@@ -171,7 +192,6 @@ class LearnedWeightQuantizer(WeightQuantizer):
     Attributes:
         scale: Learned scales, 1-d float32 parameter: one per output channel, or a single one.
         offset: Their offsets, always 0, 1-d float32.
-        starting: Whether the first training forward is still to come.
         degenerate: How many scales began with 1, as their weights were too small, 0-d float32; ``None`` if nobody needs
             to look.
 
@@ -184,6 +204,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
     """
 
     initialized: Tensor
+    is_max_abs = False
 
     def __init__(self, num_bits: int, channel_wise: bool, layout: ChannelLayout, weight: Tensor, elements: int) -> None:
         super().__init__(num_bits, channel_wise, layout, weight)
@@ -205,7 +226,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
 
     @torch.no_grad()
     def freeze(self, weight: Tensor) -> None:
-        """Start from the max-abs scales of ``weight`` if training has not begun; an optimizer is kept off elsewhere.
+        """Start from the scales of ``weight`` if training has not begun; an optimizer is kept off elsewhere.
 
         Args:
             weight: The weight of the layer.
@@ -235,7 +256,7 @@ class LearnedWeightQuantizer(WeightQuantizer):
         """
         scales = self.scale
         if self.starting and (transforming() or is_exporting()):
-            scales = self.max_abs_scale(weight)
+            scales = self.own_scale(weight)
         elif self.starting:
             self._start(weight)
         return self.layout.spread(scales, self.layout.view(weight), self.channel_wise)
@@ -246,16 +267,16 @@ class LearnedWeightQuantizer(WeightQuantizer):
         if self.learns:
             self.begin(weight)
         else:
-            self.scale.copy_(self.max_abs_scale(weight))
+            self.scale.copy_(self.own_scale(weight))
 
     @torch.no_grad()
     def begin(self, weight: Tensor) -> None:
-        """Set the scales to the max-abs ones of ``weight``, from where they are learned.
+        """Set the scales to those of ``weight``, from where they are learned.
 
         Args:
             weight: The weight of the layer.
         """
-        self.scale.copy_(self.max_abs_scale(weight))
+        self.scale.copy_(self.own_scale(weight))
         view = self.layout.view(weight.detach().float().abs())
         largest = view.amax(self.layout.reduced_dims(view, self.channel_wise)).flatten()
         self.degenerate = (largest < self.scale).sum().float()  # a scale of their own is smaller than the weights
@@ -264,8 +285,8 @@ class LearnedWeightQuantizer(WeightQuantizer):
 
     @torch.no_grad()
     def compute_scale(self, weight: Tensor) -> Tensor:
-        """Return the learned scales, before training the max-abs scales of ``weight``; 1-d float32."""
-        return self.max_abs_scale(weight) if self.starting else self.scale.detach().clone()
+        """Return the learned scales, before training those of ``weight``; 1-d float32."""
+        return self.own_scale(weight) if self.starting else self.scale.detach().clone()
 
     def _after_load(self) -> None:
         self.starting = not bool(self.initialized)

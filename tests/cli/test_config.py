@@ -133,6 +133,30 @@ def test_amct_s_formats_cannot_say_that_a_linear_layer_has_a_scale_per_channel(f
     load_config(f"made.{form}").resolve({"net.0": nn.Conv2d(1, 4, 3), "net.4": nn.Linear(4, 3)})
 
 
+@pytest.mark.parametrize("form", ["json", "cfg"])
+@pytest.mark.parametrize("key", ["weights.init", "activations.init"])
+def test_amct_s_formats_cannot_say_where_scales_and_ranges_start(folder: Folder, form: str, key: str) -> None:
+    section, name = key.split(".")
+    (folder / "choices.yaml").write_text(f"layers: {{net.0: {{{section}: {{{name}: {START[section]}}}}}}}")
+    status, _, err = folder(*MODEL, "--choices", "choices.yaml", "--format", form, "-o", f"made.{form}")
+    assert status == 2
+    assert f"no choice of where scales and ranges start: {key} of 'net.0'. Give --format yaml" in " ".join(err.split())
+    assert not (folder / f"made.{form}").exists()
+
+
+START = {"weights": "mse", "activations": "percentile"}
+
+
+def test_yaml_says_where_scales_start() -> None:
+    layers: dict[str, nn.Module] = {"1": nn.Linear(64, 8), "2": nn.Linear(64, 8)}
+    complete = parse_choices(
+        {"weights": {"algo": "ulq_retrain", "init": "mse"}, "activations": {"init": "percentile"}}
+    ).resolve(layers)
+    text = to_yaml(in_few_words(complete, layers))
+    assert "init: mse" in text and "init: percentile" in text
+    assert parse_choices(parse_yaml(text, "yaml")).resolve(layers) == complete
+
+
 def test_yaml_says_that_weights_have_groups() -> None:
     layers: dict[str, nn.Module] = {"0": nn.Conv2d(4, 8, 1), "1": nn.Linear(64, 8), "2": nn.Linear(64, 8)}
     raw = {"weights": {"dst_type": "INT4", "group_size": 32}, "layers": {"2": {"weights": {"dst_type": "INT8"}}}}

@@ -51,8 +51,8 @@ class ExportCommand(ParsedCommand):
     description = (
         "Write the quantized network of a checkpoint as ONNX files: for the Ascend compiler, for onnxruntime, for\n"
         "other compilers; or as a folder for servers. The model is made from its class, with the arguments that the\n"
-        "checkpoint has. Nothing in the checkpoint is executed. Needs: pip install 'amct-lightning[onnx]', for servers\n"
-        "'amct-lightning[serving]'"
+        "checkpoint has. Nothing in the checkpoint is executed. Needs: pip install 'amct-lightning[onnx]', or for\n"
+        "servers 'amct-lightning[serving]'"
     )
     epilog = _EPILOG
 

@@ -76,7 +76,7 @@ def _folded_output(layer: Any, norm: FoldedNorm, operate: Operate, x: Codes, ter
         return Codes(codes, scale, quantizer.num_bits), folded_bias(layer.bias, norm)
 
     if evaluates(quantizer):
-        sources = weight, quantizer.given_scale(), layer.bias, *fold_sources(norm)
+        sources = weight, *quantizer.scale_sources(), layer.bias, *fold_sources(norm)
         codes, bias = kept(quantizer, sources, ("folded", norm.eps, quantizer.settings), fold)
     else:
         codes, bias = fold()

@@ -13,7 +13,7 @@ from amct_lightning.quantizers.executors.base import Executor
 from amct_lightning.quantizers.executors.factors import Factors, GridWeight, WeightFactors
 from amct_lightning.quantizers.executors.kernels import Kernel
 from amct_lightning.quantizers.functions.weight import ChannelLayout
-from amct_lightning.quantizers.weight import LearnedWeightQuantizer, WeightQuantizer
+from amct_lightning.quantizers.weight import WeightQuantizer
 
 Load = Callable[[Kernel], "Callable[[list[Tensor]], Sequence[Tensor]]"]
 """What gives a kernel."""
@@ -134,8 +134,7 @@ class CompiledExecutor(Executor):
         self, name: str, quantizer: WeightQuantizer, weight: Tensor, numbers: list[Tensor]
     ) -> tuple[Tensor, WeightFactors, Sequence[Tensor]] | None:
         """Return what a kernel makes of a weight, from its own scale, or ``None`` if there is no kernel for it."""
-        learned = isinstance(quantizer, LearnedWeightQuantizer)
-        if learned or quantizer.frozen or not _is_simple(weight, quantizer.layout):
+        if not quantizer.is_max_abs or quantizer.frozen or not _is_simple(weight, quantizer.layout):
             return None
         rows, restore = _as_rows(weight)
         values, scale, *rest = self._get(name, quantizer.num_bits, quantizer.channel_wise, weight)([rows, *numbers])

@@ -27,7 +27,8 @@ class NativeExecutor(CompiledExecutor):
         """See :meth:`Executor.product`."""
         (inputs, weights), (x, weight, bias) = quantizers, tensors
         scale, given, learns = weights.scale, weights.given_scale(), isinstance(weights, LearnedWeightQuantizer)
-        if not inputs.moves or inputs.symmetric or (given is None and learns):  # of which the first call is another one
+        unlike_others = given is None and not weights.is_max_abs  # there is no operator for its first call
+        if not inputs.moves or inputs.symmetric or unlike_others:
             return None
         rows, clips = scale.numel(), inputs.clips
         if not (_is_plain(x) and _has_rows(weight, weights.layout, rows) and _is_float(bias)):
