@@ -45,6 +45,7 @@ class LayerType:
         channel_wise: Whether each output channel has a weight scale of its own by default. Where not, it can have one
             all the same, of which neither AMCT's files nor the Ascend compiler know.
         has_groups: Whether INT4 weights can have a scale for each group of inputs of an output channel.
+        activations: How its input may be quantized.
         transposed: Whether the weight is stored input channel first.
         folds_batch_norm: Whether a BatchNorm that is its only reader is folded into the record.
         batched_dims: Rank of an input with a batch axis, if one without it cannot be quantized.
@@ -59,6 +60,7 @@ class LayerType:
     packed: tuple[str, ...] = ("in_channels",)
     channel_wise: bool = True
     has_groups: bool = False
+    activations: tuple[str, ...] = ("ulq_quantize",)
     transposed: bool = False
     folds_batch_norm: bool = False
     batched_dims: int | None = None
@@ -108,7 +110,12 @@ LAYER_TYPES: Mapping[type[nn.Module], LayerType] = MappingProxyType(
         ),
         nn.Conv2d: LayerType(folds_batch_norm=True, batched_dims=4, obstacle=_conv_obstacle),
         nn.Conv3d: LayerType(folds_batch_norm=True, batched_dims=5, obstacle=_conv3d_obstacle),
-        nn.Linear: LayerType(packed=("in_features",), channel_wise=False, has_groups=True),
+        nn.Linear: LayerType(
+            packed=("in_features",),
+            channel_wise=False,
+            has_groups=True,
+            activations=("ulq_quantize", "per_token", "none"),
+        ),
         nn.ConvTranspose1d: LayerType(transposed=True, batched_dims=3, obstacle=_conv_obstacle),
         nn.ConvTranspose2d: LayerType(transposed=True, batched_dims=4, obstacle=_conv_obstacle),
         nn.ConvTranspose3d: LayerType(transposed=True, batched_dims=5, by_default=False, obstacle=_conv_obstacle),

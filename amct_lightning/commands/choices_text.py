@@ -17,6 +17,7 @@ from amct_lightning.config.simple_schema import SIMPLE_SCHEMA
 from amct_lightning.layer_types import LAYER_TYPES
 
 _PARTS = {"activations": DATA_KEYS, "weights": WEIGHT_KEYS}
+_USUAL = (("activations", "algo", "ulq_quantize"), ("activations", "symmetric", False))
 _ATTRIBUTES = {"activations": "retrain_data_config", "weights": "retrain_weight_config"}
 _Plain = dict[str, Any]
 
@@ -122,7 +123,7 @@ def _plain(layer: LayerConfig) -> dict[str, _Plain]:
         part: {
             key: parts[part][key]
             for key in keys
-            if parts[part][key] is not None and not (part == "activations" and key == "algo")  # there is only one
+            if parts[part][key] is not None and (part, key, parts[part][key]) not in _USUAL
         }
         for part, keys in _PARTS.items()
     }

@@ -102,6 +102,12 @@ def _check_amct_can_say(plan: QuantPlan, layers: Mapping[str, nn.Module], form: 
             f"--format {form}: AMCT's formats have no weight scale per output channel (channel_wise) for a Linear: "
             f"{cut_off(linear)}. Give --format yaml, or choices with channel_wise: false for Linear."
         )
+    beyond = [repr(n) for n, c in plan.config.items() if c.retrain_data_config.in_amct != c.retrain_data_config]
+    if beyond:
+        raise UserError(
+            f"--format {form}: AMCT's formats have no activations that are symmetric, per token or in float: "
+            f"{cut_off(beyond)}. Give --format yaml, or choices with symmetric: false and algo: ulq_quantize there."
+        )
 
 
 def _explanation(part: nn.Module, plan: QuantPlan) -> str:

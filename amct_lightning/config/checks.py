@@ -14,6 +14,10 @@ from typing import Any
 
 from amct_lightning.wording import closest
 
+LEARNED_CLIPS = "ulq_quantize"
+"""The algorithm of AMCT for activations: a range whose ends are learned."""
+ACTIVATION_ALGORITHMS = (LEARNED_CLIPS, "per_token", "none")
+"""How the input of a layer may be quantized."""
 _GROUP_SIZES = (32, 64, 128)
 _TYPE_PAIRS = (("INT4", "INT4"), ("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4"))
 FIXED_MIN_RULES = ("propagate", "after_relu")
@@ -104,6 +108,30 @@ def check_clips(clip_max: object, clip_min: object) -> None:
         given, missing = ("clip_min", "clip_max") if clip_max is None else ("clip_max", "clip_min")
         text = f"comes without {missing}; give both, or neither to have them calibrated"
         raise RuleError(ValueError, given, text)
+
+
+def check_activations(algo: str, settings: Mapping[str, Any], fixed_min: object, symmetric: bool) -> None:
+    """Refuse settings that contradict how activations are quantized.
+
+    Args:
+        algo: The algorithm.
+        settings: The other settings by key, and what they are if they are not given.
+        fixed_min: Whether the lower clip stays 0.
+        symmetric: Whether the range is one around 0.
+    """
+    if algo != LEARNED_CLIPS:
+        for key, (value, default) in settings.items():
+            if value != default:
+                what = "that are quantized" if key == "dst_type" else f"with algo '{LEARNED_CLIPS}'"
+                text = f"is for activations {what}, and algo is '{algo}'; leave one of the two out"
+                raise RuleError(ValueError, key, text)
+    clip_max, clip_min = settings["clip_max"][0], settings["clip_min"][0]
+    if symmetric and fixed_min not in (None, False):
+        text = f"asks for a range around 0, and fixed_min={fixed_min!r} for one from 0 on; leave one of the two out"
+        raise RuleError(ValueError, "symmetric", text)
+    if symmetric and clip_max is not None and clip_max != -clip_min:
+        text = f"must be -clip_max with symmetric=true, found {found(clip_min)} and {found(clip_max)}"
+        raise RuleError(ValueError, "clip_min", text)
 
 
 def check_group_size(size: object, dst_type: str, channel_wise: bool | None) -> None:

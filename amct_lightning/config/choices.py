@@ -165,6 +165,7 @@ def _left_out(settings: LayerConfig, module: nn.Module) -> LayerConfig:
     kind, weight = LAYER_TYPES[type(module)], settings.retrain_weight_config
     if (weight.channel_wise or weight.group_size) and not kind.channel_wise:
         settings = replace(settings, retrain_weight_config=replace(weight, channel_wise=None, group_size=None))
+    settings = replace(settings, retrain_data_config=settings.retrain_data_config.in_amct)
     return replace(without_int4(settings) if kind.int4_obstacle(module) else settings, retrain_enable=False)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from amct_lightning.config.checks import found
+from amct_lightning.config.checks import LEARNED_CLIPS, found
 from amct_lightning.config.layer import LayerConfig, with_fixed_min
 from amct_lightning.graph.eligibility import Candidate, computed_weights, find_candidates, listed_layers
 from amct_lightning.graph.forward import InputData
@@ -176,6 +176,7 @@ def resolve_layers(
             )
     if not any(layer.retrain_enable for layer in layers.values()):
         raise ValueError(f"{source}: {NOTHING_ENABLED}")
+    _check_algorithms(layers, eligible, source)
     _check_groups(layers, eligible, source)
     written = settings_as_written(layers, eligible, linear_by_channel and not amct_rules)
     return _packable(written, eligible, source)
@@ -232,6 +233,20 @@ def _with_channel_wise_default(layer: LayerConfig, module: nn.Module, linear_by_
     if channel_wise is None:
         channel_wise = kind.channel_wise or linear_by_channel or weight.group_size is not None
     return replace(layer, retrain_weight_config=replace(weight, channel_wise=channel_wise))
+
+
+def _check_algorithms(layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str) -> None:
+    wrong: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        kind, algo = type(eligible[name]), layer.retrain_data_config.algo
+        if layer.retrain_enable and algo not in LAYER_TYPES[kind].activations:
+            wrong.setdefault(algo, []).append(f"'{name}' ({kind.__name__})")
+    for algo, names in wrong.items():
+        able = [kind.__name__ for kind, facts in LAYER_TYPES.items() if algo in facts.activations]
+        raise ValueError(
+            f"{source}: the algo of activations is '{algo}' for {cut_off(names)}, and only {', '.join(able)} can have "
+            f"that. Give these layers '{LEARNED_CLIPS}', by name (layers) or by type (types), or skip them."
+        )
 
 
 def _check_groups(layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str) -> None:

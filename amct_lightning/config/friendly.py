@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from amct_lightning.config.checks import check_keys, found, found_in, wrong_type
+from amct_lightning.config.checks import LEARNED_CLIPS, check_keys, found, found_in, wrong_type
 from amct_lightning.config.choices import QuantChoices
 from amct_lightning.config.json_format import DATA_KEYS, WEIGHT_KEYS
 from amct_lightning.config.layer import LayerConfig, make_layer
@@ -46,6 +46,7 @@ KEYS = (
 
 _SECTION_KEYS = dict(zip(SECTIONS, (DATA_KEYS, WEIGHT_KEYS), strict=True))
 _CLIPS = ("clip_max", "clip_min")
+_OF_CLIPS = (*_CLIPS, "fixed_min", "symmetric")
 _Settings = dict[str, dict[str, Any]]
 
 
@@ -150,7 +151,20 @@ def _merged(defaults: _Settings, entry: _Settings) -> _Settings:
     weights = merged["weights"]
     if weights.get("dst_type") != "INT4" and "group_size" not in entry["weights"]:
         weights.pop("group_size", None)  # at the top it is for what has INT4 weights
+    of_clips = merged["activations"]
+    if of_clips.get("algo", LEARNED_CLIPS) != LEARNED_CLIPS:  # at the top they are for what has learned clips
+        _drop_inherited(of_clips, entry["activations"], _OF_CLIPS)
+        if of_clips["algo"] == "none":
+            _drop_inherited(of_clips, entry["activations"], ("dst_type",))
+    elif entry["activations"].get("symmetric"):
+        _drop_inherited(of_clips, entry["activations"], ("fixed_min",))
     return merged
+
+
+def _drop_inherited(merged: dict[str, Any], entry: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    for key in keys:
+        if key not in entry:
+            merged.pop(key, None)
 
 
 def _layer(settings: _Settings, before: str) -> LayerConfig:

@@ -12,7 +12,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from amct_lightning.config.checks import RuleError, check_flag, check_keys, found, found_in, wrong_type
+from amct_lightning.config.checks import (
+    ACTIVATION_ALGORITHMS,
+    LEARNED_CLIPS,
+    RuleError,
+    check_choice,
+    check_flag,
+    check_keys,
+    found,
+    found_in,
+    wrong_type,
+)
 from amct_lightning.config.fit import NOTHING_ENABLED
 from amct_lightning.config.layer import DataConfig, LayerConfig, WeightConfig, make_layer
 from amct_lightning.config.text_file import read_text
@@ -23,6 +33,8 @@ LAYER_KEYS, DATA_KEYS, WEIGHT_KEYS = (
     tuple(field.name for field in fields(settings)) for settings in (LayerConfig, DataConfig, WeightConfig)
 )
 SECTIONS = ("retrain_data_config", "retrain_weight_config")
+_IN_CHOICES = "AMCT's files have no such setting; delete it, or give choices as YAML or as a dict: activations: {{{}}}"
+_AMCT_DATA_KEYS = tuple(key for key in DATA_KEYS if key != "symmetric")
 PRUNE_KEYS = ("regular_prune_enable", "regular_prune_config")
 
 REMEDY = "make one with create_quant_retrain_config(config_file, model, input_data)"
@@ -98,7 +110,7 @@ def layer_to_dict(layer: LayerConfig) -> dict[str, object]:
     weight_keys = WEIGHT_KEYS if weight.algo == "arq_retrain" else ("algo", "dst_type", "channel_wise", "group_size")
     return {
         "retrain_enable": layer.retrain_enable,
-        "retrain_data_config": _given(data, [key for key in DATA_KEYS if getattr(data, key) != "after_relu"]),
+        "retrain_data_config": _given(data, [key for key in _AMCT_DATA_KEYS if getattr(data, key) != "after_relu"]),
         "retrain_weight_config": _given(weight, weight_keys),
     }
 
@@ -107,7 +119,8 @@ def layers_to_dict(layers: Mapping[str, LayerConfig]) -> dict[str, object]:
     """Give the plain form of the settings of all layers.
 
     Raises:
-        ValueError: If the ``fixed_min`` of a layer is ``"propagate"``, for which AMCT's format has no word.
+        ValueError: If AMCT's format has no word for a setting: ``fixed_min="propagate"``, or activations that are
+            symmetric, per token or in float.
 
     Example:
         >>> list(layers_to_dict({"fc": LayerConfig()}))
@@ -119,6 +132,12 @@ def layers_to_dict(layers: Mapping[str, LayerConfig]) -> dict[str, object]:
             f"fixed_min is 'propagate' for {abbreviated(propagating)}, for which a JSON configuration has no word. Set "
             "it to true or false there, or make the configuration with RetrainConfig.from_choices, which finds out "
             "for a model which it is."
+        )
+    beyond = [name for name, layer in layers.items() if layer.retrain_data_config.in_amct != layer.retrain_data_config]
+    if beyond:
+        raise ValueError(
+            f"The activations of {abbreviated(beyond)} are symmetric, or their algo is not '{LEARNED_CLIPS}': a JSON "
+            "configuration has no word for that. Keep these choices as YAML or as a dict."
         )
     return {name: layer_to_dict(layer) for name, layer in layers.items()}
 
@@ -160,7 +179,7 @@ def _parse_layer(name: object, raw: object, source: str) -> LayerConfig:
                 text = "is not expected: this package quantizes and does not prune; delete the key"
                 raise RuleError(ValueError, key, text)
         check_keys(raw, LAYER_KEYS)
-    for section, keys in zip(SECTIONS, (DATA_KEYS, WEIGHT_KEYS), strict=True):
+    for section, keys in zip(SECTIONS, (_AMCT_DATA_KEYS, WEIGHT_KEYS), strict=True):
         _check_section(raw.get(section, {}), section, keys, before)
     data, weight = (raw.get(section, {}) for section in SECTIONS)
     return make_layer(data, weight, SECTIONS, before, raw.get("retrain_enable", True))
@@ -171,12 +190,25 @@ def _check_section(raw: object, section: str, keys: tuple[str, ...], before: str
         if not isinstance(raw, Mapping):
             raise wrong_type(section, "an object {...}", raw)
     with found_in(f"{before}{section}."):
+        _refuse_choices(raw, section)
         check_keys(raw, keys)
         for key, value in raw.items():
             if value is None:
                 raise RuleError(TypeError, key, "must not be null; leave the key out to get its default")
+            if key == "algo" and section == SECTIONS[0]:
+                check_choice(key, value, (LEARNED_CLIPS,))
             if key == "fixed_min":
                 check_flag(key, value)  # AMCT's format has no words for rules
+
+
+def _refuse_choices(raw: Mapping[Any, Any], section: str) -> None:
+    """Refuse settings of activations that only choices can have, and AMCT's files cannot."""
+    algo = raw.get("algo")
+    if section == SECTIONS[0] and "symmetric" in raw:
+        raise RuleError(ValueError, "symmetric", f"is not expected: {_IN_CHOICES.format('symmetric: true')}")
+    if section == SECTIONS[0] and algo in ACTIVATION_ALGORITHMS and algo != LEARNED_CLIPS:
+        text = f"must be '{LEARNED_CLIPS}', found {found(algo)}: {_IN_CHOICES.format(f'algo: {algo}')}"
+        raise RuleError(ValueError, "algo", text)
 
 
 def _given(settings: DataConfig | WeightConfig, keys: Iterable[str]) -> dict[str, object]:

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from amct_lightning.config.checks import (
+    ACTIVATION_ALGORITHMS,
+    LEARNED_CLIPS,
+    check_activations,
     check_choice,
     check_clips,
     check_fixed_min,
@@ -30,17 +33,21 @@ class DataConfig:
     """How the input of a layer is quantized.
 
     Args:
-        algo: Always ``"ulq_quantize"``: fake quantization with learnable clip values.
+        algo: ``"ulq_quantize"``: fake quantization with learnable clip values. For Linear there are two more, of which
+            AMCT's files do not know: ``"per_token"``, a scale for each token (the last axis) that is computed in every
+            forward from its largest magnitude, and ``"none"``, which leaves activations in float.
         clip_max: Initial upper clip value, above 0; ``None`` calibrates both on the first batches.
         clip_min: Initial lower clip value, below 0; given together with ``clip_max`` or not at all.
         fixed_min: Whether the lower clip value stays 0. ``"propagate"`` means: if the data flow of the model shows that
             the input is never negative; ``"after_relu"``: straight behind a ReLU, AMCT's rule. ``None`` is AMCT's rule
             in a :class:`RetrainConfig` and in a ``.cfg`` file, and ``"propagate"`` in other choices.
-        dst_type: ``"INT4"``, ``"INT8"`` or ``"INT16"``.
+        dst_type: ``"INT4"``, ``"INT8"`` or ``"INT16"``; not for activations in float.
+        symmetric: Whether learned clips keep the range around 0, so that the offset is always 0; not in AMCT's files.
+            Such a range cannot begin with 0, whatever ``fixed_min`` would find out.
 
     Raises:
         TypeError: If a value has the wrong type; clip values must be floats.
-        ValueError: If a value is not allowed, or only one clip value is given.
+        ValueError: If a value is not allowed, only one clip value is given, or settings contradict each other.
 
     Example:
         >>> DataConfig(clip_max=2.0, clip_min=-1.5, dst_type="INT16").num_bits
@@ -52,19 +59,52 @@ class DataConfig:
     clip_min: float | None = None
     fixed_min: FixedMin = None
     dst_type: str = "INT8"
+    symmetric: bool = False
 
     @found_in("DataConfig.", "")
     def __post_init__(self) -> None:
-        check_choice("algo", self.algo, ("ulq_quantize",))
+        check_choice("algo", self.algo, ACTIVATION_ALGORITHMS)
         check_clips(self.clip_max, self.clip_min)
         if self.fixed_min is not None:
             check_fixed_min(self.fixed_min)
         check_choice("dst_type", self.dst_type, tuple(_NUM_BITS))
+        check_flag("symmetric", self.symmetric)
+        of_clips: dict[str, tuple[Any, Any]] = {
+            "clip_max": (self.clip_max, None),
+            "clip_min": (self.clip_min, None),
+            "fixed_min": (self.fixed_min, None),
+            "symmetric": (self.symmetric, False),
+        }
+        if not self.is_quantized:
+            of_clips["dst_type"] = self.dst_type, "INT8"
+        check_activations(self.algo, of_clips, self.fixed_min, self.symmetric)
 
     @property
     def num_bits(self) -> int:
         """The number of bits of ``dst_type``."""
         return _NUM_BITS[self.dst_type]
+
+    @property
+    def has_clips(self) -> bool:
+        """Whether there is a range that is calibrated and learned."""
+        return self.algo == LEARNED_CLIPS
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether activations are quantized at all."""
+        return self.algo != "none"
+
+    @property
+    def may_begin_with_zero(self) -> bool:
+        """Whether there is a lower clip that can be fixed to 0."""
+        return self.has_clips and not self.symmetric
+
+    @property
+    def in_amct(self) -> DataConfig:
+        """What AMCT's files can say of it."""
+        if not self.has_clips:
+            return DataConfig(dst_type=self.dst_type)
+        return replace(self, symmetric=False) if self.symmetric else self
 
 
 @dataclass(frozen=True)
@@ -138,8 +178,9 @@ class LayerConfig:
             for key, expected in (("retrain_data_config", DataConfig), ("retrain_weight_config", WeightConfig)):
                 if not isinstance(getattr(self, key), expected):
                     raise wrong_type(key, f"a {expected.__name__}", getattr(self, key))
-        with found_in("LayerConfig.retrain_data_config.", ""):
-            check_type_pair(self.retrain_data_config.dst_type, self.retrain_weight_config.dst_type)
+        if self.retrain_data_config.is_quantized:
+            with found_in("LayerConfig.retrain_data_config.", ""):
+                check_type_pair(self.retrain_data_config.dst_type, self.retrain_weight_config.dst_type)
 
 
 def make_layer(
@@ -178,10 +219,11 @@ def make_layer(
 
 
 def with_fixed_min(layer: LayerConfig, fixed_min: FixedMin) -> LayerConfig:
-    """Return the settings of a layer with another ``fixed_min``.
+    """Return the settings of a layer with another ``fixed_min``; as they are if no lower clip can be fixed to 0.
 
     Example:
         >>> with_fixed_min(LayerConfig(), True).retrain_data_config.fixed_min
         True
     """
-    return replace(layer, retrain_data_config=replace(layer.retrain_data_config, fixed_min=fixed_min))
+    data = layer.retrain_data_config
+    return replace(layer, retrain_data_config=replace(data, fixed_min=fixed_min)) if data.may_begin_with_zero else layer

@@ -28,6 +28,7 @@ _TYPE_NAMES = {number: name for name, number in SIMPLE_SCHEMA.enums["DataType"].
 _UNKNOWN_FIELD = re.compile(r'Message type "(\w+)" has no field named "([^"]{0,80})')
 _UNKNOWN_WORD = re.compile(r'Enum type "([\w.]+)" has no value named (\w+)')
 
+_CHOICES_ONLY = ("symmetric", "per_token", "none")
 _SHOWN = 300
 
 
@@ -114,7 +115,11 @@ def _problem(found: str) -> str:
     field, word = _UNKNOWN_FIELD.search(found), _UNKNOWN_WORD.search(found)
     if field:
         allowed = [line.name for line in SIMPLE_SCHEMA.messages[field[1]]]
-        return f"{field[1]} has no field '{field[2]}'; its fields are {', '.join(allowed)}.{closest(field[2], allowed)}"
+        if field[2] in _CHOICES_ONLY:
+            hint = f" Only choices as YAML or as a dict have '{field[2]}'; delete it, or give such choices."
+        else:
+            hint = closest(field[2], allowed)
+        return f"{field[1]} has no field '{field[2]}'; its fields are {', '.join(allowed)}.{hint}"
     if word:
         allowed = list(SIMPLE_SCHEMA.enums[word[1]])
         return f"'{word[2]}' must be {' or '.join(allowed)}; leave the field out to get its default."

@@ -20,10 +20,11 @@ from amct_lightning.modules import QATLayer, leave_out_of_broadcast
 from amct_lightning.modules.convert import PLAN_ATTRIBUTE
 from amct_lightning.modules.folding import whole_tensor
 from amct_lightning.modules.grid.norm import FoldedNorm, fold_norm
-from amct_lightning.modules.registry import QAT_CLASSES, channel_layout
+from amct_lightning.modules.registry import QAT_CLASSES, channel_layout, qat_class
 from amct_lightning.modules.shift_hook import install_shift_search, remove_shift_search
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, Quantizer, WeightQuantizer
 from amct_lightning.quantizers.executors.table import FactorTable
+from amct_lightning.quantizers.rangeless import FloatActivations, TokenQuantizer
 
 STAYS_FLOAT = "_amct_stays_float"
 """Marks a layer that was reverted on its own, in a model that is converted."""
@@ -52,7 +53,8 @@ def convert_layers(model: nn.Module, plan: QuantPlan, weights_follow: bool = Fal
     for quantizer in quantizers.values():
         quantizer.table, quantizer.uses = table, 0
     for layer_plan in plan.layers:
-        quantizers[layer_plan.shares_input_of].uses += layer_plan.calls
+        if layer_plan.shares_input_of in quantizers:
+            quantizers[layer_plan.shares_input_of].uses += layer_plan.calls
     fold_norms(model, plan)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -147,8 +149,9 @@ def revert_layers(model: nn.Module) -> None:
 
 
 def _install_search(model: nn.Module, layer: nn.Module, layer_plan: LayerPlan, plan: QuantPlan) -> None:
-    has_groups = plan.config[layer_plan.name].retrain_weight_config.group_size is not None
-    if plan.search_n and not (has_groups or isinstance(layer, nn.RNNBase)):
+    config = plan.config[layer_plan.name]
+    has_sums = config.retrain_data_config.has_clips and config.retrain_weight_config.group_size is None
+    if plan.search_n and has_sums and not isinstance(layer, nn.RNNBase):
         batch_norm = None if layer_plan.batch_norm is None else model.get_submodule(layer_plan.batch_norm)
         install_shift_search(cast(QATLayer, layer), batch_norm)
 
@@ -156,15 +159,19 @@ def _install_search(model: nn.Module, layer: nn.Module, layer_plan: LayerPlan, p
 def _convert_layer(
     layer: nn.Module, plan: LayerPlan, model_plan: QuantPlan, quantizers: dict[str, ActivationQuantizer]
 ) -> None:
-    twin = QAT_CLASSES[type(layer)]
     config = model_plan.config[plan.name]
-    count = (model_plan.config.batch_num, plan.calls)
-    if plan.shares_input_of not in quantizers:
-        quantizers[plan.shares_input_of] = _activation_quantizer(config.retrain_data_config, plan.fixed_min, *count)
-        quantizers[plan.shares_input_of].serving = _served_in(plan.shares_input_of, model_plan)
-    own: dict[str, Quantizer] = {"input_quantizer": quantizers[plan.shares_input_of]}
+    data, count = config.retrain_data_config, (model_plan.config.batch_num, plan.calls)
+    twin = qat_class(layer, data.has_clips)
+    own: dict[str, Quantizer] = {}
+    if data.has_clips:
+        if plan.shares_input_of not in quantizers:
+            quantizers[plan.shares_input_of] = _activation_quantizer(data, plan.fixed_min, *count)
+            quantizers[plan.shares_input_of].serving = _served_in(plan.shares_input_of, model_plan)
+        own["input_quantizer"] = quantizers[plan.shares_input_of]
+    else:
+        own["input_quantizer"] = TokenQuantizer(data.num_bits) if data.is_quantized else FloatActivations()
     if "hidden_quantizer" in twin.activation_quantizers:
-        own["hidden_quantizer"] = _activation_quantizer(config.retrain_data_config, plan.fixed_min_hidden, *count)
+        own["hidden_quantizer"] = _activation_quantizer(data, plan.fixed_min_hidden, *count)
     layer.__dict__.pop(STAYS_FLOAT, None)
     for name, parameter in twin.weight_quantizers.items():
         own[name] = _weight_quantizer(layer, parameter, config.retrain_weight_config)
@@ -184,7 +191,7 @@ def _served_in(owner: str, plan: QuantPlan) -> torch.dtype | None:
 
 def _activation_quantizer(config: DataConfig, fixed_min: bool, batch_num: int, calls: int) -> ActivationQuantizer:
     clip = None if config.clip_max is None or config.clip_min is None else (config.clip_max, config.clip_min)
-    return ActivationQuantizer(config.num_bits, fixed_min, clip, batch_num, calls)
+    return ActivationQuantizer(config.num_bits, fixed_min, clip, batch_num, calls, config.symmetric)
 
 
 def _weight_quantizer(layer: nn.Module, parameter: str, config: WeightConfig) -> WeightQuantizer:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from amct_lightning.config import LayerConfig, QuantChoices, RetrainConfig
+from amct_lightning.config import DataConfig, LayerConfig, QuantChoices, RetrainConfig
 from amct_lightning.config.fit import settings_as_written, without_computed_weights
 from amct_lightning.config.layer import FixedMin, with_fixed_min
 from amct_lightning.conversion.on_target import TargetRules, fall_back
@@ -119,6 +119,13 @@ def _check_grid(config: RetrainConfig, deploy_grid: bool, serving: bool, source:
             f"{source} gives weights in groups (group_size) to {cut_off(grouped)}, and with deploy_grid=True the sums "
             "of a layer are those of integers, which have one scale per output channel at most. Use one of the two."
         )
+    ranges = [repr(name) for name, layer in enabled.items() if not layer.retrain_data_config.has_clips]
+    if deploy_grid and ranges:
+        raise ValueError(
+            f"{source} gives the activations of {cut_off(ranges)} no range (algo: per_token or none), and with "
+            "deploy_grid=True the sums of a layer are those of integers, which have one scale for all inputs. Use one "
+            "of the two."
+        )
     if (deploy_grid or serving) and config.fakequant_precision_mode == "FORCE_FP16_QUANT":
         raise ValueError(
             f"{source} has fakequant_precision_mode 'FORCE_FP16_QUANT', which rounds the activation scales only when "
@@ -161,11 +168,12 @@ def _layer_plans(
     modules: dict[str, nn.Module],
 ) -> tuple[LayerPlan, ...]:
     enabled = {name: c for name, c in candidates.items() if name in config and config[name].retrain_enable}
-    in_amct = _owners(enabled, written)
+    data = {name: config[name].retrain_data_config for name in enabled}
+    in_amct = _owners({name: c for name, c in enabled.items() if data[name].has_clips}, written)
     # A quantizer has one number of bits, so raising INT4 in some of its layers divides it.
-    owners = _owners(enabled, {name: (owner, config[name].retrain_data_config) for name, owner in in_amct.items()})
-    given = {name: config[name].retrain_data_config.fixed_min for name in enabled}
-    fixed_min = _for_all(owners, {name: _fixed_min(given[name], c) for name, c in enabled.items()})
+    owners = _owners(enabled, {name: (in_amct.get(name, name), data[name]) for name in enabled})
+    in_amct = owners | in_amct  # without clips there is nothing to share, and AMCT knows no such layer
+    fixed_min = _for_all(owners, {name: _fixed_min(data[name], c) for name, c in enabled.items()})
     never_negative = _for_all(owners, {name: c.input_never_negative for name, c in enabled.items()})
     first = _first_readers([*(trace.in_training or []), *trace.calls], owners)
     planned: dict[str, LayerPlan] = {}
@@ -179,7 +187,7 @@ def _layer_plans(
             batch_norm=_folded_batch_norm(candidate, trace, modules),
             shares_input_of=owner,
             calibrates_input=first[owner] == call.name,
-            fixed_min_hidden=_fixed_min_hidden(given[call.name], candidate),
+            fixed_min_hidden=_fixed_min_hidden(data[call.name], candidate),
             calls=len(candidate.calls),
             type=supported_class(candidate.layer).__name__,
             shares_in_amct=None if in_amct[call.name] == owner else in_amct[call.name],
@@ -208,13 +216,15 @@ def _owners(enabled: dict[str, Candidate], settings: Mapping[str, Hashable]) -> 
     return owners
 
 
-def _fixed_min(given: FixedMin, candidate: Candidate) -> bool:
+def _fixed_min(data: DataConfig, candidate: Candidate) -> bool:
+    given = data.fixed_min if data.may_begin_with_zero else False
     if isinstance(given, bool):
         return given
     return candidate.input_never_negative if given == "propagate" else candidate.input_after_relu
 
 
-def _fixed_min_hidden(given: FixedMin, candidate: Candidate) -> bool:
+def _fixed_min_hidden(data: DataConfig, candidate: Candidate) -> bool:
+    given = data.fixed_min if data.may_begin_with_zero else False
     # What a recurrent layer makes of its hidden state may be negative whatever the initial one was: AMCT's rule only.
     return given if isinstance(given, bool) else candidate.hidden_after_relu
 

@@ -6,13 +6,13 @@ model or reading a config file.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from amct_lightning.config import RetrainConfig
+from amct_lightning.config import DataConfig, RetrainConfig
 from amct_lightning.config.layer import FixedMin, with_fixed_min
 from amct_lightning.modules import QATLayer
 from amct_lightning.modules.convert import PLAN_ATTRIBUTE
@@ -94,9 +94,15 @@ class QuantPlan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain dicts, lists, strings and numbers, for a checkpoint."""
         propagating = [name for name in self.config if self._fixed_min_of(name) == "propagate"]
+        data = {name: layer.retrain_data_config for name, layer in self.config.items()}
         return {
-            "config": _by_rule(self.config, propagating).to_dict(),
+            "config": _with_data(_by_rule(self.config, propagating), lambda name, data: data.in_amct).to_dict(),
             "propagating": propagating,
+            "activations": {
+                name: {"algo": given.algo, "symmetric": given.symmetric}
+                for name, given in data.items()
+                if given.in_amct != given
+            },
             "layers": [asdict(layer) for layer in self.layers],
             "search_n": self.search_n,
             "refused": [asdict(layer) for layer in self.refused],
@@ -113,7 +119,16 @@ class QuantPlan:
         Args:
             layer: The plan of one of its layers.
         """
-        return layer.never_negative and not (layer.fixed_min or isinstance(self._fixed_min_of(layer.name), bool))
+        open_ = not (layer.fixed_min or isinstance(self._fixed_min_of(layer.name), bool))
+        return layer.never_negative and open_ and self.config[layer.name].retrain_data_config.may_begin_with_zero
+
+    def is_half_used(self, layer: LayerPlan) -> bool:
+        """Tell whether a range around 0 leaves a layer integers that no value of its input will use.
+
+        Args:
+            layer: The plan of one of its layers.
+        """
+        return layer.never_negative and self.config[layer.name].retrain_data_config.symmetric
 
     def _fixed_min_of(self, name: str) -> FixedMin:
         return self.config[name].retrain_data_config.fixed_min
@@ -208,11 +223,11 @@ class QuantPlan:
             ValueError: If it is not the plain form of a plan.
         """
         try:
+            config = RetrainConfig.from_dict(data["config"], source)
+            beyond = data.get("activations", {})
+            config = _with_data(config, lambda name, plain: replace(plain, **beyond.get(name, {})))
             return cls(
-                replace(
-                    _by_rule(RetrainConfig.from_dict(data["config"], source), data.get("propagating", ()), "propagate"),
-                    amct_rules=False,
-                ),
+                replace(_by_rule(config, data.get("propagating", ()), "propagate"), amct_rules=False),
                 tuple(LayerPlan(**layer) for layer in data["layers"]),
                 data["search_n"],
                 tuple(RefusedLayer(**layer) for layer in data.get("refused", ())),
@@ -232,6 +247,15 @@ class QuantPlan:
 def _by_rule(config: RetrainConfig, names: Collection[str], rule: FixedMin = None) -> RetrainConfig:
     """Return a configuration with a rule, by default AMCT's, for the ``fixed_min`` of some layers."""
     layers = {name: with_fixed_min(layer, rule) if name in names else layer for name, layer in config.items()}
+    return replace(config, layers=layers)
+
+
+def _with_data(config: RetrainConfig, change: Callable[[str, DataConfig], DataConfig]) -> RetrainConfig:
+    """Return a configuration with other settings of activations."""
+    layers = {
+        name: replace(layer, retrain_data_config=change(name, layer.retrain_data_config))
+        for name, layer in config.items()
+    }
     return replace(config, layers=layers)
 
 

@@ -31,6 +31,7 @@ _EXECUTED = {
     "compiled": "Their quantizers run as compiled kernels",
     "integer": "Their products are computed in integers in forward",
 }
+_INPUTS = {"per_token": "input scale per token", "none": "input in float"}
 _LEGEND = "A8W8: bits of activations and weights; ARQ, ULQ: weight scales, /ch: per channel"
 
 
@@ -41,7 +42,7 @@ class ReportRow:
     Attributes:
         name: Its dotted name, as in the config and the record.
         type: Name of its float class.
-        bits: Widths of activations and weights, such as ``"A8W8"``.
+        bits: Widths of activations and weights, such as ``"A8W8"``; ``"W8"`` if activations stay in float.
         weight_algo: ``"arq_retrain"`` or ``"ulq_retrain"``.
         channel_wise: Whether each output channel has its own weight scale.
         group_size: How many inputs of an output channel share a weight scale; 0 for all.
@@ -50,6 +51,7 @@ class ReportRow:
         shares_with: Names of the other layers that use the same activation quantizer.
         calls: How often it is called in one forward.
         reason: Why it stays in float; ``None`` if it is quantized.
+        input: How its input is quantized if that is not by a range whose ends are both learned.
     """
 
     name: str
@@ -63,6 +65,7 @@ class ReportRow:
     shares_with: tuple[str, ...] = ()
     calls: int = 1
     reason: str | None = None
+    input: str = ""
 
     @property
     def quantized(self) -> bool:
@@ -183,7 +186,7 @@ def quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan, sharing: Mapping
     return ReportRow(
         name=layer.name,
         type=kind,
-        bits=f"A{data.num_bits}W{weight.num_bits}",
+        bits=f"A{data.num_bits}W{weight.num_bits}" if data.is_quantized else f"W{weight.num_bits}",
         weight_algo=weight.algo,
         channel_wise=bool(weight.channel_wise),
         group_size=weight.group_size or 0,
@@ -191,6 +194,7 @@ def quantized_row(layer: LayerPlan, kind: str, plan: QuantPlan, sharing: Mapping
         batch_norm=layer.batch_norm,
         shares_with=tuple(others),
         calls=layer.calls,
+        input=_INPUTS.get(data.algo, "symmetric input" if data.symmetric else ""),
     )
 
 
@@ -254,6 +258,8 @@ def _notes(row: ReportRow) -> str:
     notes = []
     if row.fixed_min:
         notes.append("input >= 0")
+    if row.input:
+        notes.append(row.input)
     if row.batch_norm is not None:
         notes.append(f"folds {_relative(row.batch_norm, row.name)}")
     if row.shares_with:
@@ -286,6 +292,8 @@ def _warnings(rows: tuple[ReportRow, ...], plan: QuantPlan, modules: dict[str, n
         yield f"depthwise with one weight scale for all channels: channel_wise is more accurate: {abbreviated(names)}"
     if names := [layer.name for layer in plan.layers if plan.wastes_integers(layer)]:
         yield f"input never negative, yet integers for values below 0: set fixed_min to true: {abbreviated(names)}"
+    if names := [layer.name for layer in plan.layers if plan.is_half_used(layer)]:
+        yield f"input never negative, yet its range is around 0: set symmetric to false: {abbreviated(names)}"
     if names := [row.name for row in rows if row.reason == NOT_REACHED]:
         yield f"never reached by input_data, so in float: give one that reaches all branches: {abbreviated(names)}"
     if names := [row.name for row in rows if row.reason == MISSED]:

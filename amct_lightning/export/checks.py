@@ -86,6 +86,8 @@ def check_forms(plan: QuantPlan, forms: Collection[str]) -> None:
             f"The model was converted for servers (target serving), with their arithmetic in {plan.serving}, which no "
             f"ONNX file has: {', '.join(sorted(forms))}. Convert it without this target to export these forms."
         )
+    if forms:
+        _check_ranges(plan)
     weights = {layer.name: plan.config[layer.name].retrain_weight_config for layer in plan.layers}
     grouped = [repr(name) for name, weight in weights.items() if weight.group_size]
     if grouped and set(forms) - {"qdq"}:
@@ -104,6 +106,21 @@ def check_forms(plan: QuantPlan, forms: Collection[str]) -> None:
             "The form 'deploy' has no weight scale per output channel (channel_wise: true) for a Linear, because the "
             f"Ascend compiler (ATC) takes one scale for its MatMul: {cut_off(linear)}. Convert with channel_wise: "
             "false for Linear, as AMCT does, or export the forms 'qdq' or 'fake_quant'."
+        )
+
+
+def _check_ranges(plan: QuantPlan) -> None:
+    """Refuse layers whose input has no fixed scale, which all forms have."""
+    data = {layer.name: plan.config[layer.name].retrain_data_config for layer in plan.layers}
+    without = {
+        "a scale per token (algo: per_token)": [repr(name) for name, d in data.items() if d.algo == "per_token"],
+        "float activations (algo: none)": [repr(name) for name, d in data.items() if not d.is_quantized],
+    }
+    found = [f"{what} in {cut_off(names)}" for what, names in without.items() if names]
+    if found:
+        raise ValueError(
+            f"The ONNX forms have one fixed scale for the input of a layer, and the model has {', '.join(found)}. "
+            "Convert with algo: ulq_quantize for these layers, or leave them in float (skip_layers)."
         )
 
 

@@ -116,7 +116,8 @@ def layer_numbers(
         RuntimeError: If a bias does not fit into 32 bits.
         ValueError: If the record does not fit the layer.
     """
-    given = Factors(np.float32(record.scale_d), record.offset_d, record.act_type)
+    scale_d, offset_d = record.input_factors
+    given = Factors(np.float32(scale_d), offset_d, record.act_type)
     gates = LAYER_TYPES[supported_class(layer)].gates
     if not gates:
         bias = folded_bias(cast("Tensor | None", layer.bias), batch_norm)

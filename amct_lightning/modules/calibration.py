@@ -43,7 +43,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         False
     """
     quantizers = activation_quantizers(model)
-    if not quantizers:
+    if not quantized_layers(model):
         raise ValueError(f"{type(model).__name__} has no quantized layers; convert it first, e.g. with prepare_qat().")
     if isinstance(batches, Tensor):
         raise TypeError("calibrate(model, batches) takes an iterable of batches, got one tensor; pass [tensor].")
@@ -127,6 +127,8 @@ def is_calibrated(model: nn.Module) -> bool:
         model: A converted model.
     """
     quantizers = activation_quantizers(model).values()
+    if not quantizers:
+        return bool(quantized_layers(model))  # of which none has a range
     return all(q.has_range or q.missed for q in quantizers) and any(q.has_range for q in quantizers)
 
 

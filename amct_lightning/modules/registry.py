@@ -18,6 +18,7 @@ from amct_lightning.modules.convolutions import (
     QATConvTranspose3d,
 )
 from amct_lightning.modules.layers import QATLayer, QATLinear
+from amct_lightning.modules.rangeless import QATRangelessLinear
 from amct_lightning.modules.recurrent import QATGRU, QATLSTM
 from amct_lightning.quantizers import ChannelLayout
 
@@ -35,6 +36,20 @@ QAT_CLASSES: Mapping[type[nn.Module], type[QATLayer]] = MappingProxyType(
     }
 )
 """Float class -> its QAT class; subclasses are not looked up, as in AMCT."""
+
+
+def qat_class(layer: nn.Module, has_clips: bool) -> type[QATLayer]:
+    """Return the QAT class of a float layer.
+
+    Args:
+        layer: The float layer.
+        has_clips: Whether its input has a range; if not, it is a Linear.
+
+    Example:
+        >>> qat_class(nn.Linear(2, 2), has_clips=False).__name__
+        'QATRangelessLinear'
+    """
+    return QAT_CLASSES[type(layer)] if has_clips else QATRangelessLinear
 
 
 def channel_layout(layer: nn.Module) -> ChannelLayout:

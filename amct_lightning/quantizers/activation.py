@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from amct_lightning.quantizers.base import in_backward, several_processes
 from amct_lightning.quantizers.calibrating import CalibratingQuantizer
-from amct_lightning.quantizers.functional import activation_scale_offset, repair_clips
-from amct_lightning.quantizers.functions.activation import fake_quantize_activation
+from amct_lightning.quantizers.functional import activation_scale_offset, range_around_zero, repair_clips
+from amct_lightning.quantizers.functions.activation import clips_around_zero, fake_quantize_activation
 from amct_lightning.quantizers.operators import activation_operator, takes_operators
 from amct_lightning.quantizers.transforms import transforming_calibrated
 
@@ -32,6 +32,7 @@ class ActivationQuantizer(CalibratingQuantizer):
         clip: Upper and lower clip to start from; ``None`` calibrates them.
         batch_num: Number of training batches to calibrate on.
         calls: Number of times that it is called in each of them.
+        symmetric: Keep the range around 0, so that the offset is 0; its width is that between the clips.
 
     Attributes:
         clip_max: Learned upper clip, 0-d float32 parameter.
@@ -60,8 +61,10 @@ class ActivationQuantizer(CalibratingQuantizer):
         clip: tuple[float, float] | None = None,
         batch_num: int = 1,
         calls: int = 1,
+        symmetric: bool = False,
     ) -> None:
         super().__init__()
+        self.symmetric = symmetric
         self.num_bits = num_bits
         self.fixed_min = fixed_min
         self.batch_num = batch_num
@@ -134,9 +137,10 @@ class ActivationQuantizer(CalibratingQuantizer):
         if self.calibrating:
             upper, lower = self._observe(x.float(), observe, (x if preview is None else preview).float())
         else:
-            upper, lower = self.usable_clips()
+            upper, lower = self._usable()
             if not self.frozen:
                 self._store(upper, lower)
+            upper, lower = self._in_use(upper, lower)
         with torch.no_grad():
             self.watch(x, upper - lower)
         return upper, lower
@@ -154,8 +158,8 @@ class ActivationQuantizer(CalibratingQuantizer):
         """
         if takes_operators():
             previous = self.clip_max_previous, self.clip_min_previous
-            return activation_operator(x, (upper, lower, *previous), self.num_bits, self.fixed_min)
-        return fake_quantize_activation(x, self.clip_max, self.clip_min, upper, lower, self.num_bits, torch.float32)
+            return activation_operator(x, (upper, lower, *previous), self.num_bits, self.fixed_min, self.symmetric)
+        return fake_quantize_activation(x, *self.learned_clips, upper, lower, self.num_bits, torch.float32)
 
     @torch.no_grad()
     def finish_calibration(self, clip_max: Tensor, clip_min: Tensor, degenerate: Tensor | None = None) -> None:
@@ -172,8 +176,8 @@ class ActivationQuantizer(CalibratingQuantizer):
         self.observed = []
 
     def repair(self) -> None:
-        """Take over the clips in use, and keep them for later repairs, as every training forward does."""
-        self._store(*self.usable_clips())
+        """Take over the clips that are usable, and keep them for later repairs, as every training forward does."""
+        self._store(*self._usable())
 
     @torch.no_grad()
     def keep(self, upper: Tensor, lower: Tensor, watched: Tensor | None = None) -> None:
@@ -217,7 +221,9 @@ class ActivationQuantizer(CalibratingQuantizer):
             >>> quantizer.factors_of(torch.tensor(2.55), torch.tensor(0.0))
             (tensor(0.0100), tensor(-128.))
         """
-        return activation_scale_offset(upper, lower, self.num_bits, self.serving)
+        scale, offset = activation_scale_offset(upper, lower, self.num_bits, self.serving)
+        around_zero = self.symmetric and self.serving is not None  # whatever the scale was rounded to
+        return scale, torch.zeros_like(offset) if around_zero else offset
 
     @torch.no_grad()
     def usable_clips(self) -> tuple[Tensor, Tensor]:
@@ -229,7 +235,17 @@ class ActivationQuantizer(CalibratingQuantizer):
             >>> ActivationQuantizer(fixed_min=True, clip=(2.5, -1.0)).usable_clips()[1]
             tensor(0.)
         """
-        return self._stored() if self.frozen else self._repaired()
+        return self._in_use(*self._usable())
+
+    @property
+    def learned_clips(self) -> tuple[Tensor, Tensor]:
+        """What the gradients of the upper and the lower clip in use go to."""
+        clips = self.clip_max, self.clip_min
+        return clips_around_zero(*clips, self.num_bits) if self.symmetric else clips
+
+    @torch.no_grad()
+    def _in_use(self, upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
+        return range_around_zero(upper, lower, self.num_bits) if self.symmetric else (upper, lower)
 
     @property
     def clips(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -238,6 +254,10 @@ class ActivationQuantizer(CalibratingQuantizer):
 
     def _stored(self) -> tuple[Tensor, Tensor]:
         return (self.clip_max_previous, self.clip_min_previous) if self.frozen else (self.clip_max, self.clip_min)
+
+    @torch.no_grad()
+    def _usable(self) -> tuple[Tensor, Tensor]:
+        return self._stored() if self.frozen else self._repaired()
 
     def _repaired(self) -> tuple[Tensor, Tensor]:
         return repair_clips(*self.clips, self.fixed_min)
@@ -269,10 +289,13 @@ class ActivationQuantizer(CalibratingQuantizer):
         if kept is None or not whole:
             kept = preview.detach().nan_to_num(0.0, 0.0, 0.0)
         lower, upper = torch.aminmax(kept)
+        if self.symmetric:
+            upper = torch.maximum(upper, -lower)
+            lower = -upper
         upper, lower = repair_clips(upper, lower, upper, lower, self.fixed_min)
         if observe and not (self.recalibrating or in_backward() or several_processes()):
             self._store(upper, lower)
-        return upper, lower
+        return self._in_use(upper, lower)
 
     def _after_load(self) -> None:
         self.catch_up()
@@ -285,4 +308,5 @@ class ActivationQuantizer(CalibratingQuantizer):
     def extra_repr(self) -> str:
         """Show the settings in ``print(model)``."""
         state = "calibrating" if self.calibrating else "calibrated"
-        return f"num_bits={self.num_bits}, fixed_min={self.fixed_min}, {state}"
+        kind = "symmetric" if self.symmetric else f"fixed_min={self.fixed_min}"
+        return f"num_bits={self.num_bits}, {kind}, {state}"

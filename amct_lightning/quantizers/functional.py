@@ -14,6 +14,10 @@ EPS = 1.192092896e-7
 """Smallest usable scale or range: the float32 machine epsilon."""
 
 
+_SMALLEST_TOKEN_SCALE = 2.0**-126
+"""The smallest normal float32 number: those below are too coarse to divide by, and some devices take them for 0."""
+
+
 KEPT_BITS = -0x2000
 """0xFFFFE000 as an int32: sign, exponent and the 10 highest bits of the mantissa, the 19 that the hardware keeps."""
 
@@ -46,6 +50,44 @@ def quantize(values: Tensor, scale: Tensor, num_bits: int, offset: Tensor | None
     if offset is not None:
         codes.add_(offset)
     return codes.round_().clamp_(-h, h - 1)
+
+
+def token_scale(x: Tensor, num_bits: int) -> Tensor:
+    """Return the scale of each token, ``max|x| / (h-1)`` over the last axis, which is kept.
+
+    It is 1 for a token of zeros, or of values below 1e-36 (INT8), whose scale would be no normal float32 number.
+
+    Args:
+        x: Activations of any floating dtype, tokens along the last axis.
+        num_bits: Number of bits ``b``.
+
+    Returns:
+        The scales, float32.
+
+    Example:
+        >>> token_scale(torch.tensor([[-1.27, 0.5], [0.0, 0.0]]), 8)
+        tensor([[0.0100],
+                [1.0000]])
+    """
+    scale = x.abs().amax(-1, keepdim=True).float() / (half_range(num_bits) - 1)
+    return scale.masked_fill(scale < _SMALLEST_TOKEN_SCALE, 1.0)
+
+
+def quantize_tokens(x: Tensor, num_bits: int) -> Tensor:
+    """Return ``clamp(round(x/s), -h, h-1) * s`` with the scale of each token, in the dtype of ``x``.
+
+    Args:
+        x: Activations of any floating dtype, tokens along the last axis.
+        num_bits: Number of bits ``b``.
+
+    Example:
+        >>> quantize_tokens(torch.tensor([1.27, 0.014]), 8)
+        tensor([1.2700, 0.0100])
+    """
+    if x.shape[-1] == 0:
+        return x.clone()
+    scale = token_scale(x, num_bits)
+    return dequantize_(quantize(x.float(), scale, num_bits), scale).to(x.dtype)
 
 
 def device_codes(
@@ -140,6 +182,30 @@ def scale_in(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _SCALES_IN = {torch.float16: (2.0**-16 + 2.0**-24, 65504.0), torch.bfloat16: (EPS, 2.0**126)}
+
+
+def range_around_zero(clip_max: Tensor, clip_min: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
+    """Return the symmetric range that is as wide as one between two clips: its offset is 0.
+
+    ``s = (M - m) / (2^b - 1)``, AMCT's scale; the range is ``(h-1) s .. -h s``. A scale below :data:`EPS` is 1.
+
+    Args:
+        clip_max: Upper clip ``M``, float32 of any shape, not below the lower one.
+        clip_min: Lower clip ``m``, same shape.
+        num_bits: 4, 8 or 16.
+
+    Returns:
+        The upper and the lower end.
+
+    Example:
+        >>> range_around_zero(torch.tensor(2.55), torch.tensor(-2.55), 8)
+        (tensor(2.5400), tensor(-2.5600))
+    """
+    h = half_range(num_bits)
+    scale = (clip_max - clip_min) / (2 * h - 1)
+    # Above the limit by more than the ends are rounded, so that they give that scale and the offset 0 again.
+    scale = scale.masked_fill(scale < EPS * (1 + 1e-6), 1.0)
+    return scale * (h - 1), scale * -h
 
 
 def activation_scale_offset(

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from amct_lightning.quantizers.base import in_torch_export
-from amct_lightning.quantizers.functional import repair_clips
-from amct_lightning.quantizers.functions.activation import fake_quantize_activation
+from amct_lightning.quantizers.functional import range_around_zero, repair_clips
+from amct_lightning.quantizers.functions.activation import clips_around_zero, fake_quantize_activation
 from amct_lightning.quantizers.functions.weight import ChannelLayout, arq_scale, fake_quantize_weight
 from amct_lightning.quantizers.transforms import transforming
 
 _LIBRARY = torch.library.Library("amct_lightning", "DEF")
 _LIBRARY.define(
     "fake_quantize_activation(Tensor x, Tensor clip_max, Tensor clip_min, Tensor clip_max_previous, "
-    "Tensor clip_min_previous, int num_bits, bool fixed_min) -> Tensor"
+    "Tensor clip_min_previous, int num_bits, bool fixed_min, bool symmetric=False) -> Tensor"
 )
 _LIBRARY.define(
     "fake_quantize_weight(Tensor weight, Tensor? scale, int num_bits, bool channel_wise, bool transposed, int groups,"
@@ -41,9 +41,14 @@ def _fake_quantize_activation(
     clip_min_previous: Tensor,
     num_bits: int,
     fixed_min: bool,
+    symmetric: bool = False,
 ) -> Tensor:
     with torch.no_grad():
         upper, lower = repair_clips(clip_max, clip_min, clip_max_previous, clip_min_previous, fixed_min)
+    if symmetric:
+        with torch.no_grad():
+            upper, lower = range_around_zero(upper, lower, num_bits)
+        clip_max, clip_min = clips_around_zero(clip_max, clip_min, num_bits)
     return fake_quantize_activation(x, clip_max, clip_min, upper, lower, num_bits, torch.float32)
 
 
@@ -72,7 +77,7 @@ def takes_operators() -> bool:
 
 
 def activation_operator(
-    x: Tensor, clips: tuple[Tensor, Tensor, Tensor, Tensor], num_bits: int, fixed_min: bool
+    x: Tensor, clips: tuple[Tensor, Tensor, Tensor, Tensor], num_bits: int, fixed_min: bool, symmetric: bool
 ) -> Tensor:
     """Put the operator of an activation quantizer into the graph.
 
@@ -81,8 +86,10 @@ def activation_operator(
         clips: The upper and lower clip, and those that replace them if they are unusable.
         num_bits: 4, 8 or 16.
         fixed_min: Whether the lower clip is fixed to 0.
+        symmetric: Whether the range is one around 0.
     """
-    return _once(torch.ops.amct_lightning.fake_quantize_activation.default, x, *clips, num_bits, fixed_min)
+    settings = (num_bits, fixed_min, True) if symmetric else (num_bits, fixed_min)
+    return _once(torch.ops.amct_lightning.fake_quantize_activation.default, x, *clips, *settings)
 
 
 def weight_operator(

@@ -8,6 +8,10 @@ from types import MappingProxyType
 from typing import Final
 
 OFFSET_RANGES: Final = MappingProxyType({"INT4": (-8, 7), "INT8": (-128, 127), "INT16": (-32768, 32767)})
+PER_TOKEN: Final = "_PER_TOKEN"
+"""What the type of activations ends with whose scale is computed for each token when the network runs."""
+RANGELESS: Final = (*(f"{width}{PER_TOKEN}" for width in OFFSET_RANGES), "FLOAT")
+"""Types of activations without a scale and an offset in the record, beside those of :data:`OFFSET_RANGES`."""
 PRECISION_MODES: Final = ("DEFAULT", "FORCE_FP16_QUANT")
 MAX_SHIFT: Final = 16
 INT32_RANGE: Final = (-(2**31), 2**31 - 1)
@@ -58,6 +62,26 @@ def check_offset(name: str, offset: int, act_type: str) -> Iterator[str]:
     low, high = OFFSET_RANGES[act_type]
     if not low <= offset <= high:
         yield f"{name} is {offset}; with act_type {act_type} it must be in {low}..{high}."
+
+
+def check_input(scale: float | None, offset: int | None, act_type: str) -> Iterator[str]:
+    """Yield the problems of the factors of an input: both are there, or none where the type says so.
+
+    Example:
+        >>> next(check_input(0.5, 0, "FLOAT"))
+        'scale_d is 0.5 and offset_d 0; with act_type FLOAT there must be neither.'
+    """
+    if act_type in RANGELESS:
+        if scale is not None or offset is not None:
+            yield f"scale_d is {scale} and offset_d {offset}; with act_type {act_type} there must be neither."
+        return
+    for name, value in (("scale_d", scale), ("offset_d", offset)):
+        if value is None:
+            yield f"{name} is missing; only with act_type {' or '.join(RANGELESS)} there is none."
+    if scale is not None:
+        yield from check_scale("scale_d", scale)
+    if offset is not None:
+        yield from check_offset("offset_d", offset, act_type)
 
 
 def check_weight(suffix: str, scales: Sequence[float], offsets: Sequence[int]) -> Iterator[str]:
@@ -114,6 +138,9 @@ def check_recurrent(
     }
     missing = [name for name, is_given in given.items() if not is_given]
     if len(missing) == len(given):
+        return
+    if act_type in RANGELESS:
+        yield f"act_type is {act_type}, which no LSTM or GRU has, and scale_h, offset_h, scale_r or offset_r is given."
         return
     if scale_h is None or offset_h is None or missing:
         yield f"scale_h, offset_h, scale_r and offset_r belong together; {_listed(missing)} missing."

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from amct_lightning.config import DataConfig
 from amct_lightning.conversion.plan import LayerPlan, QuantPlan, find_plan
 from amct_lightning.layer_types import LAYER_TYPES, supported_class
 from amct_lightning.modules import activation_quantizers
@@ -22,6 +23,7 @@ from amct_lightning.modules.layers import QATLayer
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, ShiftSearch, WeightQuantizer
 from amct_lightning.quantizers.functional import EPS, half_range
 from amct_lightning.quantizers.shift_search import best_shifts
+from amct_lightning.record.checks import PER_TOKEN
 from amct_lightning.record.layer_record import LayerRecord
 from amct_lightning.wording import abbreviated, cut_off
 
@@ -175,7 +177,9 @@ def _derive(
         quantizer = layer.get_quantizer(attribute)
         scale, offset, lower = (ranges[quantizer][key][0] for key in ("scale", "offset", "lower"))
         if plan.config.fakequant_precision_mode == "FORCE_FP16_QUANT" and np.isfinite(scale):
-            scale, offset = _fp16_factors(scale, offset, lower, quantizer.num_bits)
+            # A range around 0 has the offset 0 with any scale.
+            rounded = _fp16_factors(scale, offset, lower, quantizer.num_bits)
+            scale, offset = (rounded[0], offset) if quantizer.symmetric else rounded
         values |= {f"scale_{suffix}": scale, f"offset_{suffix}": offset}
     values |= {key: scales for key, scales in numbers.items() if key in ("scale_w", "scale_r")}
     _check_finite(name, values)
@@ -183,11 +187,17 @@ def _derive(
     values |= {key: int(values[key]) for key in ("offset_d", "offset_h") if key in values}
     shifts = numbers["shift_bit"].tolist() if "shift_bit" in numbers and numbers["shift_batches"].item() else []
     return LayerRecord(
-        **values,
-        act_type=config.retrain_data_config.dst_type,
+        **{"scale_d": None, "offset_d": None} | values,
+        act_type=_act_type(config.retrain_data_config),
         wts_type=config.retrain_weight_config.dst_type,
         shift_bit=[int(shift) for shift in shifts],
     )
+
+
+def _act_type(data: DataConfig) -> str:
+    if data.has_clips:
+        return data.dst_type
+    return f"{data.dst_type}{PER_TOKEN}" if data.is_quantized else "FLOAT"
 
 
 def _fp16_factors(scale: _Float, offset: _Float, lower: _Float, num_bits: int) -> tuple[_Float, _Float]:

@@ -41,11 +41,13 @@ class LayerRecord:
     checks the rest.
 
     Attributes:
-        scale_d: Scale of the layer's input, > 0.
-        offset_d: Offset of the layer's input, within the range of ``act_type``.
+        scale_d: Scale of the layer's input, > 0; ``None`` if ``act_type`` says that there is none.
+        offset_d: Offset of the layer's input, within the range of ``act_type``; ``None`` without a scale.
         scale_w: Scale of the weight, one per output channel or one for all, > 0.
         offset_w: As many zeros: weights are quantized symmetrically.
-        act_type: Type of the quantized input: ``INT4``, ``INT8`` or ``INT16``.
+        act_type: Type of the quantized input: ``INT4``, ``INT8`` or ``INT16``. Of layers that AMCT does not know:
+            ``INT8_PER_TOKEN`` and the like, whose scale is computed for each token when the network runs, and
+            ``FLOAT``, if only the weight is quantized.
         wts_type: Type of the quantized weight, from the same three.
         shift_bit: Right shifts of search-N, one per channel or one for all: all 0, or each in 1..16.
         tensor_balance_factor: Written by tensor balancing only.
@@ -65,8 +67,8 @@ class LayerRecord:
         'INT8'
     """
 
-    scale_d: float
-    offset_d: int
+    scale_d: float | None
+    offset_d: int | None
     scale_w: list[float]
     offset_w: list[int]
     act_type: str = "INT8"
@@ -88,12 +90,29 @@ class LayerRecord:
             object.__setattr__(self, name, to_list(name, getattr(self, name), to_float32))
         for name in ("offset_w", "shift_bit", "offset_r"):
             object.__setattr__(self, name, to_list(name, getattr(self, name), to_integer))
-        object.__setattr__(self, "scale_d", to_float32("scale_d", self.scale_d))
-        object.__setattr__(self, "offset_d", to_integer("offset_d", self.offset_d))
+        if self.scale_d is not None:
+            object.__setattr__(self, "scale_d", to_float32("scale_d", self.scale_d))
+        if self.offset_d is not None:
+            object.__setattr__(self, "offset_d", to_integer("offset_d", self.offset_d))
         if self.scale_h is not None:
             object.__setattr__(self, "scale_h", to_float32("scale_h", self.scale_h))
         if self.offset_h is not None:
             object.__setattr__(self, "offset_h", to_integer("offset_h", self.offset_h))
+
+    @property
+    def input_factors(self) -> tuple[float, int]:
+        """Scale and offset of the input.
+
+        Raises:
+            ValueError: If there are none.
+
+        Example:
+            >>> LayerRecord(scale_d=0.5, offset_d=-3, scale_w=[0.25], offset_w=[0]).input_factors
+            (0.5, -3)
+        """
+        if self.scale_d is None or self.offset_d is None:
+            raise ValueError(f"There is no scale of the input in this record, whose act_type is {self.act_type}.")
+        return self.scale_d, self.offset_d
 
     def validate(self, layer_name: str) -> None:
         """Check that the factors can be given to the hardware tools.
@@ -134,10 +153,9 @@ class LayerRecord:
     def _problems(self) -> Iterator[str]:
         # The order matters: the types come first because the offsets' ranges are looked up by them.
         types = tuple(checks.OFFSET_RANGES)
-        yield from checks.check_word("act_type", self.act_type, types)
+        yield from checks.check_word("act_type", self.act_type, (*types, *checks.RANGELESS))
         yield from checks.check_word("wts_type", self.wts_type, types)
-        yield from checks.check_scale("scale_d", self.scale_d)
-        yield from checks.check_offset("offset_d", self.offset_d, self.act_type)
+        yield from checks.check_input(self.scale_d, self.offset_d, self.act_type)
         yield from checks.check_weight("w", self.scale_w, self.offset_w)
         yield from checks.check_recurrent(self.scale_h, self.offset_h, self.scale_r, self.offset_r, self.act_type)
         yield from self._optional_problems()

@@ -12,6 +12,7 @@ from typing import Any
 from google.protobuf import text_format
 from google.protobuf.message import Message
 
+from amct_lightning.record.checks import RANGELESS
 from amct_lightning.record.layer_record import KVCacheRecord, LayerRecord
 from amct_lightning.record.long_lists import LISTS, LONG, OFFSETS, cut_lists
 from amct_lightning.record.schema import RECORD_SCHEMA
@@ -130,7 +131,7 @@ def _layer_name(entry: dict[str, Any], number: int, seen: set[str]) -> str:
 def _layer(name: str, entry: dict[str, Any], lists: dict[str, Any]) -> LayerRecord:
     factors: dict[str, Any] = {"scale_w": [], "offset_w": []} | _content(entry["value"]) | lists
     for needed in ("scale_d", "offset_d"):
-        if needed not in factors:
+        if factors.setdefault(needed, None) is None and factors.get("act_type") not in RANGELESS:
             raise ValueError(f"layer {name!r}: {needed} is missing; a record needs exactly one.")
     if "kv_cache_value" in entry:
         cache: dict[str, Any] = {"scale": [], "offset": []} | _content(entry["kv_cache_value"])

@@ -120,6 +120,7 @@ def distribution(scales: list[float]) -> list[float | None]:
 def remarks(row: ReportRow) -> str:
     """Say what is special about a quantized layer, or why it is in float."""
     said = ["input never negative"] if row.fixed_min else []
+    said += [row.input] if row.input else []
     said += [f"shares its input with {cut_off(row.shares_with)}"] if row.shares_with else []
     return row.reason or "; ".join(said + ([f"called {row.calls} times"] if row.calls > 1 else []))
 

@@ -57,16 +57,19 @@ class Host(nn.Module):
 
 @dataclass(frozen=True)
 class Width:
-    """The types of activations and weights, the algorithm of the weights, and whether they have a scale per channel."""
+    """The types of activations and weights, the algorithms of both, and whether weights have a scale per channel."""
 
     activations: int = 8
     weights: int = 8
     algo: str = "arq_retrain"
     channel_wise: bool | None = None
+    input: str = "ulq_quantize"
+    symmetric: bool = False
 
     def __str__(self) -> str:
         scales = {None: "", True: "-channel", False: "-tensor"}[self.channel_wise]
-        return f"A{self.activations}W{self.weights}-{self.algo[:3]}{scales}"
+        of_input = "-symmetric" if self.symmetric else f"-{self.input}" if self.input != "ulq_quantize" else ""
+        return f"A{self.activations}W{self.weights}-{self.algo[:3]}{scales}{of_input}"
 
     @property
     def learned(self) -> bool:
@@ -74,7 +77,7 @@ class Width:
 
     def config(self, name: str = "layer") -> RetrainConfig:
         layer = LayerConfig(
-            retrain_data_config=DataConfig(dst_type=f"INT{self.activations}"),
+            retrain_data_config=DataConfig(self.input, dst_type=f"INT{self.activations}", symmetric=self.symmetric),
             retrain_weight_config=WeightConfig(self.algo, self.channel_wise, f"INT{self.weights}"),
         )
         return RetrainConfig(layers={name: layer})
@@ -121,6 +124,14 @@ WIDTHS = [
     Width(algo="arq_retrain", channel_wise=True),
     Width(algo="ulq_retrain", channel_wise=True),
 ]
+
+
+LINEAR_INPUTS = (
+    Width(symmetric=True),
+    Width(algo="ulq_retrain", input="per_token"),
+    Width(algo="ulq_retrain", input="none"),
+)
+"""What is known of a Linear only, or needs no other layer to be seen."""
 
 
 def fits(layer: LayerCase, width: Width) -> bool:

@@ -14,10 +14,12 @@ from amct_lightning.modules import learned_factors
 from amct_lightning.modules.calibration import synchronize_calibration
 from amct_lightning.modules.shift_hook import synchronize_shift_search
 from amct_lightning.quantizers import ShiftSearch
-from tests.modules.cases import LAYERS, LayerCase, Width, converted
+from tests.modules.cases import LAYERS, LINEAR_INPUTS, LayerCase, Width, converted
 
 WORLD = 2
+_LINEAR = next(case for case in LAYERS if case.name == "linear")
 CASES = {f"{case.name}-{width}": (case, width) for case in LAYERS for width in (Width(), Width(algo="ulq_retrain"))}
+CASES |= {f"linear-{width}": (_LINEAR, width) for width in LINEAR_INPUTS}
 
 
 def worker(rank: int, folder: str) -> None:

@@ -35,8 +35,9 @@ def _load_state_dict(self: pl.LightningModule, state_dict: Mapping[str, Any], *a
     try:
         return super(pl.LightningModule, self).load_state_dict(state_dict, *args, **kwargs)
     except RuntimeError as error:
-        own = self.state_dict().keys()
-        if find_plan(self) is not None or not any("input_quantizer." in name for name in state_dict.keys() - own):
+        unexpected = state_dict.keys() - self.state_dict().keys()
+        quantized = any(part in name for name in unexpected for part in ("input_quantizer.", "weight_quantizer."))
+        if find_plan(self) is not None or not quantized:
             raise
         name = type(self).__name__
         raise RuntimeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, cast
 
 import torch
@@ -36,9 +37,9 @@ class MonitoredLayer:
     Attributes:
         name: Name of the layer as in the record; that of a recurrent layer's second row ends in `` (hidden state)``.
         layer: The layer.
-        quantizer: Its activation quantizer.
+        quantizer: Its activation quantizer; ``None`` if its input has no range (algo: per_token or none).
         source: The layer in whose forward the activations are seen; ``None`` if another row shows them already,
-            because the quantizer is shared.
+            because the quantizer is shared, or if there is no range to measure with.
         weight_quantizer: Its weight quantizer.
         weight_name: Name of the weight in the layer.
         is_hidden: Whether the activations are the hidden states of a recurrent layer.
@@ -46,11 +47,17 @@ class MonitoredLayer:
 
     name: str
     layer: QATLayer
-    quantizer: ActivationQuantizer
+    quantizer: ActivationQuantizer | None
     source: QATLayer | None
     weight_quantizer: WeightQuantizer
     weight_name: str
     is_hidden: bool
+
+    @property
+    def num_bits(self) -> int:
+        """Number of bits of the activations; 8 if they are in float, of which nothing is shown."""
+        bits: int = getattr(self.layer.input_quantizer, "num_bits", 8)
+        return bits
 
     @property
     def weight(self) -> Tensor | None:
@@ -100,16 +107,16 @@ def monitored_layers(model: nn.Module) -> list[MonitoredLayer]:
     rows: list[MonitoredLayer] = []
     seen: set[int] = set()
     for name, layer in layers.items():
-        parts = zip(layer.activation_quantizers, layer.weight_quantizers.items(), strict=True)
+        parts = zip_longest(layer.activation_quantizers, layer.weight_quantizers.items())
         for part, (weight_quantizer, weight_name) in parts:
-            quantizer = layer.get_quantizer(part)
+            quantizer = None if part is None else layer.get_quantizer(part)
             is_hidden = part == "hidden_quantizer"
             rows.append(
                 MonitoredLayer(
                     name=f"{name} (hidden state)" if is_hidden else name,
                     layer=layer,
                     quantizer=quantizer,
-                    source=None if id(quantizer) in seen else sources.get(id(quantizer), layer),
+                    source=None if quantizer is None or id(quantizer) in seen else sources.get(id(quantizer), layer),
                     weight_quantizer=getattr(layer, weight_quantizer),
                     weight_name=weight_name,
                     is_hidden=is_hidden,
@@ -141,19 +148,24 @@ class Drift:
             rows: The rows.
         """
         for row in rows:
-            if row.quantizer.calibrating:
+            if row.quantizer is None:  # which is quantized without a calibration
+                begins = row.name not in self.weight_scales and row.layer.quant_mode == "quantized"
+                weight = row.weight if begins else None
+                if weight is not None:
+                    self.weight_scales[row.name] = row.weight_quantizer.compute_scale(weight)
+            elif row.quantizer.calibrating:
                 self.clips.pop(row.name, None)
                 self.weight_scales.pop(row.name, None)
             elif row.quantizer.fresh or row.name in self._fresh or row.name not in self.clips:
-                self._take(row)
+                self._take(row, row.quantizer)
 
-    def _take(self, row: MonitoredLayer) -> None:
-        self.clips[row.name] = torch.stack(row.quantizer.usable_clips())
+    def _take(self, row: MonitoredLayer, quantizer: ActivationQuantizer) -> None:
+        self.clips[row.name] = torch.stack(quantizer.usable_clips())
         # Gathering a sharded weight takes all ranks, and not all of them may have calibrated the row yet.
-        weight = None if row.quantizer.fresh and is_sharded(row.layer) else row.weight
+        weight = None if quantizer.fresh and is_sharded(row.layer) else row.weight
         if weight is not None:
             self.weight_scales[row.name] = row.weight_quantizer.compute_scale(weight)
-        if row.quantizer.fresh:  # the processes have yet to agree on the range, so look once more
+        if quantizer.fresh:  # the processes have yet to agree on the range, so look once more
             self._fresh.add(row.name)
         else:
             self._fresh.discard(row.name)
@@ -182,12 +194,15 @@ class Drift:
         """
         by_name = {row.name: row for row in rows}
         self.clips = {
-            name: t.to(by_name[name].quantizer.clip_max.device) for name, t in self.clips.items() if name in by_name
+            name: t.to(quantizer.clip_max.device)
+            for name, t in self.clips.items()
+            if name in by_name and (quantizer := by_name[name].quantizer) is not None
         }
         self.weight_scales = {
             name: scales.to(by_name[name].weight_quantizer.scale.device)
             for name, scales in self.weight_scales.items()
-            if name in self.clips and scales.shape == by_name[name].weight_quantizer.scale.shape
+            if (name in self.clips or (name in by_name and by_name[name].quantizer is None))
+            and scales.shape == by_name[name].weight_quantizer.scale.shape
         }
 
     def of_clips(self, name: str, clips: Tensor) -> Tensor:
@@ -214,9 +229,9 @@ def read_factors(row: MonitoredLayer, drift: Drift) -> Tensor:
         drift: Where the factors come from.
     """
     quantizer = row.quantizer
-    unknown = quantizer.clip_max.new_full((), torch.nan)
+    unknown = row.weight_quantizer.scale.new_full((), torch.nan)
     data = [unknown] * 5
-    if row.source is not None and quantizer.has_range:
+    if row.source is not None and quantizer is not None and quantizer.has_range:
         clips = quantizer.usable_clips()
         factors = quantizer.factors_of(*clips)
         data = [*clips, *factors, drift.of_clips(row.name, torch.stack(clips))]

@@ -22,21 +22,21 @@ class Sampler:
     Args:
         rows: The layers to look at.
         device: Where to gather.
+
+    Attributes:
+        attached: Whether forwards are looked at, as far as there are activations with a range in them.
     """
 
     def __init__(self, rows: list[MonitoredLayer], device: torch.device) -> None:
         self.rows = rows
         self.statistics = QuantStatistics(len(rows)).to(device)
+        self.attached = False
         self._handles: list[RemovableHandle] = []
-
-    @property
-    def attached(self) -> bool:
-        """Whether forwards are looked at."""
-        return bool(self._handles)
 
     def attach(self) -> None:
         """Look at forwards from now on."""
-        if not self._handles:
+        if not self.attached:
+            self.attached = True
             self._handles = [
                 row.source.register_forward_hook(partial(self._look, index, row), with_kwargs=True)
                 for index, row in enumerate(self.rows)
@@ -47,7 +47,7 @@ class Sampler:
         """Leave no hook behind."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self.attached = [], False
 
     def collect(self, drift: Drift, distributed: bool) -> list[LayerReading]:
         """Return what was gathered and the present factors, with one read of the device; then start anew.
@@ -61,13 +61,15 @@ class Sampler:
             return []
         factors = [read_factors(row, drift).to(gathered.device, non_blocking=True) for row in self.rows]
         values = torch.cat((gathered, torch.stack(factors)), dim=1).tolist()
-        return [reading_of(row.name, row.quantizer.num_bits, line) for row, line in zip(self.rows, values, strict=True)]
+        return [reading_of(row.name, row.num_bits, line) for row, line in zip(self.rows, values, strict=True)]
 
     def _look(
         self, index: int, row: MonitoredLayer, layer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
     ) -> None:
         # Compiled code cannot be looked into: hooks that come later are not called in it, so none ever is.
-        if torch.compiler.is_compiling() or in_backward() or not row.quantizer.has_range:
+        if torch.compiler.is_compiling() or in_backward():
+            return
+        if row.quantizer is None or not row.quantizer.has_range:
             return
         with torch.no_grad():
             x = row.activations(args, kwargs, output)

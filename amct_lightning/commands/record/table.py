@@ -79,11 +79,13 @@ def _row(found: Difference) -> tuple[str, ...]:
     return found.layer, field, _exact(here), _exact(there), f"{note} {count}".strip()
 
 
-def _line(layer: LayerRecord, scale: float, offset: int, scales: list[float]) -> list[str]:
-    low, high = OFFSET_RANGES[layer.act_type]
-    ends = [_short(scale * (end - offset)) for end in (low, high)]
+def _line(layer: LayerRecord, scale: float | None, offset: int | None, scales: list[float]) -> list[str]:
+    factors = [""] * 4
+    if scale is not None and offset is not None:
+        ends = (_short(scale * (end - offset)) for end in OFFSET_RANGES[layer.act_type])
+        factors = [_short(scale), str(offset), *ends]
     sizes = [str(len(scales)), _short(min(scales)), _short(max(scales))] if scales else ["0", "", ""]
-    return [layer.act_type, _short(scale), str(offset), *ends, layer.wts_type, *sizes]
+    return [layer.act_type, *factors, layer.wts_type, *sizes]
 
 
 def _shifts(shifts: list[int]) -> str:

@@ -82,12 +82,12 @@ def expected_layer(
     norm = None if layer_plan.batch_norm is None else root.get_submodule(layer_plan.batch_norm)
     hidden = None
     if "hidden_quantizer" in layer.activation_quantizers:
-        first = _product(layer, "weight_quantizer", "bias_ih_l0", record.scale_d, record.scale_w, kept, None)
+        first = _product(layer, "weight_quantizer", "bias_ih_l0", record.input_factors[0], record.scale_w, kept, None)
         hidden = _product(
             layer, "recurrent_weight_quantizer", "bias_hh_l0", record.scale_h or 1.0, record.scale_r, kept, None
         )
     else:
-        first = _product(layer, "weight_quantizer", "bias", record.scale_d, record.scale_w, kept, norm)
+        first = _product(layer, "weight_quantizer", "bias", record.input_factors[0], record.scale_w, kept, norm)
     bits = _bits(record.act_type)
     return ExpectedLayer(layer_plan.name, layer, record, first, hidden, bits, norm, _attributes(layer))
 

@@ -117,7 +117,7 @@ def isolated(unit: Unit, expected: ExpectedLayer, call: Call, deq_bits: int) -> 
     result = Isolated()
     record = expected.record
     module = expected.module
-    factors = record.scale_d, record.offset_d, expected.bits
+    factors = *record.input_factors, expected.bits
     codes = _Codes(module.input_quantizer, module.deploy_grid, call.x, *factors)
     result.add_codes(unit.quantizer.codes(call.x), codes)
     if isinstance(unit, IntegerLayer):

@@ -26,7 +26,7 @@ def static_faults(unit: Unit, expected: ExpectedLayer) -> list[str]:
         One line per kind of number; none if all are equal.
     """
     record = expected.record
-    faults = list(_quantizer(unit.quantizer, record.scale_d, record.offset_d, expected.bits, "input"))
+    faults = list(_quantizer(unit.quantizer, *record.input_factors, expected.bits, "input"))
     if isinstance(unit, RecurrentLayer):
         if expected.hidden is None:
             return [f"it is an {unit.kind} and a {type(expected.module).__name__} in the model"]

@@ -16,6 +16,7 @@ from amct_lightning.modules.grid.forward import check_served
 from amct_lightning.quantizers import is_exporting
 from amct_lightning.quantizers.executors import executor_for, resolved
 from amct_lightning.quantizers.kept import evaluates
+from amct_lightning.quantizers.rangeless import RangelessExecutor, RangelessQuantizer
 from amct_lightning.quantizers.transforms import differentiating_forward, transforming
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -52,6 +53,8 @@ def run_fused(layer: Any, product: Product, x: Tensor, weight: Tensor, observed:
         hook(layer.weight_quantizer, (weight,))
     bias, dtype = layer.bias, _autocast_dtype(x)
     executor = executor_for(layer.execution, x.device.type)
+    if isinstance(layer.input_quantizer, RangelessQuantizer):
+        executor = RangelessExecutor(executor, layer.input_quantizer)
     quantizers, with_graph = (layer.input_quantizer, layer.weight_quantizer), torch.is_grad_enabled()
     check_served(layer)
     on_grid, integer = layer.has_grid, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from amct_lightning.modules.fused.products import Gradients, Needs, Product
 from amct_lightning.quantizers import ActivationQuantizer, LearnedWeightQuantizer, WeightQuantizer
 from amct_lightning.quantizers.executors import Executor, Factors, WeightFactors
 from amct_lightning.quantizers.kept import kept_weight
+from amct_lightning.quantizers.rangeless import RangelessQuantizer
 from amct_lightning.quantizers.transforms import differentiable_once
 
 
@@ -36,7 +38,7 @@ class Call:
 
     product: Product
     executor: Executor
-    input_quantizer: ActivationQuantizer
+    input_quantizer: ActivationQuantizer | RangelessQuantizer
     weight_quantizer: WeightQuantizer
     observe: bool
     observed: Tensor | None
@@ -47,7 +49,9 @@ class Call:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Factors, WeightFactors]:
         """Return the output and what input and weight were quantized with; without a graph."""
-        executor, quantizers = self.executor, (self.input_quantizer, self.weight_quantizer)
+        # An executor for inputs without a range takes what has none; the grid and integers are not for these.
+        inputs = typing.cast(ActivationQuantizer, self.input_quantizer)
+        executor, quantizers = self.executor, (inputs, self.weight_quantizer)
         if self.grid is not None:
             on_grid = self.grid.forward(quantizers, (x, weight, bias), self.observe, self.observed)
             return on_grid[0].to(self.dtype or x.dtype), *on_grid[1:]
@@ -79,9 +83,9 @@ def quantized_product(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None
         weight: The weight.
         bias: The bias.
     """
-    clips = call.input_quantizer
+    clips = call.input_quantizer.learned_clips
     scale = call.weight_quantizer.scale if isinstance(call.weight_quantizer, LearnedWeightQuantizer) else None
-    tensors = x, weight, bias, clips.clip_max, clips.clip_min, scale
+    tensors = x, weight, bias, *clips, scale
     output: Tensor = _QuantizedProduct.apply(*tensors, call)  # type: ignore[no-untyped-call]
     return output
 
@@ -95,8 +99,8 @@ class _QuantizedProduct(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        clip_max: Tensor,
-        _min: Tensor,
+        clip_max: Tensor | None,
+        _min: Tensor | None,
         scale: Tensor | None,
         call: Call,
     ) -> Tensor:
@@ -104,7 +108,7 @@ class _QuantizedProduct(torch.autograd.Function):
         ctx.product, ctx.executor, ctx.dtype, ctx.grid = call.product, call.executor, call.dtype, call.grid
         ctx.bias_dtype = None if bias is None else bias.dtype
         _keep(ctx, call, x, weight, scale)
-        ctx.anchors = (clip_max,)
+        ctx.anchors = (weight if clip_max is None else clip_max,)
         # What follows may change the output in place, which autograd refuses for a view that was made in here.
         return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
@@ -128,13 +132,17 @@ class _QuantizedProduct(torch.autograd.Function):
 def _keep(ctx: Any, call: Call, x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
     """Keep what backward needs: nothing if it is for a bias only, and no parameter that the float layer does not keep.
 
-    Such a parameter is there anyway; its version tells whether it is as it was.
+    Such a parameter is there anyway; its version tells whether it is as it was. The input is for the gradients of its
+    clips, of the weight and of the scales of that.
     """
     needed = any(ctx.needs_input_grad[index] for index in (0, 1, 3, 4, 5))
+    has_clips = isinstance(call.input_quantizer, ActivationQuantizer)
+    ctx.input_shape, ctx.input_dtype = x.shape, x.dtype
+    ctx.keeps_input = needed and (has_clips or any(ctx.needs_input_grad[index] for index in (1, 5)))
     keeps_weight = needed and (x.requires_grad or call.product.keeps_both)
     parameters = [scale] if keeps_weight or not needed else [weight, scale]
     ctx.parameters = [(part, part._version) for part in parameters if needed and part is not None]
-    ctx.save_for_backward(*((x,) if needed else ()), *((weight,) if keeps_weight else ()))
+    ctx.save_for_backward(*((x,) if ctx.keeps_input else ()), *((weight,) if keeps_weight else ()))
 
 
 def _kept(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,6 +156,8 @@ def _kept(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     tensors = ctx.saved_tensors  # read once, as activation checkpointing demands
     if not tensors:
         return grad, grad
+    if not ctx.keeps_input:  # of which only shape and dtype count
+        return grad.new_empty(1, dtype=ctx.input_dtype).expand(ctx.input_shape), tensors[0]
     return tensors[0], tensors[1] if len(tensors) > 1 else ctx.parameters[0][0]
 
 

@@ -11,6 +11,7 @@ from amct_lightning.modules.integer import Numbers, PackedWeight, integer_forwar
 from amct_lightning.modules.integer.codes import unsigned_codes
 from amct_lightning.quantizers import ActivationQuantizer, WeightQuantizer
 from amct_lightning.quantizers.executors import Executor, Factors, WeightFactors
+from amct_lightning.quantizers.rangeless import RangelessQuantizer
 
 PACKED = "_amct_packed"
 """Where a layer keeps its packed weight."""
@@ -25,6 +26,8 @@ def reason_against(layer: Any, device: torch.device) -> str | None:
     """
     if layer.has_grid:
         return f"{'deploy_grid=True' if layer.serving is None else 'target serving'} computes with its integers already"
+    if isinstance(layer.input_quantizer, RangelessQuantizer):
+        return layer.input_quantizer.why_no_integers
     if layer.weight_quantizer.layout.group_size:
         return "its weight has a scale per group of inputs, integer operators take one per output channel"
     return why_not(layer, device, (layer.input_quantizer.num_bits, layer.weight_quantizer.num_bits))

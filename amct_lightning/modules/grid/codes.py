@@ -63,7 +63,7 @@ def input_codes(quantizer: ActivationQuantizer, x: Tensor, factors: Factors) -> 
         factors: What they are quantized with.
     """
     upper, lower, scale, offset, num_bits = factors[:5]
-    clips, settings = (quantizer.clip_max, quantizer.clip_min, upper, lower), (num_bits, torch.float32, factors.dtype)
+    clips, settings = (*quantizer.learned_clips, upper, lower), (num_bits, torch.float32, factors.dtype)
     codes = call(_ActivationCodes, _DIRECT, x, *clips, scale, offset, settings)
     return Codes(codes, scale, num_bits, factors.dtype)
 

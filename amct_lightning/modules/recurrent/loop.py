@@ -59,7 +59,7 @@ def run_loop(
         The outputs of all steps, and the last state.
     """
     settings = _Settings(cell, quantizer.num_bits, weight.settings, torch.is_grad_enabled())
-    learned = gates, quantizer.clip_max, quantizer.clip_min, weight.weight, weight.scale, bias
+    learned = gates, *quantizer.learned_clips, weight.weight, weight.scale, bias
     steps, *last = _Loop.apply(*learned, *state, weight.quantized, *factors, settings)  # type: ignore[no-untyped-call]
     return steps, tuple(last)
 

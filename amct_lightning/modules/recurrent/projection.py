@@ -46,7 +46,7 @@ def project(
         time_axis: Where in the input the time is.
     """
     settings = _Settings(quantizer.num_bits, time_axis, weight.settings, torch.is_grad_enabled())
-    learned = x, quantizer.clip_max, quantizer.clip_min, weight.weight, weight.scale, bias
+    learned = x, *quantizer.learned_clips, weight.weight, weight.scale, bias
     gates: Tensor = _Projection.apply(*learned, weight.quantized, *factors, settings)  # type: ignore[no-untyped-call]
     return gates
 

@@ -41,7 +41,7 @@ class CompiledExecutor(Executor):
     ) -> tuple[Tensor, Factors]:
         """See :meth:`Executor.quantize_input`."""
         self._prepare("train", quantizer, x)
-        if x.numel() < 2 or not quantizer.moves:
+        if x.numel() < 2 or not _learns_both(quantizer):
             return super().quantize_input(quantizer, x, observe, observed)
         return self._train("train", quantizer, x)
 
@@ -52,7 +52,7 @@ class CompiledExecutor(Executor):
         self._prepare("train_codes", quantizer, x)
         if x.numel() < 2:
             return super().input_codes(quantizer, x, observe)
-        if quantizer.moves:
+        if _learns_both(quantizer):
             return self._train("train_codes", quantizer, x)
         _, factors = super().input_codes(quantizer, x, observe)
         flat, restore = flattened(x)
@@ -66,7 +66,7 @@ class CompiledExecutor(Executor):
         if quantizer.serving is not None:  # of which there is no kernel
             return super().grid_input(quantizer, x, observe, observed)
         self._prepare("grid_train", quantizer, x, rebuild="grid_rebuild")
-        if x.numel() < 2 or not quantizer.moves:
+        if x.numel() < 2 or not _learns_both(quantizer):
             return super().grid_input(quantizer, x, observe, observed)
         return self._train("grid_train", quantizer, x)
 
@@ -183,6 +183,11 @@ class CompiledExecutor(Executor):
         if device not in self._zeros:
             self._zeros[device] = torch.zeros((), dtype=torch.float32, device=device)
         return self._zeros[device]
+
+
+def _learns_both(quantizer: ActivationQuantizer) -> bool:
+    """Tell whether a forward makes its range of two clips as they are, as the kernels for training do."""
+    return quantizer.moves and not quantizer.symmetric
 
 
 def flattened(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

@@ -129,7 +129,7 @@ def has_row(quantizer: ActivationQuantizer) -> bool:
     Args:
         quantizer: The quantizer.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or quantizer.symmetric:
         return False
     return isinstance(quantizer.clip_max, nn.Parameter) and not quantizer.clip_max.is_inference()
 

@@ -14,7 +14,10 @@ from torch import Tensor
 from amct_lightning.quantizers.functional import (
     activation_scale_offset,
     dequantize_,
+    half_range,
     quantize,
+    quantize_tokens,
+    range_around_zero,
     range_ends,
     rounding_error,
 )
@@ -98,6 +101,102 @@ class _FakeQuantizeActivation(torch.autograd.Function):
 
 
 _DIRECT = direct_form(_FakeQuantizeActivation)
+
+
+def clips_around_zero(clip_max: Tensor, clip_min: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
+    """Return :func:`range_around_zero` of two clips, with its gradient, for which nothing is kept.
+
+    ``dL/dM = ((h-1) dL/du - h dL/dl) / (2^b - 1)`` from those of the upper end ``u`` and the lower end ``l``, and
+    ``dL/dm = -dL/dM``: the clips move by the same amount and in opposite directions, so they are one magnitude.
+
+    Args:
+        clip_max: Upper clip ``M``, 0-d float32.
+        clip_min: Lower clip ``m``.
+        num_bits: 4, 8 or 16.
+
+    Example:
+        >>> high, low = torch.tensor(2.55, requires_grad=True), torch.tensor(-2.55, requires_grad=True)
+        >>> clips_around_zero(high, low, 8)[0].backward()
+        >>> (high.grad * 255).round(), (low.grad * 255).round()
+        (tensor(127.), tensor(-127.))
+    """
+    upper, lower = (_AroundZero if transforming() else _DIRECT_AROUND_ZERO).apply(clip_max, clip_min, num_bits)
+    return upper, lower
+
+
+class _AroundZero(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(clip_max: Tensor, clip_min: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
+        return range_around_zero(clip_max, clip_min, num_bits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.h = half_range(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, of_upper: Tensor, of_lower: Tensor) -> tuple[Tensor, Tensor, None]:
+        of_max = (of_upper * (ctx.h - 1) - of_lower * ctx.h) / (2 * ctx.h - 1)
+        return of_max, -of_max, None
+
+    @staticmethod
+    def jvp(ctx: Any, of_max: Tensor | None, of_min: Tensor | None, _bits: None) -> tuple[Tensor, Tensor]:
+        known = of_max if of_max is not None else of_min
+        assert known is not None
+        high, low = (torch.zeros_like(known) if part is None else part for part in (of_max, of_min))
+        of_scale = (high - low) / (2 * ctx.h - 1)
+        return of_scale * (ctx.h - 1), of_scale * -ctx.h
+
+
+_DIRECT_AROUND_ZERO = direct_form(_AroundZero)
+
+
+def fake_quantize_tokens(x: Tensor, num_bits: int) -> Tensor:
+    """Quantize and dequantize each token with a scale of its own; the gradient passes straight through.
+
+    ``s = max|x| / (h-1)`` over the last axis, 1 for a token of zeros; ``y = round(x/s) * s``. No value is clipped, so
+    the gradient of the input is that of the output; nothing is kept for it.
+
+    Args:
+        x: Activations, tokens along the last axis.
+        num_bits: 4, 8 or 16.
+
+    Returns:
+        The fake-quantized activations, shape and dtype of ``x``; the arithmetic is in float32.
+
+    Example:
+        >>> fake_quantize_tokens(torch.tensor([[1.27, 0.014], [127.0, 0.4], [0.0, 0.0]]), 8)
+        tensor([[1.2700e+00, 1.0000e-02],
+                [1.2700e+02, 0.0000e+00],
+                [0.0000e+00, 0.0000e+00]])
+    """
+    # With two arguments, torch.compile would take the forward for one without a context.
+    return call(_FakeQuantizeTokens, _DIRECT_TOKENS, x, num_bits, None)
+
+
+class _FakeQuantizeTokens(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, num_bits: int, _unused: None) -> Tensor:
+        return quantize_tokens(x, num_bits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, *_: None) -> Tensor:
+        return x.clone()
+
+
+_DIRECT_TOKENS = direct_form(_FakeQuantizeTokens)
 
 
 class Ends(NamedTuple):

@@ -18,7 +18,7 @@ from amct_lightning.callbacks.nonfinite import NonfiniteWatch
 from amct_lightning.config import DataConfig, LayerConfig, WeightConfig
 from amct_lightning.modules import QATLayer, quantized_layers
 from tests.ascend.operators.tracing import DeviceTrace
-from tests.modules.cases import COMBINATIONS, LAYERS, WIDTHS, LayerCase, Width
+from tests.modules.cases import COMBINATIONS, LAYERS, LINEAR_INPUTS, WIDTHS, LayerCase, Width
 
 NPU = "npu:0"
 LAYER_TYPES = ("conv1d", "conv", "conv3d", "linear", "deconv1d", "deconv", "deconv3d", "lstm", "gru")
@@ -56,6 +56,8 @@ def _trace_type(trace: DeviceTrace, case: LayerCase) -> None:
     for width in WIDTHS:
         if width not in SOME_WIDTHS and (case, width) in COMBINATIONS:
             trace_layer(trace, case, width, briefly=True)
+    for width in LINEAR_INPUTS if case.name == "linear" else ():
+        trace_layer(trace, case, width)
     for width in SOME_WIDTHS:
         trace_states(trace, case, width)
     for dtype in (torch.bfloat16, torch.float16):

@@ -36,7 +36,7 @@ def converted(model: nn.Module, x: Tensor, dtype: torch.dtype, config: Any = Non
 def served(layer: Any, x: Tensor, dtype: torch.dtype, by_channel: bool = True) -> tuple[Any, Any]:
     """The codes and the output that a server has for a layer, from its clips, its weight and its bias."""
     upper, lower = (float(clip) for clip in layer.input_quantizer.usable_clips())
-    scale, offset = server.input_factors(upper, lower, dtype)
+    scale, offset = server.input_factors(upper, lower, dtype, layer.input_quantizer.symmetric)
     codes = server.input_codes(server.array(x, dtype), scale, offset)
     scale_w, weight = server.weight_factors(server.array(layer.weight), by_channel)
     deq = server.deq_scale(scale, scale_w)
@@ -66,6 +66,7 @@ def check(layer: Any, x: Tensor, dtype: torch.dtype, by_channel: bool = True) ->
     shift=st.sampled_from([-1.0, 0.0, 0.3, 1.0]),
     bias=st.booleans(),
     by_channel=st.booleans(),
+    symmetric=st.booleans(),
     halves=st.booleans(),
     seed=st.integers(0, 10**6),
 )
@@ -77,6 +78,7 @@ def test_every_code_and_every_output_is_that_of_the_server(
     shift: float,
     bias: bool,
     by_channel: bool,
+    symmetric: bool,
     halves: bool,
     seed: int,
 ) -> None:
@@ -84,7 +86,8 @@ def test_every_code_and_every_output_is_that_of_the_server(
     model_dtype, dtype = of_model
     model = nn.Sequential(nn.Linear(shape[-1], outputs, bias=bias)).to(model_dtype)
     x = ((torch.randn(shape) + shift) * 10.0**magnitude).to(model_dtype)
-    layer: Any = converted(model, x, dtype, {"weights": {"channel_wise": by_channel}})[0]
+    config = {"weights": {"channel_wise": by_channel}, "activations": {"symmetric": symmetric}}
+    layer: Any = converted(model, x, dtype, config)[0]
     if halves:  # values that lie just between two integers, where half to even decides
         scale = layer.input_quantizer.scale
         x = ((torch.randint(-130, 130, shape) + 0.5) * scale).to(model_dtype)
@@ -282,3 +285,34 @@ def test_a_reverted_layer_is_the_float_layer() -> None:
     qat: Any = converted(model, x, torch.bfloat16)
     qat[0].revert()
     assert torch.equal(qat(x), model(x))
+
+
+def test_layers_of_other_kinds_stay_as_they_are_beside_those_that_servers_compute() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)).bfloat16()
+    algorithms = {"0": {"algo": "per_token"}, "1": {"algo": "none"}, "2": {"symmetric": True}}
+    config = {"layers": {name: {"activations": settings} for name, settings in algorithms.items()}}
+    x = torch.randn(5, 8).bfloat16()
+    model: Any = prepare_qat(net, config, x, target="serving").train()
+    for _ in range(2):
+        y = model(x)
+        y.float().square().mean().backward()
+    assert [layer.serving for layer in model] == [None, None, torch.bfloat16, torch.bfloat16]
+    assert float(model[2].input_quantizer.offset) == 0
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(x), y)
+        check(model[2], model[:2](x), torch.bfloat16)
+        check(model[3], model[:3].eval()(x), torch.bfloat16)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not run as configured.*")
+def test_what_is_wanted_though_no_server_has_it_computes_as_without_the_target() -> None:
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), torch.randn(5, 4)
+    config = {"weights": {"channel_wise": False}, "layers": {"0": {"weights": {"dst_type": "INT4"}}}}
+    model: Any = prepare_qat(net, config, x, target="serving", on_unsupported="warn")
+    plain: Any = prepare_qat(net, config, x)
+    for one in (model, plain):
+        calibrate(one.train(), [x])
+    assert [layer.serving for layer in model] == [None, torch.bfloat16]
+    assert torch.equal(model[0](x), plain[0](x))

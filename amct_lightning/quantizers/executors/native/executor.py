@@ -27,7 +27,7 @@ class NativeExecutor(CompiledExecutor):
         """See :meth:`Executor.product`."""
         (inputs, weights), (x, weight, bias) = quantizers, tensors
         scale, given, learns = weights.scale, weights.given_scale(), isinstance(weights, LearnedWeightQuantizer)
-        if not inputs.moves or (given is None and learns):  # of which the first call is another one
+        if not inputs.moves or inputs.symmetric or (given is None and learns):  # of which the first call is another one
             return None
         rows, clips = scale.numel(), inputs.clips
         if not (_is_plain(x) and _has_rows(weight, weights.layout, rows) and _is_float(bias)):
@@ -58,7 +58,7 @@ class NativeExecutor(CompiledExecutor):
             scales = of_weight.scale.flatten()
         learned = weights.scale if isinstance(weights, LearnedWeightQuantizer) else None
         done: Tensor = operator(
-            *(output, numbers, scales, *tensors, inputs.clip_max, inputs.clip_min, learned, of_weight.gradient_factor),
+            *(output, numbers, scales, *tensors, *inputs.learned_clips, learned, of_weight.gradient_factor),
             [of_x.num_bits, of_weight.num_bits, inputs.fixed_min, False, False, scales.numel()],
             *(geometry, SECOND_GRADIENT),
         )
