@@ -94,11 +94,12 @@ def test_every_code_and_every_output_is_that_of_the_server(
     check(layer, x, dtype, by_channel)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("magnitude", [1e-9, 1e-6, 1e-4, 1.0, 1e4, 1e9, 1e30])
-def test_scale_and_reciprocal_are_neither_0_nor_infinite(dtype: torch.dtype, magnitude: float) -> None:
-    model = nn.Sequential(nn.Linear(4, 2))
-    layer: Any = converted(model, torch.tensor([[-1.0, 0.5, 0.25, 1.0]]) * magnitude, dtype)[0]
+def test_scale_and_reciprocal_are_neither_0_nor_infinite(dtype: torch.dtype, magnitude: float, symmetric: bool) -> None:
+    config, x = {"activations": {"symmetric": symmetric}}, torch.tensor([[-1.0, 0.5, 0.25, 1.0]]) * magnitude
+    layer: Any = converted(nn.Sequential(nn.Linear(4, 2)), x, dtype, config)[0]
     scale = layer.input_quantizer.scale
     reciprocal = torch.reciprocal(scale).to(dtype).float()
     for number in (scale, reciprocal):
@@ -106,7 +107,7 @@ def test_scale_and_reciprocal_are_neither_0_nor_infinite(dtype: torch.dtype, mag
     assert scale == scale.to(dtype).float()
     offset = float(layer.input_quantizer.offset)
     assert -128 <= offset <= 127
-    assert offset == round(offset)
+    assert offset == (0 if symmetric else round(offset))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -243,6 +244,18 @@ def test_within_autocast_the_server_s_dtype_is_kept(dtype: torch.dtype, autocast
     expected = torch.from_numpy(served(layer, x, dtype)[1].astype(np.float32)).to(autocast)
     assert torch.equal(y, expected)
     assert torch.equal(trained, y)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@models
+def test_it_compiles_to_one_graph(of_model: torch.dtype, dtype: torch.dtype, training: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 8).to(of_model)
+    model = converted(nn.Sequential(nn.Linear(8, 5)).to(of_model), x, dtype).train(training)
+    expected = model(x)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), expected)
 
 
 @pytest.mark.usefixtures("every_execution")
