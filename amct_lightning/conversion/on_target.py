@@ -32,7 +32,7 @@ class Obstacle(NamedTuple):
     Attributes:
         layer: Name of the layer.
         kind: Its class.
-        types: The widths of activations and weights, such as ``"A8W4"``.
+        types: The widths of activations and weights, such as ``"A8W8"``, or of weights alone, such as ``"W8"``.
         fact: What is known.
         way: What helps.
     """
@@ -189,7 +189,7 @@ class TargetRules:
     def _of_layer(self, name: str, layer: LayerConfig, module: nn.Module, in_float: Fact | None) -> list[Obstacle]:
         data, weight = layer.retrain_data_config, layer.retrain_weight_config
         kind = supported_class(module).__name__
-        types = f"A{data.num_bits}W{weight.num_bits}"
+        types = f"A{data.num_bits}W{weight.num_bits}" if data.is_quantized else f"W{weight.num_bits}"
         of_kind = in_float or self.target.layers[kind]
         facts: list[tuple[Fact, Way]] = [(of_kind, "float")]
         if of_kind.verdict != "unsupported":
@@ -201,10 +201,10 @@ class TargetRules:
         return [Obstacle(name, kind, types, fact, way) for fact, way in facts if fact.verdict != "runs"]
 
     def _of_types(self, data: DataConfig, weight: WeightConfig) -> Fact:
-        if data.algo == "none":
+        if not data.is_quantized:
             return self.target.weight_only[weight.dst_type]
         of_types = self.target.pairs[data.dst_type, weight.dst_type]
-        return self.target.per_token if data.algo == "per_token" and of_types.verdict == "runs" else of_types
+        return of_types if data.has_clips or of_types.verdict != "runs" else self.target.per_token
 
     def _allowed(self) -> str:
         pairs = ", ".join("/".join(pair) for pair, fact in self.target.pairs.items() if fact.verdict != "unsupported")

@@ -81,14 +81,14 @@ def check_forms(plan: QuantPlan, forms: Collection[str]) -> None:
     Raises:
         ValueError: If it cannot, with the layers that are in the way.
     """
-    if forms:
-        _check_ranges(plan)
     if forms and plan.serving is not None:
         raise ValueError(
             f"The model was converted for servers (target serving), with their arithmetic in {plan.serving}, which no "
             f"ONNX file has: {', '.join(sorted(forms))}. Write it with save_serving (form ascend_v1), or convert it "
             "without this target."
         )
+    if forms:
+        _check_ranges(plan)
     weights = {layer.name: plan.config[layer.name].retrain_weight_config for layer in plan.layers}
     grouped = [repr(name) for name, weight in weights.items() if weight.group_size]
     if grouped and set(forms) - {"qdq"}:

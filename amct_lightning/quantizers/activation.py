@@ -221,7 +221,9 @@ class ActivationQuantizer(CalibratingQuantizer):
             >>> quantizer.factors_of(torch.tensor(2.55), torch.tensor(0.0))
             (tensor(0.0100), tensor(-128.))
         """
-        return activation_scale_offset(upper, lower, self.num_bits, self.serving)
+        scale, offset = activation_scale_offset(upper, lower, self.num_bits, self.serving)
+        around_zero = self.symmetric and self.serving is not None  # whatever the scale was rounded to
+        return scale, torch.zeros_like(offset) if around_zero else offset
 
     @torch.no_grad()
     def usable_clips(self) -> tuple[Tensor, Tensor]:

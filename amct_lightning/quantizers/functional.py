@@ -166,6 +166,24 @@ def repair_clips(
     return upper, lower
 
 
+def scale_in(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the nearest scale that a dtype holds, as it does the reciprocal: neither of them is 0 or infinite.
+
+    Args:
+        scale: Scales, float32 of any shape, at least :data:`EPS`.
+        dtype: bfloat16 or float16; the latter has nothing above 65504, and no reciprocal of less than 1.53e-5.
+
+    Example:
+        >>> scale_in(torch.tensor([0.1, 1e-6]), torch.float16)
+        tensor([9.9976e-02, 1.5318e-05])
+    """
+    lowest, highest = _SCALES_IN[dtype]
+    return scale.clamp(lowest, highest).to(dtype).float()
+
+
+_SCALES_IN = {torch.float16: (2.0**-16 + 2.0**-24, 65504.0), torch.bfloat16: (EPS, 2.0**126)}
+
+
 def range_around_zero(clip_max: Tensor, clip_min: Tensor, num_bits: int) -> tuple[Tensor, Tensor]:
     """Return the symmetric range that is as wide as one between two clips: its offset is 0.
 
@@ -188,24 +206,6 @@ def range_around_zero(clip_max: Tensor, clip_min: Tensor, num_bits: int) -> tupl
     # Above the limit by more than the ends are rounded, so that they give that scale and the offset 0 again.
     scale = scale.masked_fill(scale < EPS * (1 + 1e-6), 1.0)
     return scale * (h - 1), scale * -h
-
-
-def scale_in(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the nearest scale that a dtype holds, as it does the reciprocal: neither of them is 0 or infinite.
-
-    Args:
-        scale: Scales, float32 of any shape, at least :data:`EPS`.
-        dtype: bfloat16 or float16; the latter has nothing above 65504, and no reciprocal of less than 1.53e-5.
-
-    Example:
-        >>> scale_in(torch.tensor([0.1, 1e-6]), torch.float16)
-        tensor([9.9976e-02, 1.5318e-05])
-    """
-    lowest, highest = _SCALES_IN[dtype]
-    return scale.clamp(lowest, highest).to(dtype).float()
-
-
-_SCALES_IN = {torch.float16: (2.0**-16 + 2.0**-24, 65504.0), torch.bfloat16: (EPS, 2.0**126)}
 
 
 def activation_scale_offset(

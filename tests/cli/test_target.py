@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import runpy
+import warnings
 
-from amct_lightning import QuantRecord, RetrainConfig
+import pytest
+import torch
+
+from amct_lightning import QuantRecord, RetrainConfig, conversion_report, prepare_qat
 from tests.cli.conftest import Folder
 
 MODEL = ("config", "--model", "demo_module.Classifier", "--choices", "A8W4")
@@ -44,3 +48,17 @@ def test_a_run_for_a_target_that_does_not_run_it_ends_before_training(folder: Fo
     assert done.status != 0
     assert "target 950" in done.err
     assert not (folder / "record.txt").exists()
+
+
+@pytest.mark.parametrize("form", ["json", "cfg", "yaml"])
+def test_a_configuration_for_servers_has_a_scale_per_output_channel_of_a_linear(folder: Folder, form: str) -> None:
+    made = f"made.{form}"
+    choices = ("--target", "serving", "--on-unsupported", "fallback", "--format", form, "-o", made)
+    done = folder("config", "--model", "demo_module.Classifier", *choices)
+    assert done.status == 0, done.err
+    assert "'net.0' stays in float" in done.err
+    model, x = runpy.run_path("demo_module.py")["Classifier"](), torch.zeros(1, 1, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        qat = prepare_qat(model, folder / made, x, target="serving", on_unsupported="fallback")
+    assert [row.channel_wise for row in conversion_report(qat).rows if row.quantized] == [True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,22 @@ def test_what_servers_do_not_load_is_refused_with_its_source_or_stays_in_float()
     assert [row.bits for row in conversion_report(qat).rows] == ["", "A8W8"]
     with pytest.raises(ValueError, match=r"'0' \(Linear, A16W8\), '2'.*no type with INT16 activations"):
         prepare_qat(network(), "A16W8", X, target="serving")
+
+
+ACTIVATIONS = {"per_token": {"algo": "per_token"}, "none": {"algo": "none"}, "symmetric": {"symmetric": True}}
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_what_servers_load_beside_learned_clips_goes_without_a_word(activations: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare_qat(network(), {"activations": ACTIVATIONS[activations]}, X, target="serving")
+
+
+def test_weights_alone_of_int4_are_not_in_ascend_v1() -> None:
+    config = {"activations": {"algo": "none"}, "weights": {"dst_type": "INT4"}}
+    with pytest.warns(UserWarning, match=r"worth a second look: '0' \(Linear, W4\), .*AscendV1 has no type for it"):
+        prepare_qat(network(), config, X, target="serving")
 
 
 class Net(pl.LightningModule):

@@ -140,7 +140,8 @@ def _dequantize(
         whole: The sums with the bias, if they are known better than as the sum of both.
         served: Whether they are those of a server.
     """
-    return call(_Dequantize, _DEQUANTIZE, sums, bias, scale, kept, whole, served)
+    other = None if kept is scale else kept  # torch.compile takes no tensor twice
+    return call(_Dequantize, _DEQUANTIZE, sums, bias, scale, other, whole, served)
 
 
 class _Dequantize(torch.autograd.Function):
@@ -148,11 +149,11 @@ class _Dequantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        sums: Tensor, bias: Tensor | None, scale: Tensor, kept: Tensor, whole: Tensor | None, served: bool
+        sums: Tensor, bias: Tensor | None, scale: Tensor, kept: Tensor | None, whole: Tensor | None, served: bool
     ) -> Tensor:
         if whole is None:
             whole = sums if bias is None else sums + bias_codes(bias, scale, served)
-        return whole * kept
+        return whole * (scale if kept is None else kept)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

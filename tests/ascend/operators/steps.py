@@ -234,9 +234,25 @@ def trace_options(trace: DeviceTrace) -> None:
         steps.train("forward, deploy_grid")
         steps.train("forward, deploy_grid", lambda: torch.autocast("npu", torch.bfloat16))
         steps.evaluate("evaluation, deploy_grid")
+    trace_served(trace)
     given = LayerConfig(retrain_data_config=DataConfig(clip_max=2.0, clip_min=-2.0, fixed_min=True))
     host = nn.Sequential(nn.Linear(4, 3))
     Steps(trace, prepare_qat(host, RetrainConfig(layers={"0": given}), torch.ones(2, 4)), torch.ones(2, 4)).train()
+
+
+def trace_served(trace: DeviceTrace) -> None:
+    """Steps of a network for servers: float32 with and without autocast, and the half precisions."""
+    x = torch.randn(2, 3, 8)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for symmetric in (False, True):
+            net = nn.Sequential(nn.Linear(8, 600), nn.ReLU(), nn.Linear(600, 4)).to(dtype)
+            choices = {"activations": {"symmetric": symmetric}}
+            steps = Steps(trace, prepare_qat(net, choices, x.to(dtype), target="serving"), x.to(dtype))
+            steps.train("calibration")
+            steps.train("forward, target serving")
+            if dtype == torch.float32:
+                steps.train("forward, target serving", lambda: torch.autocast("npu", torch.bfloat16))
+            steps.evaluate("evaluation, target serving")
 
 
 def _sgd(parameters: Any, lr: float) -> torch.optim.Optimizer:

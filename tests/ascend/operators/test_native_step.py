@@ -22,6 +22,7 @@ STEP_PHASES = {
     "forward, bf16-mixed",
     "forward, half precision",
     "forward, deploy_grid",
+    "forward, target serving",
     "frozen",
     "before the start",
     "calibration",
@@ -32,6 +33,7 @@ STEP_PHASES = {
     "schedule",
     "evaluation",
     "evaluation, deploy_grid",
+    "evaluation, target serving",
     "search of the shifts",
 }
 # Outside of the steps: once per logging interval, and for every checkpoint.

@@ -18,18 +18,18 @@ def array(tensor: Tensor, dtype: torch.dtype | None = None) -> Any:
     return values if dtype is None else values.astype(DTYPES[dtype])
 
 
-def input_factors(upper: float, lower: float, dtype: torch.dtype) -> tuple[Any, int]:
+def input_factors(upper: float, lower: float, dtype: torch.dtype, symmetric: bool = False) -> tuple[Any, int]:
     """The scale of a range, rounded to the dtype, and the offset that the lower end has with it.
 
-    A range without a scale has 1, and float16 holds no reciprocal of less than about 1.53e-5.
+    A range around 0 has the offset 0. One without a scale has 1; float16 holds no reciprocal of less than 1.53e-5.
     """
     low = np.float32(min(lower, 0.0))
     wanted = (np.float32(max(upper, 0.0)) - low) / np.float32(255)
     if wanted < np.float32(2.0**-23):
-        return DTYPES[dtype](1), -128
+        return DTYPES[dtype](1), 0 if symmetric else -128
     scale = (max(wanted, np.float32(1.53184e-5)) if dtype == torch.float16 else wanted).astype(DTYPES[dtype])
     offset = np.rint(np.float32(-128) - low / np.float32(scale))
-    return scale, int(np.clip(offset, -128, 127))
+    return scale, 0 if symmetric else int(np.clip(offset, -128, 127))
 
 
 def input_codes(x: Any, scale: Any, offset: int) -> Any:

@@ -36,7 +36,7 @@ def converted(model: nn.Module, x: Tensor, dtype: torch.dtype, config: Any = Non
 def served(layer: Any, x: Tensor, dtype: torch.dtype, by_channel: bool = True) -> tuple[Any, Any]:
     """The codes and the output that a server has for a layer, from its clips, its weight and its bias."""
     upper, lower = (float(clip) for clip in layer.input_quantizer.usable_clips())
-    scale, offset = server.input_factors(upper, lower, dtype)
+    scale, offset = server.input_factors(upper, lower, dtype, layer.input_quantizer.symmetric)
     codes = server.input_codes(server.array(x, dtype), scale, offset)
     scale_w, weight = server.weight_factors(server.array(layer.weight), by_channel)
     deq = server.deq_scale(scale, scale_w)
@@ -66,6 +66,7 @@ def check(layer: Any, x: Tensor, dtype: torch.dtype, by_channel: bool = True) ->
     shift=st.sampled_from([-1.0, 0.0, 0.3, 1.0]),
     bias=st.booleans(),
     by_channel=st.booleans(),
+    symmetric=st.booleans(),
     halves=st.booleans(),
     seed=st.integers(0, 10**6),
 )
@@ -77,6 +78,7 @@ def test_every_code_and_every_output_is_that_of_the_server(
     shift: float,
     bias: bool,
     by_channel: bool,
+    symmetric: bool,
     halves: bool,
     seed: int,
 ) -> None:
@@ -84,18 +86,20 @@ def test_every_code_and_every_output_is_that_of_the_server(
     model_dtype, dtype = of_model
     model = nn.Sequential(nn.Linear(shape[-1], outputs, bias=bias)).to(model_dtype)
     x = ((torch.randn(shape) + shift) * 10.0**magnitude).to(model_dtype)
-    layer: Any = converted(model, x, dtype, {"weights": {"channel_wise": by_channel}})[0]
+    config = {"weights": {"channel_wise": by_channel}, "activations": {"symmetric": symmetric}}
+    layer: Any = converted(model, x, dtype, config)[0]
     if halves:  # values that lie just between two integers, where half to even decides
         scale = layer.input_quantizer.scale
         x = ((torch.randint(-130, 130, shape) + 0.5) * scale).to(model_dtype)
     check(layer, x, dtype, by_channel)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("magnitude", [1e-9, 1e-6, 1e-4, 1.0, 1e4, 1e9, 1e30])
-def test_scale_and_reciprocal_are_neither_0_nor_infinite(dtype: torch.dtype, magnitude: float) -> None:
-    model = nn.Sequential(nn.Linear(4, 2))
-    layer: Any = converted(model, torch.tensor([[-1.0, 0.5, 0.25, 1.0]]) * magnitude, dtype)[0]
+def test_scale_and_reciprocal_are_neither_0_nor_infinite(dtype: torch.dtype, magnitude: float, symmetric: bool) -> None:
+    config, x = {"activations": {"symmetric": symmetric}}, torch.tensor([[-1.0, 0.5, 0.25, 1.0]]) * magnitude
+    layer: Any = converted(nn.Sequential(nn.Linear(4, 2)), x, dtype, config)[0]
     scale = layer.input_quantizer.scale
     reciprocal = torch.reciprocal(scale).to(dtype).float()
     for number in (scale, reciprocal):
@@ -103,7 +107,7 @@ def test_scale_and_reciprocal_are_neither_0_nor_infinite(dtype: torch.dtype, mag
     assert scale == scale.to(dtype).float()
     offset = float(layer.input_quantizer.offset)
     assert -128 <= offset <= 127
-    assert offset == round(offset)
+    assert offset == (0 if symmetric else round(offset))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -242,6 +246,18 @@ def test_within_autocast_the_server_s_dtype_is_kept(dtype: torch.dtype, autocast
     assert torch.equal(trained, y)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@models
+def test_it_compiles_to_one_graph(of_model: torch.dtype, dtype: torch.dtype, training: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 8).to(of_model)
+    model = converted(nn.Sequential(nn.Linear(8, 5)).to(of_model), x, dtype).train(training)
+    expected = model(x)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), expected)
+
+
 @pytest.mark.usefixtures("every_execution")
 def test_every_executor_trains_the_same() -> None:
     torch.manual_seed(0)
@@ -282,3 +298,34 @@ def test_a_reverted_layer_is_the_float_layer() -> None:
     qat: Any = converted(model, x, torch.bfloat16)
     qat[0].revert()
     assert torch.equal(qat(x), model(x))
+
+
+def test_layers_of_other_kinds_stay_as_they_are_beside_those_that_servers_compute() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)).bfloat16()
+    algorithms = {"0": {"algo": "per_token"}, "1": {"algo": "none"}, "2": {"symmetric": True}}
+    config = {"layers": {name: {"activations": settings} for name, settings in algorithms.items()}}
+    x = torch.randn(5, 8).bfloat16()
+    model: Any = prepare_qat(net, config, x, target="serving").train()
+    for _ in range(2):
+        y = model(x)
+        y.float().square().mean().backward()
+    assert [layer.serving for layer in model] == [None, None, torch.bfloat16, torch.bfloat16]
+    assert float(model[2].input_quantizer.offset) == 0
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(x), y)
+        check(model[2], model[:2](x), torch.bfloat16)
+        check(model[3], model[:3].eval()(x), torch.bfloat16)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not run as configured.*")
+def test_what_is_wanted_though_no_server_has_it_computes_as_without_the_target() -> None:
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), torch.randn(5, 4)
+    config = {"weights": {"channel_wise": False}, "layers": {"0": {"weights": {"dst_type": "INT4"}}}}
+    model: Any = prepare_qat(net, config, x, target="serving", on_unsupported="warn")
+    plain: Any = prepare_qat(net, config, x)
+    for one in (model, plain):
+        calibrate(one.train(), [x])
+    assert [layer.serving for layer in model] == [None, torch.bfloat16]
+    assert torch.equal(model[0](x), plain[0](x))
