@@ -136,7 +136,7 @@ def check_activations(algo: str, settings: Mapping[str, Any], fixed_min: object,
 
 def check_start(init: object, percentile: object, clip_max: object) -> None:
     """Refuse a choice of where ranges start that there is none of, and what contradicts it."""
-    check_choice("init", init, ("mse", "percentile"))
+    check_choice("init", init, ("mse", "percentile", "output"))
     if clip_max is not None and init != "mse":
         text = f"says what a calibration finds, found {found(init)}, and clip_max is given; leave one of the two out"
         raise RuleError(ValueError, "init", text)

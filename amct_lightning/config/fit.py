@@ -183,6 +183,7 @@ def resolve_layers(
         raise ValueError(f"{source}: {NOTHING_ENABLED}")
     _check_algorithms(layers, eligible, source)
     _check_groups(layers, eligible, source)
+    _check_starts(layers, eligible, source)
     written = settings_as_written(layers, eligible, linear_by_channel and not amct_rules)
     return _packable(written, eligible, source)
 
@@ -252,6 +253,20 @@ def _check_algorithms(layers: Mapping[str, LayerConfig], eligible: Mapping[str, 
         raise ValueError(
             f"{source}: the algo of activations is '{algo}' for {cut_off(names)}, and only {', '.join(able)} can have "
             f"that. Give these layers '{LEARNED_CLIPS}', by name (layers) or by type (types), or skip them."
+        )
+
+
+def _check_starts(layers: Mapping[str, LayerConfig], eligible: Mapping[str, nn.Module], source: str) -> None:
+    wrong = [
+        f"'{name}' ({type(eligible[name]).__name__})"
+        for name, layer in layers.items()
+        if layer.retrain_enable and layer.retrain_data_config.init == "output"
+        if isinstance(eligible[name], nn.RNNBase)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{source}: activations.init is 'output' for {cut_off(wrong)}, and the output of a recurrent layer depends "
+            "on all its steps. Give such a layer init: mse or init: percentile, or skip it."
         )
 
 

@@ -34,7 +34,7 @@ LAYER_KEYS, DATA_KEYS, WEIGHT_KEYS = (
 )
 SECTIONS = ("retrain_data_config", "retrain_weight_config")
 _IN_CHOICES = "AMCT's files have no such setting; delete it, or give choices as YAML or as a dict: activations: {{{}}}"
-_BEYOND_AMCT = {"symmetric": "symmetric: true", "init": "init: percentile", "percentile": "init: percentile"}
+_BEYOND_AMCT = {"symmetric": "symmetric: true", "init": "init: output", "percentile": "init: percentile"}
 _AMCT_DATA_KEYS = tuple(key for key in DATA_KEYS if key not in _BEYOND_AMCT)
 PRUNE_KEYS = ("regular_prune_enable", "regular_prune_config")
 

@@ -45,8 +45,9 @@ class DataConfig:
         dst_type: ``"INT4"``, ``"INT8"`` or ``"INT16"``; not for activations in float.
         symmetric: Whether learned clips keep the range around 0, so that the offset is always 0; not in AMCT's files.
             Such a range cannot begin with 0, whatever ``fixed_min`` would find out.
-        init: What range a calibration finds: ``"mse"``, that with the least squared error of the values, as AMCT; or
-            ``"percentile"``. AMCT's files cannot ask for another than AMCT's.
+        init: What range a calibration finds: ``"mse"``, that with the least squared error of the values, as AMCT;
+            ``"percentile"``; or ``"output"``, that with the least squared error of what the layer makes of them, not
+            for LSTM and GRU. AMCT's files cannot ask for another than AMCT's.
         percentile: Which share of the values is inside of the range, for ``init="percentile"``; ``None`` for 99.99.
 
     Raises:

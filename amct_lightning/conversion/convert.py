@@ -22,6 +22,7 @@ from amct_lightning.modules.folding import whole_tensor
 from amct_lightning.modules.grid.norm import FoldedNorm, fold_norm
 from amct_lightning.modules.registry import QAT_CLASSES, channel_layout, qat_class
 from amct_lightning.modules.shift_hook import install_shift_search, remove_shift_search
+from amct_lightning.modules.starting.readers import note_reader
 from amct_lightning.quantizers import (
     ActivationQuantizer,
     LearnedWeightQuantizer,
@@ -184,6 +185,8 @@ def _convert_layer(
     for name, parameter in twin.weight_quantizers.items():
         own[name] = _weight_quantizer(layer, parameter, config.retrain_weight_config)
     converted = twin.convert(layer, own, plan.calibrates_input)
+    if data.has_clips:
+        note_reader(quantizers[plan.shares_input_of], layer)
     if model_plan.deploy_grid:
         converted.deploy_grid = True
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from amct_lightning.quantizers.base import Quantizer
 from amct_lightning.quantizers.ifmr import has_values, ifmr
+from amct_lightning.quantizers.starting.output import Reader, output_range
 from amct_lightning.quantizers.starting.percentile import percentile_range
 from amct_lightning.quantizers.transforms import transforming
 
@@ -88,7 +89,8 @@ class CalibratingQuantizer(FlaggedQuantizer):
         is_told: Whether somebody was told that it is missed.
         waits: Whether batches without values (see :func:`~amct_lightning.quantizers.ifmr.has_values`) are not counted,
             which the host then waits to hear.
-        start: What range a calibration finds: ``"mse"`` or ``"percentile"``, and the percentile for that.
+        start: What range a calibration finds: ``"mse"``, ``"output"`` or ``"percentile"``, and the percentile for that.
+        readers: What finds the layers by whose outputs it goes, for ``"output"``.
     """
 
     num_bits: int
@@ -99,6 +101,7 @@ class CalibratingQuantizer(FlaggedQuantizer):
     waits: bool
     symmetric: bool
     start: tuple[str, float] = ("mse", PERCENTILE)
+    readers: Sequence[Callable[[], Sequence[Reader]]] = ()
     observed: list[Tensor]
     calibrated_batches: Tensor
     missed: bool = False
@@ -211,7 +214,12 @@ class CalibratingQuantizer(FlaggedQuantizer):
         if init == "percentile":
             return percentile_range(self.observed, self.num_bits, share, self.fixed_min, self.symmetric)
         result = ifmr(self.observed, self.num_bits)
-        return result.clip_max, result.clip_min, result.degenerate
+        upper, lower = result.clip_max, result.clip_min
+        readers = [reader for find in self.readers for reader in find()]
+        if init == "output" and readers:
+            first = upper, torch.zeros_like(lower) if self.fixed_min else lower
+            upper, lower = output_range(self.observed, readers, first, self.num_bits, self.fixed_min, self.symmetric)
+        return upper, lower, result.degenerate
 
     def _move_extra(self, move: Callable[[Tensor], Tensor]) -> None:
         super()._move_extra(move)

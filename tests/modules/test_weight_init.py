@@ -117,9 +117,10 @@ def test_training_and_evaluation_use_the_scales_with_the_least_error(algo: str, 
     torch.testing.assert_close(model.eval()(x), output)
 
 
-def test_max_abs_scales_keep_their_share_while_the_weight_is_trained() -> None:
+@pytest.mark.parametrize("execution", ["composite", "compiled", "integer"])
+def test_max_abs_scales_keep_their_share_while_the_weight_is_trained(execution: Any) -> None:
     x = torch.randn(8, 64)
-    model: Any = prepare_qat(network(), choices("arq_retrain", channel_wise=True), x).train()
+    model: Any = prepare_qat(network(), choices("arq_retrain", channel_wise=True), x, execution=execution).train()
     model(x)
     quantizer = model[0].weight_quantizer
     ratio = quantizer.ratio.clone()
@@ -238,3 +239,16 @@ def test_a_state_of_amct_is_refused_for_scales_that_it_does_not_have() -> None:
     model = prepare_qat(network(), config, x)
     with pytest.raises(ValueError, match=r"'0'.*init: mse"):
         convert_amct_state_dict({"0.quant_module.acts_clip_max": torch.ones(1)}, model)
+
+
+@pytest.mark.parametrize("deploy_grid", [False, True])
+def test_an_evaluation_takes_the_shares_that_were_loaded_since_the_last(deploy_grid: bool) -> None:
+    x = torch.randn(8, 64)
+    model: Any = prepare_qat(network(), choices("arq_retrain"), x, deploy_grid=deploy_grid)
+    calibrate(model, [x])
+    state = copy.deepcopy(model.eval().state_dict())
+    with torch.no_grad():
+        before = model(x)
+        state["0.weight_quantizer.ratio"].fill_(0.3)
+        model.load_state_dict(state)
+        assert not torch.equal(model(x), before)
