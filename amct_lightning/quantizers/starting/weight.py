@@ -33,7 +33,7 @@ class RatioWeightQuantizer(WeightQuantizer):
         >>> weight = torch.tensor([[1.0] + [0.26] * 30])
         >>> quantizer = RatioWeightQuantizer(4, True, ChannelLayout(), weight)
         >>> quantizer(weight)[0, :2], quantizer.ratio
-        (tensor([0.9100, 0.2600]), tensor([0.9100]))
+        (tensor([0.9400, 0.2686]), tensor([0.9400]))
     """
 
     ratio: Tensor
@@ -125,7 +125,7 @@ class SearchedLearnedWeightQuantizer(LearnedWeightQuantizer):
         >>> weight = torch.tensor([[1.0] + [0.26] * 30])
         >>> quantizer = SearchedLearnedWeightQuantizer(4, True, ChannelLayout(), weight, elements=31)
         >>> quantizer(weight)[0, :2].detach()
-        tensor([0.9100, 0.2600])
+        tensor([0.9400, 0.2686])
     """
 
     searches = True

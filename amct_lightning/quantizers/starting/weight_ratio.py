@@ -33,7 +33,7 @@ def least_error_ratio(weight: Tensor, layout: ChannelLayout, num_bits: int, chan
     Example:
         >>> weight = torch.tensor([[1.0] + [0.26] * 30, [0.7, 0.1] + [0.0] * 29])
         >>> least_error_ratio(weight, ChannelLayout(), 4, True)
-        tensor([0.9100, 1.0000])
+        tensor([0.9400, 1.0000])
     """
     values = weight.detach().float()
     view = layout.view(values)
