@@ -70,6 +70,19 @@ def closest(name: object, allowed: Iterable[str], most: int = 3) -> str:
     return f" Did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 
 
+def printable(text: str) -> str:
+    r"""Write out what a terminal would obey in place of showing it: escape sequences, control characters, overrides.
+
+    Args:
+        text: A text out of a file, such as the name of a layer.
+
+    Example:
+        >>> printable("a\x1b]0;title\x07")
+        'a\\x1b]0;title\\x07'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def as_text(renderable: RenderableType) -> str:
     """Return what rich would show, as plain text that fits the terminal, or a log file where there is none.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from amct_lightning.commands.base import PROGRAM, UserError, is_completing
+from amct_lightning.wording import printable
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -21,6 +22,9 @@ PIPE_CLOSED = 141
 
 _RUNS = ("fit", "validate", "test", "predict")
 _OTHERS = ("config", "record", "report", "export", "verify")
+_IMPORTING = ("config", "export", "verify")
+"""Those that make a model from a class that the user names."""
+
 # What jsonargparse says of each form that an option could have had, beside what is wrong with the one it has.
 _NOISE = re.compile(
     r"\s*(- Expected a path but .* either not accessible or invalid|(- )?Does not validate against any of the Union.*"
@@ -49,7 +53,7 @@ def guarded(run: Callable[[], int], arguments: Sequence[str], *, debug: bool) ->
 
 def _run(run: Callable[[], int], arguments: Sequence[str], debug: bool) -> int:
     try:
-        with current_folder_importable():
+        with current_folder_importable(_command(arguments) in (*_RUNS, *_IMPORTING)):
             return run()
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -67,11 +71,18 @@ def _run(run: Callable[[], int], arguments: Sequence[str], debug: bool) -> int:
 
 
 @contextlib.contextmanager
-def current_folder_importable() -> Iterator[None]:
-    """Let modules in the current folder be imported, as in a script that is there."""
-    before = list(sys.path)
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+def current_folder_importable(allowed: bool = True) -> Iterator[None]:
+    """Let modules in the current folder be imported, as in a script that is there, or let none of them.
+
+    Args:
+        allowed: Whether they may be. What only reads files must not run those of a folder that was downloaded,
+            whose names may be those of libraries; ``python -m`` would let it.
+    """
+    before, here = list(sys.path), ("", str(Path.cwd()))
+    if not allowed:
+        sys.path[:] = [folder for folder in sys.path if folder not in here]
+    elif not {*here} & {*sys.path}:
+        sys.path.insert(0, here[1])
     try:
         yield
     finally:
@@ -118,7 +129,7 @@ def _report(error: Exception, arguments: Sequence[str]) -> None:
         lines.append(f"The traceback is in '{_keep_traceback(error)}'; with --debug it is shown here.")
     elif not isinstance(error, UserError):
         lines.append("Add --debug to see the traceback.")
-    sys.stderr.write("\n".join(lines) + "\n")
+    sys.stderr.write("\n".join(printable(line) for text in lines for line in text.splitlines()) + "\n")
 
 
 def _command(arguments: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from amct_lightning.commands.base import UserError
 from amct_lightning.files import check_writable, is_file, write_text
+from amct_lightning.wording import printable
 
 _UNLIMITED = 10_000
 
@@ -76,7 +77,7 @@ def short_warnings() -> Iterator[None]:
     """Let warnings be one line each, without the place in the source that issues them."""
 
     def write(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
-        sys.stderr.write(f"warning: {message}\n")
+        sys.stderr.write("\n".join(map(printable, f"warning: {message}".splitlines())) + "\n")
 
     with warnings.catch_warnings():
         warnings.showwarning = write

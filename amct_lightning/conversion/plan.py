@@ -207,6 +207,14 @@ class QuantPlan:
             self, config=replace(self.config, layers=config), layers=named, refused=tuple(refused), ends=ends
         )
 
+    def _check_names(self) -> None:
+        names = {layer.name for layer in self.layers}
+        for layer in self.layers:
+            if layer.name not in self.config:
+                raise KeyError(f"layer {layer.name!r} has no settings")
+            if layer.shares_input_of not in names:
+                raise KeyError(f"layer {layer.name!r} shares the input of {layer.shares_input_of!r}, which is no layer")
+
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str = "checkpoint") -> QuantPlan:
         """Rebuild a plan from :meth:`to_dict`.
@@ -222,7 +230,7 @@ class QuantPlan:
             config = RetrainConfig.from_dict(data["config"], source)
             beyond = data.get("activations", {})
             config = _with_data(config, lambda name, plain: replace(plain, **beyond.get(name, {})))
-            return cls(
+            plan = cls(
                 replace(_by_rule(config, data.get("propagating", ()), "propagate"), amct_rules=False),
                 tuple(LayerPlan(**layer) for layer in data["layers"]),
                 data["search_n"],
@@ -233,7 +241,9 @@ class QuantPlan:
                 data.get("deploy_grid", False),
                 data.get("serving"),
             )
-        except (KeyError, TypeError) as error:
+            plan._check_names()
+            return plan
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(
                 f"The quantization plan in {source} is damaged ({type(error).__name__}: {error}). "
                 "Use another checkpoint, or convert again from the float model."

@@ -59,7 +59,8 @@ def read_facts(path: Path, notes: list[str]) -> CheckpointFacts:
     if path.is_dir():
         raise IsADirectoryError(
             f"'{path}' is a folder, a sharded checkpoint. Make one file of it first: "
-            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path} (it runs code that a "
+            "stranger may have put into the folder: only do so if you trust it)."
         )
     content, _ = read_foreign_checkpoint(path)
     entry, state = content.get(CHECKPOINT_KEY), content.get("state_dict")

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from amct_lightning.ascend.fsdp.reading import SafePlanner, SafeReader
 from amct_lightning.ascend.fsdp.units import keeps_whole, reshard
 from amct_lightning.wording import cut_off
 
@@ -90,7 +90,7 @@ def load_shards(folder: Path, model: nn.Module, optimizers: Sequence[Optimizer],
         RuntimeError: If they do not.
     """
     reshard(model)
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    stored = SafeReader(folder).read_metadata().state_dict_metadata
     wanted = get_model_state_dict(model)
     # Lightning's FSDPStrategy and its consolidate_checkpoint call it one way, its ModelParallelStrategy the other.
     top = _MODEL if any(key.startswith(f"{_MODEL}.") for key in stored) else "state_dict"
@@ -100,7 +100,7 @@ def load_shards(folder: Path, model: nn.Module, optimizers: Sequence[Optimizer],
     for number, optimizer in enumerate(optimizers):
         _check_groups(f"optimizer_{number}", optimizer, stored, folder)
         state[f"optimizer_{number}"] = _template(f"optimizer_{number}", optimizer, model, stored)
-    load(state, checkpoint_id=folder)
+    load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
     model.load_state_dict(state[top], strict=False)  # what is missing was looked at
     for number, optimizer in enumerate(optimizers):
         _load_named(optimizer, model, state[f"optimizer_{number}"])

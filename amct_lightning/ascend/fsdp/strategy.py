@@ -47,8 +47,8 @@ class AscendFSDPStrategy(NPUStrategy, ShardedTraining):
     **Checkpoints** are folders with a shard per NPU, as Lightning's; any number of NPUs goes on from them. With
     ``save_distributed_checkpoint=False`` they are files like those of ``strategy="ascend"``, which load anywhere and
     from which both strategies go on. Make a file of a folder with
-    ``python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER``. Folders contain pickled data: load only
-    those that you trust.
+    ``python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER``, which runs what is pickled in it: do so
+    with folders that you trust. The strategy itself reads a folder without running anything from it.
 
     Precision ``"16-mixed"`` needs the strategy by its name, or ``plugins=[NPUPrecision("16-mixed")]``: beside an object
     of this class Lightning refuses it.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pickle import UnpicklingError
 from typing import Any
 
@@ -10,7 +11,12 @@ from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from amct_lightning.callbacks.checkpoints.records import put_record, record_of, record_path
+from amct_lightning.callbacks.checkpoints.records import (
+    put_record,
+    record_along,
+    record_of,
+    record_path,
+)
 from amct_lightning.callbacks.checkpoints.state import QuantState, warn_of_float_phase
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY
 from amct_lightning.files import atomic_path, location, read_bytes
@@ -59,16 +65,18 @@ class RecordCheckpointIO(CheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write the record, then the checkpoint: a checkpoint that exists has its record."""
+        """Write the checkpoint with its record: both are on the disk under other names before one takes its place.
+
+        A record that cannot be written costs a warning, not the checkpoint, which holds it as well.
+        """
         self.complete(checkpoint)
         entry = checkpoint.get(CHECKPOINT_KEY, {})
         if entry:
             model, submodule = self.state.converted(), self.state.submodule
             entry["record"] = record_of(model, submodule, checkpoint.get("state_dict", {}), entry["record"])
-        text = entry.get("record")
-        self._write_record(text, path)
         self._saved.add(str(path))
-        self.inner.save_checkpoint(checkpoint, path, storage_options)
+        with self._with_record(entry.get("record"), path):
+            self.inner.save_checkpoint(checkpoint, path, storage_options)
 
     def complete(self, checkpoint: dict[str, Any]) -> None:
         """Put the callback's entry into a checkpoint that has none: Lightning leaves it out with ``save_weights_only``.
@@ -80,10 +88,14 @@ class RecordCheckpointIO(CheckpointIO):
         if entry is not None:
             checkpoint[CHECKPOINT_KEY] = entry
 
-    @rank_zero_only
-    def _write_record(self, text: str | None, path: Any) -> None:
+    @contextmanager
+    def _with_record(self, text: str | None, path: Any) -> Iterator[None]:
+        if not _is_main():
+            yield
+            return
+        with record_along(path, text):
+            yield
         self.state.record.write(text)
-        put_record(path, text)
 
     @override
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -111,6 +123,10 @@ class RecordCheckpointIO(CheckpointIO):
     def teardown(self) -> None:
         """Let the wrapped CheckpointIO finish."""
         self.inner.teardown()
+
+
+def _is_main() -> bool:
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)  # what the decorator itself asks
 
 
 @rank_zero_only

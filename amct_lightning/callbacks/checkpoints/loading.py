@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from amct_lightning.amct.restore import load_strictly
 from amct_lightning.callbacks.checkpoints.placement import Saved, place
+from amct_lightning.callbacks.checkpoints.records import record_path
 from amct_lightning.callbacks.checkpoints.state import (
     adopt_other_parts,
     adopt_plan,
@@ -75,13 +76,24 @@ def load_qat_checkpoint(
     if Path(ckpt_path).is_dir():
         raise IsADirectoryError(
             f"'{ckpt_path}' is a folder, a sharded checkpoint. Make one file of it first: "
-            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {ckpt_path}"
+            f"python -m lightning.pytorch.utilities.consolidate_checkpoint {ckpt_path} (it runs code that a "
+            "stranger may have put into the folder: only do so if you trust it)."
         )
     checkpoint, foreign = read_foreign_checkpoint(ckpt_path, map_location)
     saved = _saved(checkpoint, ckpt_path)
     if isinstance(model_or_class, type):
         module_class = _checked_class(model_or_class, checkpoint, foreign, ckpt_path)
-        model = cast(Module, _instantiate(module_class, ckpt_path, map_location, init_kwargs))
+        named = _named_classes(checkpoint, init_kwargs)
+        if named:
+            raise ValueError(
+                f"{module_class.__name__} cannot be made from '{ckpt_path}' without importing what the file names: its "
+                f"hyper parameters hold {abbreviated(named)}. If you trust the file, make the module yourself and pass "
+                f"the instance, load_qat_checkpoint({module_class.__name__}(...), '{ckpt_path}'), or give these "
+                "arguments as keywords."
+            )
+        model = cast(
+            Module, _instantiate(module_class, ckpt_path, map_location, init_kwargs, _is_made_by_cli(checkpoint))
+        )
     else:
         model = _configured(model_or_class, init_kwargs)
     if isinstance(model, pl.LightningModule):
@@ -95,7 +107,21 @@ def load_qat_checkpoint(
     load_strictly(model, _known_modules(model, _complete(model, saved.state_dict), saved.path), saved.path)
     restore_observed(root, saved.entry)
     warn_of_float_phase(saved.entry, saved.path)
+    _warn_of_other_record(saved)
     return model
+
+
+def _warn_of_other_record(saved: Saved) -> None:
+    """Tell of a record beside the checkpoint that is that of another state: a kill between two files leaves one."""
+    text = saved.entry.get("record")
+    path = record_path(saved.path)
+    if isinstance(path, Path) and isinstance(text, str) and path.is_file() and path.read_bytes() != text.encode():
+        warnings.warn(
+            f"'{path}' is not the record of '{saved.path}' that lies beside it: a kill or a full disk may have left "
+            "that of an earlier state. Get the right one with: amct-lightning record extract "
+            f"{saved.path} -o {path} --force",
+            stacklevel=3,
+        )
 
 
 def _saved(checkpoint: dict[str, Any], path: str | Path) -> Saved:
@@ -131,14 +157,42 @@ def _checked_class(
     return cls
 
 
+def _is_made_by_cli(checkpoint: dict[str, Any]) -> bool:
+    parameters = checkpoint.get(pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY)
+    return isinstance(parameters, Mapping) and "_instantiator" in parameters
+
+
+def _named_classes(checkpoint: dict[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Return the classes that LightningCLI would import and make for arguments that are not given."""
+    if not _is_made_by_cli(checkpoint):
+        return []
+    parameters = checkpoint[pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY]
+    found: list[str] = []
+    waiting = [value for name, value in parameters.items() if name not in given]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            found += [str(value["class_path"])] if "class_path" in value else []
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+    return found
+
+
 def _instantiate(
-    cls: type[pl.LightningModule], path: str | Path, map_location: Any, init_kwargs: dict[str, Any]
+    cls: type[pl.LightningModule],
+    path: str | Path,
+    map_location: Any,
+    init_kwargs: dict[str, Any],
+    is_made_by_cli: bool,
 ) -> pl.LightningModule:
     with warnings.catch_warnings():
         # The quantizers in the checkpoint have no place in the float module yet; the strict check comes later.
         warnings.filterwarnings("ignore", "Found keys that are")
         try:
-            return cls.load_from_checkpoint(path, map_location=map_location, strict=False, **init_kwargs)
+            # Without what the file names as a function to make the module with, which Lightning would import.
+            own: dict[str, Any] = {"_instantiator": None} if is_made_by_cli else {}
+            return cls.load_from_checkpoint(path, map_location=map_location, strict=False, **init_kwargs, **own)
         except TypeError as error:
             raise TypeError(
                 f"{cls.__name__} cannot be made from the hyper parameters in '{path}': {error}. Give missing arguments "

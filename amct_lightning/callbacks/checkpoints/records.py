@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from amct_lightning.files import Location, beside, check_writable, location, read_bytes, remove, write_text
+from amct_lightning.files import Location, atomic_path, beside, check_writable, location, read_bytes, remove, write_text
 from amct_lightning.modules import activation_quantizers
 from amct_lightning.modules.calibration import is_calibrated
 from amct_lightning.modules.folding import is_sharded
@@ -47,6 +49,8 @@ class RecordFile:
             ValueError: If it is the file of the configuration.
         """
         final = location(path) if path else beside(trainer.default_root_dir, "record.txt")
+        if isinstance(final, Path):
+            final = final.absolute()  # now: a run may change the current folder
         if trainer.is_global_zero:
             check_writable(final, "record file")
             if isinstance(config, (str, Path)) and Path(location(config)).resolve() == Path(final).resolve():
@@ -63,7 +67,8 @@ class RecordFile:
             text: The record, or ``None``.
         """
         if text is not None and self.is_written:
-            write_text(self.path, text)
+            with unwritten_told(self.path):
+                write_text(self.path, text)
 
 
 def record_path(checkpoint_path: str | Path) -> Location:
@@ -90,6 +95,58 @@ def put_record(checkpoint_path: str | Path, text: str | None) -> None:
         remove(record_path(checkpoint_path))
     else:
         write_text(record_path(checkpoint_path), text)
+
+
+@contextmanager
+def record_along(checkpoint_path: str | Path, text: str | None) -> Iterator[None]:
+    """Put the record beside a checkpoint in its place when a block has written that; if it fails the old one stays.
+
+    The record is on the disk, under another name, before the block begins. A kill between the two leaves a checkpoint
+    with another record beside it, which whoever loads it notices. A record that cannot be written costs a warning.
+
+    Args:
+        checkpoint_path: The checkpoint.
+        text: The record, ``None`` if there is none.
+    """
+    final, waiting = record_path(checkpoint_path), None
+    is_kept_apart = text is not None and isinstance(final, Path)
+    if is_kept_apart:
+        with unwritten_told(final):
+            waiting = _prepared(final, text)
+    try:
+        yield
+    except BaseException:
+        if waiting is not None:
+            waiting.__exit__(*sys.exc_info())
+        raise
+    with unwritten_told(final):
+        if waiting is not None:
+            waiting.close()
+        elif not is_kept_apart:
+            put_record(checkpoint_path, text)
+
+
+def _prepared(path: Location, text: str | None) -> ExitStack:
+    """Write a record under another name; closing what is returned puts it in its place."""
+    with ExitStack() as stack:
+        stack.enter_context(atomic_path(path)).write_text(text or "", encoding="utf-8")
+        return stack.pop_all()
+
+
+@contextmanager
+def unwritten_told(path: Location) -> Iterator[None]:
+    """Turn an error of a record file into a warning: a run goes on without, as the checkpoint has the record.
+
+    Args:
+        path: The file.
+    """
+    try:
+        yield
+    except OSError as error:
+        rank_zero_warn(
+            f"The record '{path}' could not be written: {error.strerror or error}. The checkpoint has it as well: "
+            "'amct-lightning record extract' takes it out."
+        )
 
 
 @rank_zero_only

@@ -169,7 +169,7 @@ def warn_of_float_phase(entry: Mapping[str, Any], source: str) -> None:
         source: The checkpoint's path.
     """
     names, number = entry.get("float_layers", []), len(entry["plan"]["layers"])
-    missed = entry.get("missed_layers", [])
+    missed = entry.get("missed_layers") or []
     if missed:
         rank_zero_warn(
             f"The checkpoint '{source}' has no range for the inputs of {len(missed)} of {number} layers "
@@ -265,11 +265,11 @@ def restore_observed(model: nn.Module, entry: dict[str, Any]) -> None:
         model: The converted module, its tensors loaded.
         entry: What :meth:`QuantState.entry` gave.
     """
-    observed = entry.get("observed", {})
+    observed = entry.get("observed") or {}
     for name, quantizer in activation_quantizers(model).items():
         quantizer.observed = [batch.to(quantizer.clip_max.device) for batch in observed.get(name, [])]
         quantizer.missed = False
-    missed = entry.get("missed_layers", [])
+    missed = entry.get("missed_layers") or []
     for name, layer in cast(dict[str, QATLayer], quantized_layers(model)).items():
         for quantizer in map(layer.get_quantizer, layer.activation_quantizers if name in missed else ()):
             quantizer.missed = quantizer.calibrating

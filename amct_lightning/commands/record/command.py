@@ -15,6 +15,7 @@ from amct_lightning.commands.base import ParsedCommand, UserError, new_parser, o
 from amct_lightning.commands.output import deliver, show
 from amct_lightning.commands.record.file import extract, find_problems, read_record, read_text
 from amct_lightning.commands.record.table import as_plain, contents, difference_table
+from amct_lightning.wording import printable
 
 _EPILOG = """\
 examples:
@@ -136,7 +137,7 @@ def _check(options: Namespace) -> int:
         text, source = read_text(file)
         count, problems = find_problems(text)
         for problem in problems:
-            sys.stdout.write(f"{source}: {problem}\n")
+            sys.stdout.write(printable(f"{source}: {problem}") + "\n")
             status = 1
         if not problems:
             sys.stdout.write(f"{source}: valid, {count} layer(s).{'' if count else f' {_WHY_EMPTY}'}\n")

@@ -6,11 +6,13 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from amct_lightning.commands.output import new_table
 from amct_lightning.record import LayerRecord, QuantRecord
 from amct_lightning.record.checks import OFFSET_RANGES
 from amct_lightning.record.compare import Difference
+from amct_lightning.wording import printable
 
 
 def contents(record: QuantRecord) -> Table:
@@ -25,9 +27,9 @@ def contents(record: QuantRecord) -> Table:
         table.add_column("shift", justify="left")
     for name, layer in record.items():
         shift = [_shifts(layer.shift_bit)] if shifted else []
-        table.add_row(name, *_line(layer, layer.scale_d, layer.offset_d, layer.scale_w), *shift)
+        table.add_row(*_cells(name, *_line(layer, layer.scale_d, layer.offset_d, layer.scale_w), *shift))
         if layer.scale_h is not None and layer.offset_h is not None:
-            table.add_row(f"{name} (hidden)", *_line(layer, layer.scale_h, layer.offset_h, layer.scale_r))
+            table.add_row(*_cells(f"{name} (hidden)", *_line(layer, layer.scale_h, layer.offset_h, layer.scale_r)))
     return table
 
 
@@ -57,8 +59,13 @@ def difference_table(found: list[Difference], first: str, second: str) -> Table:
     """
     table = new_table("layer", "field", first, second, "difference")
     for difference in found:
-        table.add_row(*_row(difference))
+        table.add_row(*_cells(*_row(difference)))
     return table
+
+
+def _cells(*texts: str) -> list[Text]:
+    """Take texts as they are: in the name of a layer rich would find markup, and a terminal commands."""
+    return [Text(printable(text)) for text in texts]
 
 
 def _row(found: Difference) -> tuple[str, ...]:

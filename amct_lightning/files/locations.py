@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
-import secrets
-import socket
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from amct_lightning.files.atomic import is_special, replacing
 
 Location = Path | str
 """Where a file is: a path on this machine, or as text the address of one on a remote file system (``s3://...``)."""
@@ -105,7 +103,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     The temporary file is flushed to disk before the rename and the folder after it, so that neither a kill nor
     a power cut leaves a truncated file under the final name. On an error the temporary file is removed and the
-    old file stays. An existing file keeps its permissions; a new one gets those that the umask leaves.
+    old file stays. An existing file keeps its permissions; a new one gets those that the umask leaves. Devices and
+    pipes are written to, see :func:`amct_lightning.files.atomic.replacing`.
 
     Args:
         path: The final file on this machine; of a symbolic link, what it points to. Missing folders are created.
@@ -127,21 +126,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     place = location(path)
     if isinstance(place, str):
         raise ValueError(f"'{place}' is on a remote file system, where no temporary file can be moved into its place.")
-    final = Path(os.path.realpath(place))
+    # A device is taken as it was named: /dev/stdout leads to a pipe that has no path.
+    final = place if is_special(place) else Path(os.path.realpath(place))
     make_parent(final)
-    _remove_leftovers(final)
-    temporary = final.with_name(f".{final.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    # Not by tempfile, whose files are private: the system itself applies the umask, or the folder's ACL, to this one.
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    try:
-        mode = stat.S_IMODE((final if final.exists() else temporary).stat().st_mode)
+    with replacing(final) as temporary:
         yield temporary
-        _sync(temporary)
-        temporary.chmod(mode)  # the caller may have put a file of its own in its place
-        temporary.replace(final)
-        _sync(final.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -240,6 +229,8 @@ def check_writable(path: str | Path, what: str) -> None:
     if isinstance(final, str):
         return
     try:
+        if is_special(final):
+            return
         make_parent(final)
         with tempfile.TemporaryFile(dir=final.parent):
             pass
@@ -261,34 +252,3 @@ def _remote(address: str) -> tuple[Any, str]:
 def _is_remote_folder(address: str) -> bool:
     system, inner = _remote(address)
     return bool(system.isdir(inner)) and not system.isfile(inner)
-
-
-def _remove_leftovers(final: Path) -> None:
-    """Remove temporary files that a killed process of this machine has left for the same target."""
-    prefix = f".{final.name}.{_host()}-"
-    for leftover in final.parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        pid = leftover.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            leftover.unlink(missing_ok=True)
-
-
-def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
