@@ -14,6 +14,7 @@ from torch import nn
 
 from amct_lightning.config import RetrainConfig
 from amct_lightning.config.layer import FixedMin, with_fixed_min
+from amct_lightning.conversion.plan_check import check_plan
 from amct_lightning.modules import QATLayer
 from amct_lightning.modules.convert import PLAN_ATTRIBUTE
 
@@ -205,7 +206,7 @@ class QuantPlan:
             ValueError: If it is not the plain form of a plan.
         """
         try:
-            return cls(
+            plan = cls(
                 replace(
                     _by_rule(RetrainConfig.from_dict(data["config"], source), data.get("propagating", ()), "propagate"),
                     amct_rules=False,
@@ -218,11 +219,13 @@ class QuantPlan:
                 data.get("target"),
                 data.get("deploy_grid", False),
             )
-        except (KeyError, TypeError) as error:
+            check_plan(plan)
+        except (AttributeError, LookupError, RecursionError, TypeError) as error:
             raise ValueError(
                 f"The quantization plan in {source} is damaged ({type(error).__name__}: {error}). "
                 "Use another checkpoint, or convert again from the float model."
             ) from error
+        return plan
 
 
 def _by_rule(config: RetrainConfig, names: Collection[str], rule: FixedMin = None) -> RetrainConfig:

@@ -14,6 +14,7 @@ from amct_lightning.callbacks.checkpoints.records import RecordFile, record_text
 from amct_lightning.callbacks.checks import describe_difference, find_submodule
 from amct_lightning.conversion.convert import convert_layers, revert_layers
 from amct_lightning.conversion.plan import QuantPlan, find_plan
+from amct_lightning.conversion.plan_check import check_entry
 from amct_lightning.modules import QATLayer, activation_quantizers, quantized_layers
 from amct_lightning.modules.calibration import missed_layers
 from amct_lightning.modules.convert import PLAN_ATTRIBUTE
@@ -88,6 +89,7 @@ class QuantState:
             ValueError: If model and checkpoint are quantized differently.
         """
         if entry is not None:
+            check_entry(entry, source)
             adopt_plan(self._root_of(entry), entry, source, replace=not self.is_configured)
             if self.whole is not None:
                 adopt_other_parts(self.whole, entry, source)
