@@ -144,6 +144,21 @@ def warn_of_other_execution(model: nn.Module, entry: Mapping[str, Any]) -> None:
         )
 
 
+def warn_of_other_rate(entry: Mapping[str, Any], scale: float) -> None:
+    """Say so if the clips of a training go on with another factor of the learning rate than they had.
+
+    Args:
+        entry: What the callback has put into the checkpoint; earlier versions did not note the factor.
+        scale: The factor from now on.
+    """
+    before = entry.get("quant_lr_scale")
+    if isinstance(before, (int, float)) and before != scale:
+        rank_zero_warn(
+            f"The checkpoint was written with quant_lr_scale={before}, and the learned clips now go on with {scale} "
+            f"times the learning rate of their weights. quant_lr_scale={before} goes on as before."
+        )
+
+
 def layers_in_float(model: nn.Module) -> list[str]:
     """Return the names of the layers that run in float for now: a schedule says so, or they have no range yet.
 
@@ -230,8 +245,8 @@ def different_checkpoint(source: str, model: QuantPlan, checkpoint: QuantPlan) -
     return ValueError(
         f"The checkpoint '{source}' was quantized differently from the model: "
         f"{describe_difference(model, checkpoint)}. "
-        "Leave `config` out (and `deploy_grid`) to have it taken from the checkpoint, or start a new run with the new "
-        "configuration."
+        "Leave `config` out (and `deploy_grid`, and `calibrate_batches` of the schedule) to have it taken from the "
+        "checkpoint, or start a new run with the new configuration."
     )
 
 
