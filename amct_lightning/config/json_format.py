@@ -65,7 +65,7 @@ def read_json(path: str | Path) -> object:
         {'version': 1}
     """
     text = read_text(path, REMEDY)
-    repeated: list[str] = []
+    repeated: dict[str, None] = {}
     try:
         raw: object = json.loads(text, object_pairs_hook=_dict_noting_repeats(repeated))
     except json.JSONDecodeError as error:
@@ -75,7 +75,7 @@ def read_json(path: str | Path) -> object:
     except RecursionError as error:
         raise ValueError(f"{path}: nested too deeply to be a quantization config.") from error
     if repeated:
-        raise ValueError(f"{path}: repeated keys {repeated}. Please delete all but one of each.")
+        raise ValueError(f"{path}: repeated keys [{abbreviated(repeated)}]. Please delete all but one of each.")
     return raw
 
 
@@ -94,7 +94,16 @@ def parse_layers(raw: Mapping[Any, Any], source: str) -> dict[str, LayerConfig]:
         >>> parse_layers({"fc": {"retrain_enable": True}}, "demo")["fc"].retrain_data_config.dst_type
         'INT8'
     """
-    layers = {name: _parse_layer(name, value, source) for name, value in raw.items() if name not in RUN_KEYS}
+    layers: dict[str, LayerConfig] = {}
+    alike: dict[str, LayerConfig] = {}  # most layers of a network have the settings of another one
+    for name, value in raw.items():
+        if name in RUN_KEYS:
+            continue
+        if not isinstance(name, str):
+            raise TypeError(f"{source}: a layer name must be a string, found {found(name)}.")
+        content = repr(value)
+        layers[name] = alike[content] if content in alike else _parse_layer(name, value, source)
+        alike[content] = layers[name]
     if not any(raw[name].get("retrain_enable") for name in layers):
         raise ValueError(f"{source}: {NOTHING_ENABLED}")
     return layers
@@ -156,18 +165,18 @@ def dump_text(raw: Mapping[str, object]) -> str:
     return json.dumps(raw, indent=4, separators=(",", ":"))
 
 
-def _dict_noting_repeats(repeated: list[str]) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+def _dict_noting_repeats(repeated: dict[str, None]) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
     def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        counts = Counter(key for key, _ in pairs)
-        repeated.extend(key for key, count in counts.items() if count > 1 and key not in repeated)
-        return dict(pairs)
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            repeated.update((key, None) for key, count in counts.items() if count > 1)
+        return content
 
     return build
 
 
-def _parse_layer(name: object, raw: object, source: str) -> LayerConfig:
-    if not isinstance(name, str):
-        raise TypeError(f"{source}: a layer name must be a string, found {found(name)}.")
+def _parse_layer(name: str, raw: object, source: str) -> LayerConfig:
     if not isinstance(raw, Mapping):
         raise ValueError(
             f"{source}: '{name}' is not a valid key; its value should be an object {{...}} if it is a layer, "

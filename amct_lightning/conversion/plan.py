@@ -14,6 +14,7 @@ from torch import nn
 
 from amct_lightning.config import DataConfig, RetrainConfig
 from amct_lightning.config.layer import FixedMin, with_fixed_min
+from amct_lightning.conversion.plan_check import check_plan
 from amct_lightning.modules import QATLayer
 from amct_lightning.modules.convert import PLAN_ATTRIBUTE
 
@@ -207,14 +208,6 @@ class QuantPlan:
             self, config=replace(self.config, layers=config), layers=named, refused=tuple(refused), ends=ends
         )
 
-    def _check_names(self) -> None:
-        names = {layer.name for layer in self.layers}
-        for layer in self.layers:
-            if layer.name not in self.config:
-                raise KeyError(f"layer {layer.name!r} has no settings")
-            if layer.shares_input_of not in names:
-                raise KeyError(f"layer {layer.name!r} shares the input of {layer.shares_input_of!r}, which is no layer")
-
     @classmethod
     def from_dict(cls, data: dict[str, Any], source: str = "checkpoint") -> QuantPlan:
         """Rebuild a plan from :meth:`to_dict`.
@@ -241,13 +234,13 @@ class QuantPlan:
                 data.get("deploy_grid", False),
                 data.get("serving"),
             )
-            plan._check_names()
-            return plan
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            check_plan(plan)
+        except (AttributeError, LookupError, RecursionError, TypeError) as error:
             raise ValueError(
                 f"The quantization plan in {source} is damaged ({type(error).__name__}: {error}). "
                 "Use another checkpoint, or convert again from the float model."
             ) from error
+        return plan
 
 
 def _by_rule(config: RetrainConfig, names: Collection[str], rule: FixedMin = None) -> RetrainConfig:

@@ -15,11 +15,15 @@ from google.protobuf.message import Message
 from amct_lightning.record.checks import RANGELESS
 from amct_lightning.record.layer_record import KVCacheRecord, LayerRecord
 from amct_lightning.record.long_lists import LISTS, LONG, OFFSETS, cut_lists
+from amct_lightning.record.plain_layers import plain_layers
 from amct_lightning.record.schema import RECORD_SCHEMA
 
 _ScaleOffsetRecord = RECORD_SCHEMA.message_class("ScaleOffsetRecord")
 _SingleLayerRecord = RECORD_SCHEMA.message_class("SingleLayerRecord")
 _RECORD = b"\nrecord {\n"
+
+MOST_CHARACTERS = 32 << 20
+"""So much of a text is left to protobuf's reader, which needs more than a second for a million characters."""
 
 
 def read(text: str | bytes) -> tuple[dict[str, LayerRecord], str]:
@@ -41,6 +45,9 @@ def read(text: str | bytes) -> tuple[dict[str, LayerRecord], str]:
         >>> layers["fc"].scale_w, extras
         ([1.0], '')
     """
+    plain = _plain(text)
+    if plain is not None:
+        return {name: LayerRecord(**factors) for name, factors in plain.items()}, ""
     content, lists = _content_and_lists(text)
     layers: dict[str, LayerRecord] = {}
     foreign: list[Message] = []
@@ -79,6 +86,14 @@ def write(layers: Mapping[str, LayerRecord], extras: str = "") -> str:
     return "".join(texts)
 
 
+def _plain(text: str | bytes) -> dict[str, dict[str, Any]] | None:
+    """Read a text that holds nothing but layers, all in the usual layout; ``None`` of any other."""
+    data = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+    if not data.startswith(_RECORD[1:]):
+        return None
+    return plain_layers(_parts(data[len(_RECORD) - 1 :]))
+
+
 def _decode(text: str | bytes) -> str:
     if isinstance(text, str):
         return text
@@ -91,6 +106,11 @@ def _decode(text: str | bytes) -> str:
 
 
 def _parse(text: str) -> Message:
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(
+            f"larger than {MOST_CHARACTERS >> 20} million characters, and not laid out as AMCT and this package write "
+            "a record, which may be of any size; check the path."
+        )
     try:
         message = text_format.Parse(text, _ScaleOffsetRecord())
     except text_format.ParseError as error:

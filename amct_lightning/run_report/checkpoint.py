@@ -12,6 +12,7 @@ from torch import Tensor
 
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY, read_foreign_checkpoint
 from amct_lightning.conversion.plan import QuantPlan
+from amct_lightning.conversion.plan_check import check_entry
 from amct_lightning.conversion.report import MISSED, ReportRow, quantized_row
 from amct_lightning.record import LayerRecord, QuantRecord
 
@@ -69,7 +70,8 @@ def read_facts(path: Path, notes: list[str]) -> CheckpointFacts:
             f"'{path}' was written without QuantRetrainCallback: it has no entry '{CHECKPOINT_KEY}' with a "
             "quantization plan. Give a checkpoint of a training with the callback."
         )
-    plan = _plan(entry["plan"], path)
+    check_entry(entry, str(path))
+    plan = QuantPlan.from_dict(entry["plan"], str(path))
     prefix = f"{entry['submodule']}." if entry.get("submodule") else ""
     tensors = {
         name.removeprefix(prefix): value
@@ -85,13 +87,6 @@ def read_facts(path: Path, notes: list[str]) -> CheckpointFacts:
         record=_record(entry.get("record"), path, notes),
         float_parts=plan.float_parts,
     )
-
-
-def _plan(data: Any, path: Path) -> QuantPlan:
-    try:
-        return QuantPlan.from_dict(data, str(path))
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"The quantization plan in {path} is damaged: {error}. Use another checkpoint.") from error
 
 
 def _rows(plan: QuantPlan, tensors: Mapping[str, Tensor], missed: Collection[str]) -> list[ReportRow]:

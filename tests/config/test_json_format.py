@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -97,6 +98,21 @@ def test_repeated_keys_are_listed_at_any_depth(write):
     text = '{"version":1,"batch_num":1,"version":1,"a":{"retrain_enable":true,"b":{"x":1,"x":2}}}'
     with pytest.raises(ValueError, match=r"\['x', 'version'\]"):
         RetrainConfig.from_json(write(text))
+
+
+def test_of_very_many_repeated_keys_a_few_are_listed(write):
+    pairs = ",".join(f'"k{number}":1,"k{number}":1' for number in range(100_000))  # squared, this never ends
+    with pytest.raises(ValueError, match=r"\['k0', .* and 99992 more\]"):
+        RetrainConfig.from_json(write(f"{{{pairs}}}"))
+
+
+def test_layers_alike_are_checked_once_and_equal_looking_values_of_other_types_are_still_refused(raw):
+    raw["conv2"] = copy.deepcopy(raw["conv1"])
+    config = RetrainConfig.from_dict(raw)
+    assert config["conv1"] is config["conv2"]
+    raw["conv3"] = raw["conv1"] | {"retrain_enable": 1}
+    with pytest.raises(TypeError, match=r"layer 'conv3', key 'retrain_enable' must be true or false, found 1"):
+        RetrainConfig.from_dict(raw)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
-from torch import nn
 
 from amct_lightning import QuantRecord, load_qat_checkpoint
 from amct_lightning.ascend.fsdp.reading import SafePlanner, SafeReader
@@ -157,12 +156,3 @@ def test_a_damaged_plan_is_named_and_does_not_end_the_report_of_a_folder(damage:
         load_qat_checkpoint(BoringModel, path)
     write_report(tmp_path / "run", tmp_path / "report.html")
     assert "damaged" in (tmp_path / "report.html").read_text() or "must" in (tmp_path / "report.html").read_text()
-
-
-def test_observed_batches_may_be_missing(tmp_path: Path) -> None:
-    path = tmp_path / "a.ckpt"
-    trained(tmp_path, tmp_path / "run.txt").save_checkpoint(path)
-    content = torch.load(path, weights_only=True)
-    content["amct_lightning"].update(observed=None, missed_layers=None)
-    torch.save(content, path)
-    assert isinstance(load_qat_checkpoint(BoringModel, path).layer, nn.Linear)

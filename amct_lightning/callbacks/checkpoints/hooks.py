@@ -12,7 +12,7 @@ from typing_extensions import override
 from amct_lightning.callbacks.averaging import averaged_modules
 from amct_lightning.callbacks.calibration_count import CalibrationCount
 from amct_lightning.callbacks.checkpoints.records import copy_records_of_links, present_record, record_path
-from amct_lightning.callbacks.checkpoints.state import QuantState
+from amct_lightning.callbacks.checkpoints.state import QuantState, warn_of_other_rate
 from amct_lightning.callbacks.checks import warn_unfinished
 from amct_lightning.callbacks.distill.distillation import Distillation
 from amct_lightning.callbacks.exporting.best import best_checkpoint
@@ -23,6 +23,7 @@ from amct_lightning.checkpoint_file import CHECKPOINT_KEY
 class CheckpointHooks(pl.Callback):
     """The hooks of :class:`QuantRetrainCallback` that keep the model's state and record in files."""
 
+    quant_lr_scale: float
     _calibration: CalibrationCount
 
     def __init__(self) -> None:
@@ -55,7 +56,8 @@ class CheckpointHooks(pl.Callback):
         copy_records_of_links(trainer.checkpoint_callbacks)
         entry = None if self._state is None else self._state.entry()
         if entry is not None:
-            checkpoint[CHECKPOINT_KEY] = entry | (self._distillation.entry() if self._distillation else {})
+            teacher = self._distillation.entry() if self._distillation else {}
+            checkpoint[CHECKPOINT_KEY] = entry | {"quant_lr_scale": self.quant_lr_scale} | teacher
 
     @override
     def on_load_checkpoint(
@@ -64,6 +66,8 @@ class CheckpointHooks(pl.Callback):
         """Take back batches that a calibration in progress had observed."""
         entry = checkpoint.get(CHECKPOINT_KEY, {})
         self._run.restore(entry, averaged_modules(trainer))
+        if self._run.is_fitting:
+            warn_of_other_rate(entry, self.quant_lr_scale)
         if self._distillation is not None:
             self._distillation.expect(entry.get("teacher"))
         if self._training is not None:  # as the searches for learning rate and batch size do

@@ -24,6 +24,7 @@ from amct_lightning.callbacks.checkpoints.state import (
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY, is_foreign, read_foreign_checkpoint
 from amct_lightning.conversion.copies import convert_averages
 from amct_lightning.conversion.plan import QuantPlan
+from amct_lightning.conversion.plan_check import check_entry
 from amct_lightning.wording import abbreviated
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -133,6 +134,7 @@ def _saved(checkpoint: dict[str, Any], path: str | Path) -> Saved:
             "checkpoint with load_from_checkpoint, a file of create_quant_retrain_model's or AMCT's model with "
             "restore_quant_retrain_model."
         )
+    check_entry(entry, str(path))
     return Saved(state_dict, entry, str(path))
 
 

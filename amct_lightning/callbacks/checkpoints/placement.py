@@ -92,7 +92,7 @@ def _find_prefix(saved: Saved, model: nn.Module, names: list[str]) -> str:
 def _without(entry: dict[str, Any], plan: QuantPlan, prefix: str) -> dict[str, Any]:
     """Return the callback's entry for the part of the converted module that follows ``prefix``."""
     part = plan.within(prefix)
-    observed = {name.removeprefix(prefix): batches for name, batches in (entry.get("observed") or {}).items()}
+    observed = {name.removeprefix(prefix): batches for name, batches in entry.get("observed", {}).items()}
     lists = {
         key: [name.removeprefix(prefix) for name in entry.get(key, []) if name.startswith(prefix)]
         for key in ("float_layers", "missed_layers")

@@ -14,6 +14,7 @@ from amct_lightning.callbacks.checkpoints.records import RecordFile, record_text
 from amct_lightning.callbacks.checks import describe_difference, find_submodule
 from amct_lightning.conversion.convert import convert_layers, revert_layers
 from amct_lightning.conversion.plan import QuantPlan, find_plan
+from amct_lightning.conversion.plan_check import check_entry
 from amct_lightning.modules import QATLayer, activation_quantizers, quantized_layers
 from amct_lightning.modules.calibration import missed_layers
 from amct_lightning.modules.convert import PLAN_ATTRIBUTE
@@ -88,6 +89,7 @@ class QuantState:
             ValueError: If model and checkpoint are quantized differently.
         """
         if entry is not None:
+            check_entry(entry, source)
             adopt_plan(self._root_of(entry), entry, source, replace=not self.is_configured)
             if self.whole is not None:
                 adopt_other_parts(self.whole, entry, source)
@@ -142,6 +144,21 @@ def warn_of_other_execution(model: nn.Module, entry: Mapping[str, Any]) -> None:
         )
 
 
+def warn_of_other_rate(entry: Mapping[str, Any], scale: float) -> None:
+    """Say so if the clips of a training go on with another factor of the learning rate than they had.
+
+    Args:
+        entry: What the callback has put into the checkpoint; earlier versions did not note the factor.
+        scale: The factor from now on.
+    """
+    before = entry.get("quant_lr_scale")
+    if isinstance(before, (int, float)) and before != scale:
+        rank_zero_warn(
+            f"The checkpoint was written with quant_lr_scale={before}, and the learned clips now go on with {scale} "
+            f"times the learning rate of their weights. quant_lr_scale={before} goes on as before."
+        )
+
+
 def layers_in_float(model: nn.Module) -> list[str]:
     """Return the names of the layers that run in float for now: a schedule says so, or they have no range yet.
 
@@ -169,7 +186,7 @@ def warn_of_float_phase(entry: Mapping[str, Any], source: str) -> None:
         source: The checkpoint's path.
     """
     names, number = entry.get("float_layers", []), len(entry["plan"]["layers"])
-    missed = entry.get("missed_layers") or []
+    missed = entry.get("missed_layers", [])
     if missed:
         rank_zero_warn(
             f"The checkpoint '{source}' has no range for the inputs of {len(missed)} of {number} layers "
@@ -228,8 +245,8 @@ def different_checkpoint(source: str, model: QuantPlan, checkpoint: QuantPlan) -
     return ValueError(
         f"The checkpoint '{source}' was quantized differently from the model: "
         f"{describe_difference(model, checkpoint)}. "
-        "Leave `config` out (and `deploy_grid`) to have it taken from the checkpoint, or start a new run with the new "
-        "configuration."
+        "Leave `config` out (and `deploy_grid`, and `calibrate_batches` of the schedule) to have it taken from the "
+        "checkpoint, or start a new run with the new configuration."
     )
 
 
@@ -265,11 +282,11 @@ def restore_observed(model: nn.Module, entry: dict[str, Any]) -> None:
         model: The converted module, its tensors loaded.
         entry: What :meth:`QuantState.entry` gave.
     """
-    observed = entry.get("observed") or {}
+    observed = entry.get("observed", {})
     for name, quantizer in activation_quantizers(model).items():
         quantizer.observed = [batch.to(quantizer.clip_max.device) for batch in observed.get(name, [])]
         quantizer.missed = False
-    missed = entry.get("missed_layers") or []
+    missed = entry.get("missed_layers", [])
     for name, layer in cast(dict[str, QATLayer], quantized_layers(model)).items():
         for quantizer in map(layer.get_quantizer, layer.activation_quantizers if name in missed else ()):
             quantizer.missed = quantizer.calibrating

@@ -90,7 +90,7 @@ class Conversion:
                 "now is quantized like what was there before, and calibrates on the first batches."
             )
         with suppress(FileNotFoundError):
-            self._check_unchanged(*found, type(state.model).__name__)
+            self._check_unchanged(*found, type(state.model).__name__, state.is_fitting)
         number = len(quantized_layers(state.model))
         rank_zero_info(f"QuantRetrainCallback: going on with {number} quantized layers.")
 
@@ -100,7 +100,7 @@ class Conversion:
         state.adopt(entry, path)
         with suppress(FileNotFoundError):
             root, plan = _planned(state.model)
-            wanted = self._wanted(root, plan)
+            wanted = self._wanted(root, plan, state.is_fitting)
             if wanted != plan:
                 raise different_checkpoint(path, wanted, plan)
         number = len(quantized_layers(state.model))
@@ -133,9 +133,9 @@ class Conversion:
                 errors.append(error)
         raise inputs.failure(errors[0])
 
-    def _check_unchanged(self, root: nn.Module, plan: QuantPlan, name: str) -> None:
+    def _check_unchanged(self, root: nn.Module, plan: QuantPlan, name: str, is_fitting: bool) -> None:
         """Refuse a configuration that is not the one by which a model was converted before."""
-        wanted = self._wanted(root, plan)
+        wanted = self._wanted(root, plan, is_fitting)
         if wanted != plan:
             raise ValueError(
                 f"{name} is quantized already, and {config_source(self.config)} would do it differently: "
@@ -143,12 +143,15 @@ class Conversion:
                 "on with the layers as they are, or begin with the float model."
             )
 
-    def _wanted(self, root: nn.Module, plan: QuantPlan) -> QuantPlan:
-        """Return the plan with the settings of the configuration, or its own, as the target allows them."""
+    def _wanted(self, root: nn.Module, plan: QuantPlan, is_fitting: bool) -> QuantPlan:
+        """Return the plan with the settings of the configuration, or its own, as the target allows them.
+
+        The number of batches of a calibration counts for a training, whose schedule says it; to evaluate, any will do.
+        """
         serving = plan.serving if self.target is None else self.target.serving_as(plan.serving)
         plan = replace(plan, deploy_grid=plan.deploy_grid or self.deploy_grid, serving=serving)
         if self.config is None and self.target is None:
-            return plan
+            return self._with_batches(plan) if is_fitting else plan
         layers = {layer: _as_float(root.get_submodule(layer)) for layer in plan.config}
         config, source = plan.config, "the checkpoint"
         if self.config is not None:
@@ -158,7 +161,7 @@ class Conversion:
         if self.target is not None:
             config = self.target.fitted(config, layers, source)
         wanted = replace(plan, config=config)
-        return wanted if self.config is None else self._with_batches(wanted)
+        return self._with_batches(wanted) if is_fitting or self.config is not None else wanted
 
     def _by_channel(self, plan: QuantPlan) -> bool:
         """Tell whether a Linear has a weight scale per output channel by default, as when the plan was made."""
