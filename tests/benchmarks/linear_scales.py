@@ -4,7 +4,7 @@
 
 Trains the two transformers of the examples in float, quantizes them and compares what goes into their last layer, on
 the held-out data, with what goes into it in float. The same for the tokens of a BERT with
-random weights.
+random weights. Then the same for the choices of activations, with a weight scale per channel.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ from examples.tabular import TabularTransformer, Tumours
 SEEDS = (7, 8, 9)
 TYPES = (("INT8", "INT8"), ("INT16", "INT8"), ("INT8", "INT4"))
 GROUPS = (64, 32)
+INPUTS: dict[str, dict[str, Any]] = {
+    "learned clips": {},
+    "symmetric": {"symmetric": True},
+    "per token": {"algo": "per_token"},
+    "in float": {"algo": "none"},
+}
 Case = tuple[nn.Module, str, Any, Any]
 """A network in float, the name of a layer near its end, a batch to calibrate on and one to measure on."""
 
@@ -44,6 +50,18 @@ def main() -> None:
             middle = statistics.median(factors)
             print(f"{name:24}{'/'.join(types):13}{one:11.2e}{many:13.2e}{middle:8.1f}  {text}", flush=True)
     _print_groups()
+    _print_inputs()
+
+
+def _print_inputs() -> None:
+    print(f"{'network, INT8, per channel':28}" + "".join(f"{name:>15}" for name in INPUTS))
+    for name, make in CASES.items():
+        cases = [make(seed) for seed in SEEDS]
+        errors = (
+            [error(case, ("INT8", "INT8"), {"channel_wise": True}, inputs) for case in cases]
+            for inputs in INPUTS.values()
+        )
+        print(f"{name:28}" + "".join(f"{statistics.median(column):15.2e}" for column in errors), flush=True)
 
 
 def _print_groups() -> None:
@@ -53,16 +71,18 @@ def _print_groups() -> None:
         print(f"BERT, random weights, INT8/INT4 in groups of {size}: {statistics.median(errors):.2e}", flush=True)
 
 
-def error(case: Case, types: tuple[str, str], weights: dict[str, Any]) -> float:
+def error(case: Case, types: tuple[str, str], weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> float:
     """Return the squared error of what goes into the layer, relative to its mean square.
 
     Args:
         case: The network and its data.
         types: Those of activations and weights.
         weights: Which weights of a Linear share a scale.
+        inputs: How activations are quantized, if not with learned clips.
     """
     (model, name, calibration, x), (data, weight) = case, types
-    choices = {"activations": {"dst_type": data}, "weights": {"dst_type": weight, **weights}}
+    activations = inputs or {"dst_type": data}
+    choices = {"activations": activations, "weights": {"dst_type": weight, **weights}}
     quantized = prepare_qat(model, choices, calibration)
     calibrate(quantized, [calibration])
     wanted, found = (features(one, name, x) for one in (model, quantized.eval()))

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from amct_lightning import files
 from amct_lightning.config import RetrainConfig
+from amct_lightning.files import atomic
 from tests.config.conftest import full_raw
 from tests.config.strategies import JSON_VALUES, retrain_configs
 
@@ -185,7 +185,7 @@ def test_a_failed_write_leaves_the_old_file(raw: dict[str, Any], write, monkeypa
         raise PermissionError(13, "Permission denied")
 
     path = write("old")
-    monkeypatch.setattr(files.os, "open", refuse)  # an unwritable folder, also for root
+    monkeypatch.setattr(atomic.os, "open", refuse)  # an unwritable folder, also for root
     with pytest.raises(PermissionError):
         RetrainConfig.from_dict(raw).to_json(path)
     assert path.read_text() == "old"
