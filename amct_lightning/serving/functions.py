@@ -37,8 +37,8 @@ def save_serving(
 
     The folder holds ``quant_model_weights.safetensors`` (several files and an index if they would be too large),
     ``quant_model_description.json``, the configuration of the network, and its tokenizer and generation files. Tensors
-    are made layer by layer, so that no second network is held; of sharded weights the whole of one layer at a time,
-    for which all ranks have to call this. Rank 0 writes.
+    are made layer by layer, so that no second network is held. Rank 0 writes. Of sharded weights the whole of one layer
+    is gathered at a time, so that all ranks have to call this, and wait for rank 0; of others no rank but 0 has to.
 
     Args:
         model: A trained model that was converted with ``target="serving"``, or what holds it. If there is a network of
@@ -78,8 +78,11 @@ def save_serving(
     source = None if hf_source is None else checked_source(hf_source, served.config)
     path = checked_folder(folder)
     tensors = entries(served.network, served.dtype)
-    if is_sharded(served.network) and dist.get_rank() != 0:
-        consumed(tensors)
+    is_collective = is_sharded(served.network)
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        if is_collective:
+            consumed(tensors)
+            dist.barrier()
         return path
     with whole_folder(path) as new:
         metadata = {"format": "pt", **noted_buffers(served)}
@@ -88,6 +91,8 @@ def save_serving(
             writer.add(entry)
         writer.close()
         write_config(new, served.dtype, served.config, source)
+    if is_collective:
+        dist.barrier()
     return path
 
 
