@@ -15,6 +15,10 @@ from amct_lightning.quantizers.weight import WeightQuantizer
 
 _Result = TypeVar("_Result")
 
+_LARGEST = 1 << 22
+"""Number of values from which nothing is kept: for a weight of half precision it is three times as much memory as the
+weight itself, which large language models do not have, and their products take far longer than quantizing it."""
+
 
 class _Kept(NamedTuple):
     copies: tuple[Tensor | None, ...]
@@ -42,7 +46,7 @@ def kept(quantizer: Quantizer, sources: Sequence[Tensor | None], key: Hashable, 
 
     Whether they are the same is told by all their bytes. Version counters and addresses do not tell: writes through
     ``.data``, averages of weights, fused optimizers and sharding leave them as they are. So nothing is kept of tensors
-    that the host would have to wait for, nor where several processes may have sharded them.
+    that the host would have to wait for, nor where several processes may have sharded them, nor of very large ones.
 
     Args:
         quantizer: Where it is kept, the last thing only; a copy of the quantizer and its state contain nothing of it.
@@ -114,7 +118,7 @@ def _is_readable(source: Tensor | None) -> bool:
     if source is None:
         return True
     plain = type(source) in (Tensor, nn.Parameter) and source.layout is torch.strided
-    return plain and source.device.type == "cpu" and not source.is_neg()
+    return plain and source.numel() < _LARGEST and source.device.type == "cpu" and not source.is_neg()
 
 
 def _is_traced() -> bool:

@@ -18,6 +18,8 @@ from amct_lightning.wording import cut_off
 
 _SETTINGS = ("model_quant_type", "version", "group_size")
 _VERSION = "1.0.0"
+_UNUSED = {"weight_scale", "weight_offset"}
+"""What other writers add to layers that need none of it: servers have a place for it."""
 
 
 class Checkpoint(NamedTuple):
@@ -70,7 +72,7 @@ class Checkpoint(NamedTuple):
 
     def _check(self, layer: str, kind: str, tensors: Mapping[str, Tensor]) -> None:
         shapes = SERVER_LAYERS[kind].shapes
-        if tensors.keys() != shapes.keys():
+        if tensors.keys() - _UNUSED != shapes.keys() - _UNUSED or not shapes.keys() <= tensors.keys():
             raise ValueError(
                 f"{self._file}: layer '{layer}' of type {kind} must have the tensors {', '.join(shapes)}, found "
                 f"{', '.join(tensors)}. Write the checkpoint again."
@@ -111,16 +113,17 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         raise ValueError(
             f"'{file}': key 'version' must be '{_VERSION}', found {version!r}. Write it again with this one."
         )
-    kinds = {name: kind for name, kind in content.items() if name not in _SETTINGS}
-    wrong = [f"'{name}': {kind!r}" for name, kind in kinds.items() if kind not in SERVED_TYPES]
-    if wrong:
-        raise ValueError(f"'{file}': allowed are the types {', '.join(SERVED_TYPES)}, found {cut_off(wrong)}.")
     tensors: dict[str, Tensor] = {}
     rounds_buffers = False
     for weights in _files(path):
         found, metadata = _read(weights)
         tensors |= found
         rounds_buffers |= metadata.get(ROUNDED_BUFFERS) == "true"
+    # Other writers describe more than tensors, such as the type of caches.
+    kinds = {n: kind for n, kind in content.items() if n not in _SETTINGS and (n in tensors or kind in SERVED_TYPES)}
+    wrong = [f"'{name}': {kind!r}" for name, kind in kinds.items() if kind not in SERVED_TYPES]
+    if wrong:
+        raise ValueError(f"'{file}': allowed are the types {', '.join(SERVED_TYPES)}, found {cut_off(wrong)}.")
     missing, extra = [n for n in kinds if n not in tensors], [n for n in tensors if n not in kinds]
     if missing or extra:
         what = f"lists {cut_off([repr(n) for n in missing])}, which no file has" if missing else ""
@@ -132,7 +135,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
 def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
-        return [_inside(folder, f"{WEIGHTS}.safetensors")]
+        found = sorted(file.name for file in folder.glob(f"{WEIGHTS}*.safetensors"))
+        return [_inside(folder, name) for name in found or [f"{WEIGHTS}.safetensors"]]
     names: Any = read_config(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"'{index}': key 'weight_map' must map names of tensors to names of files.")

@@ -375,3 +375,12 @@ def test_a_weight_with_gaps_is_quantized_each_time() -> None:
         assert "kept" not in vars(model[0].weight_quantizer)
         model[0].weight.data.mul_(1.5)
         check_changed(model, x, before)
+
+
+def test_nothing_is_kept_of_a_very_large_weight() -> None:
+    x = torch.ones(1, 2048)
+    model = prepare_qat(nn.Sequential(nn.Linear(2048, 2048, bias=False), nn.Linear(2048, 8)), None, x).train()
+    model(x)
+    with torch.no_grad():
+        model.eval()(x)
+    assert [layer.weight_quantizer.kept is None for layer in model] == [True, False]

@@ -230,3 +230,16 @@ def test_a_changed_float_part_is_found(tmp_path: Path, served: tuple[nn.Module, 
 def test_verifying_needs_batches(served: tuple[nn.Module, Path]) -> None:
     with pytest.raises(ValueError, match="got no batches"):
         verify_serving(*served, [])
+
+
+def test_what_other_writers_add_is_no_harm(tmp_path: Path, served: tuple[nn.Module, Path]) -> None:
+    def add(tensors: dict[str, Any]) -> None:
+        tensors[f"{Q}.weight_scale"] = torch.ones(16, 1)
+        tensors[f"{Q}.weight_offset"] = torch.zeros(16, 1)
+
+    folder = changed(served[1], tmp_path / "changed", add)
+    _description(f"{Q}.weight_scale", "W8A8")(folder)
+    _description(f"{Q}.weight_offset", "W8A8")(folder)
+    _description("kv_quant_type", "C8")(folder)
+    (folder / WEIGHTS).rename(folder / "quant_model_weights_w8a8.safetensors")
+    assert torch.equal(logits(load_serving(folder)), logits(served[0]))
