@@ -20,7 +20,8 @@ import amct_lightning as amct
 from amct_lightning import QuantRetrainCallback, conversion_report, prepare_qat
 from amct_lightning.conversion.convert import convert_layers, revert_layers
 from amct_lightning.conversion.plan import QuantPlan, find_plan
-from amct_lightning.conversion.report import ConversionReport, ReportRow
+from amct_lightning.conversion.report import ConversionReport
+from amct_lightning.conversion.report_rows import ReportRow
 from tests.callbacks.conftest import Net as LightningNet
 from tests.callbacks.conftest import loader
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from amct_lightning.checkpoint_file import CHECKPOINT_KEY, read_foreign_checkpoint
 from amct_lightning.conversion.plan import QuantPlan
 from amct_lightning.conversion.plan_check import check_entry
-from amct_lightning.conversion.report import MISSED, ReportRow, quantized_row
+from amct_lightning.conversion.report_rows import MISSED, ReportRow, quantized_row
 from amct_lightning.record import LayerRecord, QuantRecord
 
 _KINDS = {2: "Linear", 3: "1-d convolution", 4: "2-d convolution", 5: "3-d convolution"}

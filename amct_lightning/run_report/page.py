@@ -12,7 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from amct_lightning.conversion.report import ReportRow, beside
+from amct_lightning.conversion.report import beside
+from amct_lightning.conversion.report_rows import ReportRow
 from amct_lightning.monitor_format import PHASE_METRIC, PHASES
 from amct_lightning.run_report.curves import draw_curves, panels
 from amct_lightning.run_report.layers import draw_layers, lowest_sqnr, quartiles, sqnr_changes, usable

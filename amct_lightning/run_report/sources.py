@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from amct_lightning.conversion.report import ReportRow
+from amct_lightning.conversion.report_rows import ReportRow
 from amct_lightning.monitor_format import COLUMNS, FILE_NAME, PHASE_METRIC, PREFIX, LayerReading
 from amct_lightning.record import LayerRecord, QuantRecord
 from amct_lightning.run_report.checkpoint import CheckpointFacts, read_facts, scales_of_record
