@@ -37,6 +37,8 @@ _SIZES = (
     "num_experts",
     "moe_intermediate_size",
     "tie_word_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
 )
 _DTYPES = ("dtype", "torch_dtype")
 _LONGEST = 1 << 24
@@ -127,6 +129,14 @@ def copied_files(source: Path) -> Iterator[Path]:
 
     Args:
         source: The folder of the float network.
+
+    Raises:
+        ValueError: If one is a link to a file elsewhere, which is not that of a hub's cache.
     """
     found = {file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()}
-    yield from sorted(found)
+    own = source.resolve()
+    for file in sorted(found):
+        real = file.resolve()
+        if not {own, own.parent.parent / "blobs"} & {*real.parents}:
+            raise ValueError(f"'{file}' is a link to '{real}', outside of its folder. Put the file itself there.")
+        yield file

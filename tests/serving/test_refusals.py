@@ -68,6 +68,22 @@ def test_the_folder_of_another_network(tmp_path: Path, served: tuple[nn.Module, 
     assert not (tmp_path / "served").exists()
 
 
+def test_a_link_that_leaves_the_folder(tmp_path: Path, served: tuple[nn.Module, Path]) -> None:
+    (tmp_path / "secret").write_text("of value")
+    files = source(decoder(), tmp_path / "float")
+    (files / "vocab.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"vocab\.txt' is a link to '.*secret', outside of its folder"):
+        save_serving(served[0], tmp_path / "served", hf_source=files)
+    assert not (tmp_path / "served").exists()
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "1f").write_text("a")  # as a hub keeps what it has downloaded
+    (tmp_path / "snapshots").mkdir()
+    files = files.rename(tmp_path / "snapshots" / "main")
+    (files / "vocab.txt").unlink()
+    (files / "vocab.txt").symlink_to("../../blobs/1f")
+    assert (save_serving(served[0], tmp_path / "served", hf_source=files) / "vocab.txt").read_text() == "a"
+
+
 def test_a_folder_that_holds_something_else(tmp_path: Path, served: tuple[nn.Module, Path]) -> None:
     (tmp_path / "mine.txt").write_text("of value")
     with pytest.raises(ValueError, match=r"holds other files and no quant_model_description\.json"):
